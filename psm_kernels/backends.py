@@ -1,0 +1,100 @@
+"""The table of backends: the only place that knows what is installed and what `auto` picks."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Backend(NamedTuple):
+    name: str
+    devices: tuple[str, ...] | None  # None: any
+    dtypes: tuple[torch.dtype, ...]
+    max_dim: int | None
+    what: str
+
+
+TABLE = {
+    row.name: row
+    for row in (
+        Backend(
+            "triton", ("cuda", "xpu", "cpu"), _LOW, 512, "Triton kernels (cpu: interpreter only)"
+        ),
+        Backend("cpp", ("cpu",), _LOW, 4096, "C++ kernels, AVX-512 / AVX2 / portable"),
+        Backend("reference", None, (*_LOW, torch.float64), None, "plain torch, B x K matrices"),
+    )
+}
+
+# What auto tries, best first. Triton on a CPU is the interpreter: for tests, never chosen.
+AUTO = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("triton", "reference"),
+    "xpu": ("triton", "reference"),
+}
+
+
+@functools.cache
+def load(name: str) -> ModuleType | str:
+    """The backend's module, or one line that says why it cannot run here."""
+    try:
+        module = importlib.import_module(f"psm_kernels.ops.{name}")
+    except ImportError as error:
+        return str(error)
+    return module.unavailable() or module
+
+
+def _refusal(name: str, device: str, dtype: torch.dtype, dim: int) -> str | None:
+    row = TABLE[name]
+    if row.devices is not None and device not in row.devices:
+        return f"runs on {' and '.join(row.devices)}, not on {device}"
+    if dtype not in row.dtypes:
+        return f"has no kernel for {dtype}"
+    if row.max_dim is not None and dim > row.max_dim:
+        return f"takes at most {row.max_dim} columns, not {dim}"
+    module = load(name)
+    return module if isinstance(module, str) else None
+
+
+def choose(name: str, bank: Tensor) -> ModuleType:
+    """The module that runs backend `name` on this bank.
+
+    Raises:
+        ValueError: the name is unknown, or the named backend cannot run; says why and which can.
+    """
+    return _choose(name, bank.device.type, bank.dtype, bank.shape[1])
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(name: str, device: str, dtype: torch.dtype, dim: int) -> ModuleType:
+    if name == "auto":
+        for candidate in AUTO.get(device, ("reference",)):
+            if _refusal(candidate, device, dtype, dim) is None:
+                return load(candidate)
+    if name not in TABLE:
+        raise ValueError(f"backend: got {name!r}, wanted one of 'auto', {str(list(TABLE))[1:-1]}")
+    reason = _refusal(name, device, dtype, dim)
+    if reason is not None:
+        able = [other for other in TABLE if _refusal(other, device, dtype, dim) is None]
+        raise ValueError(f"backend: {name!r} cannot run: {reason}; these can: {', '.join(able)}")
+    return load(name)
+
+
+def describe() -> str:
+    """The table as text: each backend, whether it can run here or why not, and what auto picks."""
+    lines = [f"{'backend':<10} {'available':<10} what it is"]
+    for name, row in TABLE.items():
+        module = load(name)
+        reason = f" [{module}]" if isinstance(module, str) else ""
+        lines.append(f"{name:<10} {'no' if reason else 'yes':<10} {row.what}{reason}")
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    for device in devices:
+        picked = _choose("auto", device, torch.float32, 128).__name__.rpartition(".")[2]
+        lines.append(f"auto on {device}: {picked}")
+    return "\n".join(lines)

@@ -1,0 +1,240 @@
+"""The two operators. Everything else in the library is a few lines of torch around them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psm_kernels import _checks as checks
+from psm_kernels import backends
+
+SELECTIONS = ("bernoulli", "expected", "all")
+
+
+class BankPass(NamedTuple):
+    """What one read of the bank gives, per query. Only `neg_lse` carries a gradient, to `query`."""
+
+    neg_lse: Tensor  # (B,) log sum_j keep exp(s/tau), -inf when nothing is kept
+    neg_mean: Tensor  # (B, D) softmax-weighted mean of the kept rows, 0 when none
+    neg_sq_lse: Tensor  # (B,) log sum_j keep exp(2 s/tau)
+    neg_count: Tensor  # (B,) sum_j keep
+    topk_sim: Tensor  # (B, k) similarity to `key`, descending; missing: -inf
+    topk_index: Tensor  # (B, k) int64 slots; missing: -1
+
+
+def bank_pass(
+    query: Tensor,
+    key: Tensor | None,
+    bank: Tensor,
+    count: Tensor | int | None,
+    s_pos: Tensor,
+    *,
+    temperature: float,
+    selection: str = "all",
+    a: float = 0.5,
+    b: float = 0.0,
+    topk: int = 0,
+    rng_state: Tensor | None = None,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    backend: str = "auto",
+) -> BankPass:
+    """Log-sum-exp over selected bank rows, its gradient, statistics and the top-k, in one bank read.
+
+    With s_ij = query_i . bank_j and tau the temperature, a slot j < count is kept with weight
+    "bernoulli": 1 with probability p_ij = min(exp(-a (s_ij - s_pos_i - b)^2), 0.999), else 0;
+    "expected": p_ij; "all": 1. Sums run over all valid slots, the mined ones included.
+
+    Args:
+        query: (B, D) unit rows; rounded to the bank's dtype inside, its gradient is not.
+        key: (B, D) unit rows that mine the top-k, or None when `topk` is 0.
+        bank: (K, D) unit rows, contiguous; fp32, bf16, fp16, or fp64 on "reference".
+        count: number of valid slots: 0-d int64 tensor on the bank's device, int, or None for K.
+        s_pos: (B,) similarity of each query to its positive.
+        temperature: tau > 0.
+        selection: "bernoulli" | "expected" | "all".
+        a, b: width and offset of p's peak, which lies at s_pos + b (SimANS, arXiv 2210.11773, eq. 4).
+        topk: number of slots to mine; may exceed `count`.
+        rng_state: int64 (2,) [seed, offset] on the bank's device; needed by "bernoulli" alone.
+        row_offset, col_offset: global index of query row 0 and bank slot 0, for the noise.
+        backend: "auto" or a name of `python -m psm_kernels`.
+
+    Returns:
+        BankPass in fp32 (fp64 for an fp64 bank). Ties of the top-k go to the smaller slot.
+
+    Raises:
+        ValueError: an argument is wrong, or the named backend cannot run here.
+    """
+    checks.check_bank(bank)
+    _check_queries("query", query, bank)
+    batch = query.shape[0]
+    checks.check_number("temperature", temperature, above=0)
+    checks.check_option("selection", selection, SELECTIONS)
+    checks.check_int("topk", topk, 0)
+    if topk:
+        if key is None:
+            raise ValueError("key: got None, wanted a (B, D) tensor, because topk > 0")
+        checks.check_matrix("key", key, like="query", shape=query.shape)
+        checks.check_device("key", key, bank.device)
+    checks.check_vector("s_pos", s_pos, batch)
+    checks.check_device("s_pos", s_pos, bank.device)
+    checks.check_number("a", a, least=0)
+    checks.check_number("b", b)
+    if selection == "bernoulli":
+        checks.check_rng_state(rng_state, bank.device)
+    args = (
+        query,
+        key.detach() if topk else None,
+        bank.detach(),
+        checks.as_count(count, bank),
+        s_pos.detach(),
+        float(temperature),
+        selection,
+        float(a),
+        float(b),
+        topk,
+        rng_state if selection == "bernoulli" else None,
+        row_offset,
+        col_offset,
+        backend,
+    )
+    if torch.compiler.is_compiling():
+        backends.choose(backend, bank)
+        neg_lse, *rest = torch.ops.psm_kernels.bank_pass(*args)
+        return BankPass(neg_lse, *(t.detach() for t in rest))
+    if query.requires_grad and torch.is_grad_enabled():
+        return BankPass(*_BankPassFunction.apply(*args))
+    return BankPass(*_run_bank_pass(*args))
+
+
+def bank_topk(
+    query: Tensor, bank: Tensor, k: int, *, count: Tensor | int | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The k bank rows most similar to each query, without a (B, K) matrix.
+
+    Args:
+        query: (B, D); rounded to the bank's dtype inside.
+        bank: (K, D) contiguous.
+        k: neighbors wanted; missing ones (k > count) come as -inf and -1.
+        count: number of valid slots, None for K.
+        backend: "auto" or a name of `python -m psm_kernels`.
+
+    Returns:
+        similarity (B, k) fp32 (fp64 for an fp64 bank), descending, and index (B, k) int64. Ties go to
+        the smaller slot. No gradient.
+
+    Raises:
+        ValueError: an argument is wrong, or the named backend cannot run here.
+    """
+    checks.check_bank(bank)
+    _check_queries("query", query, bank)
+    checks.check_int("k", k, 0)
+    args = (query.detach(), bank.detach(), k, checks.as_count(count, bank), backend)
+    if torch.compiler.is_compiling():
+        backends.choose(backend, bank)
+        return torch.ops.psm_kernels.bank_topk(*args)
+    return _run_bank_topk(*args)
+
+
+def _check_queries(name: str, query: Tensor, bank: Tensor) -> None:
+    checks.check_matrix(name, query, like="the bank", shape=(None, bank.shape[1]))
+    checks.check_device(name, query, bank.device)
+
+
+# --- implementation, autograd, registration ------------------------------------------------------
+
+
+def _run_bank_pass(query, key, bank, count, s_pos, *settings) -> tuple[Tensor, ...]:
+    *settings, backend = settings
+    implementation = backends.choose(backend, bank)
+    sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
+    with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
+        query = query.detach().to(bank.dtype).contiguous()
+        key = None if key is None else key.to(bank.dtype).contiguous()
+        return tuple(
+            implementation.bank_pass(
+                query, key, bank, count, s_pos.to(sums).contiguous(), *settings
+            )
+        )
+
+
+def _run_bank_topk(query, bank, k, count, backend) -> tuple[Tensor, Tensor]:
+    implementation = backends.choose(backend, bank)
+    with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
+        return tuple(implementation.bank_topk(query.to(bank.dtype).contiguous(), bank, k, count))
+
+
+def _query_gradient(grad_lse: Tensor, neg_mean: Tensor, temperature: float, dtype: torch.dtype):
+    """d neg_lse / d query = neg_mean / tau, multiplied in fp32 before any cast."""
+    return (grad_lse[:, None] * neg_mean / temperature).to(dtype)
+
+
+class _BankPassFunction(torch.autograd.Function):
+    """Eager path: the dispatcher of a registered op costs more than a small pass."""
+
+    @staticmethod
+    def forward(ctx, query, *args):
+        outputs = _run_bank_pass(query, *args)
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.save_for_backward(outputs[1])
+        ctx.temperature, ctx.dtype = args[4], query.dtype
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_lse, *unused):
+        (neg_mean,) = ctx.saved_tensors
+        return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.dtype), *[None] * 13
+
+
+_bank_pass_op = torch.library.custom_op(
+    "psm_kernels::bank_pass",
+    _run_bank_pass,
+    mutates_args=(),
+    schema="(Tensor query, Tensor? key, Tensor bank, Tensor count, Tensor s_pos, float temperature, "
+    "str selection, float a, float b, int topk, Tensor? rng_state, int row_offset, int col_offset, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_bank_topk_op = torch.library.custom_op(
+    "psm_kernels::bank_topk",
+    _run_bank_topk,
+    mutates_args=(),
+    schema="(Tensor query, Tensor bank, int k, Tensor count, str backend) -> (Tensor, Tensor)",
+)
+
+
+@_bank_pass_op.register_fake
+def _(query, key, bank, count, s_pos, temperature, selection, a, b, topk, *unused):
+    sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
+    batch, dim = query.shape
+    row = [query.new_empty(batch, dtype=sums) for _ in range(3)]
+    return (
+        row[0],
+        query.new_empty((batch, dim), dtype=sums),
+        row[1],
+        row[2],
+        query.new_empty((batch, topk), dtype=sums),
+        query.new_empty((batch, topk), dtype=torch.int64),
+    )
+
+
+@_bank_topk_op.register_fake
+def _(query, bank, k, count, backend):
+    sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
+    shape = (query.shape[0], k)
+    return query.new_empty(shape, dtype=sums), query.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.temperature, ctx.dtype = inputs[5], inputs[0].dtype
+
+
+def _op_backward(ctx, grad_lse, *unused):
+    (neg_mean,) = ctx.saved_tensors
+    return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.dtype), *[None] * 13
+
+
+_bank_pass_op.register_autograd(_op_backward, setup_context=_setup_context)

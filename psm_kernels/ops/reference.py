@@ -1,0 +1,101 @@
+"""The two operators as the paper writes them, B x K matrices and all: the oracle of the tests and the
+naive baseline of the benchmarks. Any device, fp32 and fp64; never optimized."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psm_kernels import noise as canonical
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def bank_pass(
+    query: Tensor,  # (B, D)
+    key: Tensor | None,  # (B, D)
+    bank: Tensor,  # (K, D)
+    count: Tensor,  # ()
+    s_pos: Tensor,  # (B,)
+    temperature: float,
+    selection: str,
+    a: float,
+    b: float,
+    topk: int,
+    rng_state: Tensor | None,  # (2,)
+    row_offset: int,
+    col_offset: int,
+    *,
+    noise: str = "philox",
+    exact_ties: bool = True,
+) -> tuple[Tensor, ...]:
+    """See `psm_kernels.ops.bank_pass`. The last two flags exist for benchmarks, where the baseline is
+    what a user would write: noise="torch" draws from torch's generator instead of the canonical
+    words, exact_ties=False leaves ties of the top-k to `torch.topk`."""
+    rows = _valid_rows(bank, count)
+    similarity = query.to(rows.dtype) @ rows.T  # (B, K)
+    valid = torch.arange(bank.shape[0], device=bank.device) < count
+    weight = _keep_weight(
+        similarity, s_pos, selection, a, b, rng_state, row_offset, col_offset, noise
+    )
+    weight = weight * valid
+
+    logits = torch.where(weight > 0, similarity / temperature + weight.log(), -torch.inf)
+    logits = torch.where(similarity.isnan(), torch.nan, logits)
+    neg_lse = torch.logsumexp(logits, 1)
+    empty = neg_lse == -torch.inf
+    softmax = torch.exp(logits - torch.where(empty, 0.0, neg_lse)[:, None])  # (B, K)
+    neg_mean = softmax @ rows
+    neg_sq_lse = torch.logsumexp(logits + similarity / temperature, 1)
+    neg_count = weight.sum(1)
+
+    topk_sim, topk_index = bank_topk(
+        query if key is None else key, bank, topk, count, exact_ties=exact_ties
+    )
+    return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+
+
+def bank_topk(
+    query: Tensor, bank: Tensor, k: int, count: Tensor, *, exact_ties: bool = True
+) -> tuple[Tensor, Tensor]:
+    """See `psm_kernels.ops.bank_topk`."""
+    rows = _valid_rows(bank, count)
+    batch, size = query.shape[0], bank.shape[0]
+    similarity = rows.new_full((batch, k), -torch.inf)
+    index = torch.full((batch, k), -1, dtype=torch.int64, device=bank.device)
+    if k == 0:
+        return similarity, index
+    scores = query.to(rows.dtype) @ rows.T  # (B, K)
+    scores = scores.masked_fill(torch.arange(size, device=bank.device) >= count, -torch.inf)
+
+    found = min(k, size)
+    best, where = scores.topk(min(k + 1, size))
+    if exact_ties:
+        tied = (best[:, 1:] == best[:, :-1]) & best[:, 1:].isfinite()
+        if tied.any():  # topk leaves the order of equal values open; a stable sort does not
+            best, where = scores.sort(dim=1, descending=True, stable=True)
+    similarity[:, :found] = best[:, :found]
+    index[:, :found] = torch.where(best[:, :found] == -torch.inf, -1, where[:, :found])
+    return similarity, index
+
+
+def _valid_rows(bank: Tensor, count: Tensor) -> Tensor:
+    """The bank in fp32 (fp64 stays), with zeros where slots hold nothing: 0 * NaN would be NaN."""
+    rows = bank if bank.dtype is torch.float64 else bank.float()
+    empty = torch.arange(bank.shape[0], device=bank.device) >= count
+    return rows.masked_fill(empty[:, None], 0.0)
+
+
+def _keep_weight(similarity, s_pos, selection, a, b, rng_state, row_offset, col_offset, noise):
+    if selection == "all":
+        return torch.ones_like(similarity)
+    p = canonical.keep_probability(similarity, s_pos[:, None], a, b)
+    if selection == "expected":
+        return p
+    if noise == "torch":
+        return (torch.rand_like(p) < p).to(p.dtype)
+    batch, size = similarity.shape
+    words = canonical.philox_block(row_offset, batch, col_offset, size, rng_state)
+    return canonical.kept(words, p).to(p.dtype)
