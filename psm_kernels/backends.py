@@ -27,7 +27,7 @@ TABLE = {
         Backend(
             "triton", ("cuda", "xpu", "cpu"), _LOW, 512, "Triton kernels (cpu: interpreter only)"
         ),
-        Backend("cpp", ("cpu",), _LOW, 4096, "C++ kernels, AVX-512 / AVX2 / portable"),
+        Backend("cpp", ("cpu",), _LOW, 4096, "C++ kernels: AVX-512, AVX2, portable"),
         Backend("reference", None, (*_LOW, torch.float64), None, "plain torch, B x K matrices"),
     )
 }
