@@ -1,5 +1,5 @@
-"""Argument checks shared by operators, losses and the bank. Every message names the argument, what came
-and what is wanted; nothing here reads a device value, so nothing synchronizes."""
+"""Argument checks shared by operators, losses and the bank. Every message names the argument, what
+came and what is wanted; nothing here reads a device value, so nothing synchronizes."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def check_rng_state(rng_state: Tensor, device: torch.device) -> None:
 
 
 def as_count(count: Tensor | int | None, bank: Tensor) -> Tensor:
-    """`count` as the 0-d int64 tensor on the bank's device that the operators read; None is a full bank."""
+    """`count` as the operators read it, 0-d int64 on the bank's device; None is a full bank."""
     size = bank.shape[0]
     if isinstance(count, Tensor):
         if count.ndim != 0 or count.dtype != torch.int64:

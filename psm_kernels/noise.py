@@ -1,7 +1,7 @@
-"""Canonical noise: one 32-bit word per (row, slot), the same on every backend, split and world size.
+"""Canonical noise: one 32-bit word per (row, slot), the same on every backend and world size.
 
-Philox4x32-10 (Salmon et al., SC 2011; Random123) keyed by the seed. The four words of one counter go to
-the four slots {16 n + 2 c, + 1, + 8, + 9}: the elements that one thread of a tensor-core accumulator
+Philox4x32-10 (Salmon et al., SC 2011; Random123) keyed by the seed. The four words of one counter
+go to slots 16 n + 2 c + {0, 1, 8, 9}: the elements that one thread of a tensor-core accumulator
 owns, so that a GPU kernel wastes no output and moves none between threads.
 """
 
@@ -18,11 +18,11 @@ _MASK = 0xFFFFFFFF
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]):
-    """Philox4x32-10. All tensors are int64 holding uint32 values and broadcast; returns four words."""
+    """Philox4x32-10. Tensors are int64 holding uint32 values and broadcast; four words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # The product wraps modulo 2^64, which keeps bits 32..63: shift, then drop the sign's copies.
+        # Products wrap modulo 2^64, which keeps bits 32..63: shift, drop the sign's copies.
         product0, product1 = c0 * _M0, c2 * _M1
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _MASK) ^ c1 ^ k0,
@@ -55,10 +55,8 @@ def philox_words(rows: Tensor, slots: Tensor, rng_state: Tensor) -> Tensor:
     """
     if rows.ndim == 1 and slots.ndim == 1:
         rows = rows[:, None]
-    words = torch.stack(
-        torch.broadcast_tensors(*_philox_at(rows, 4 * (slots // 16) + slots % 8 // 2, rng_state)),
-        -1,
-    )
+    counters = 4 * (slots // 16) + slots % 8 // 2
+    words = torch.stack(torch.broadcast_tensors(*_philox_at(rows, counters, rng_state)), -1)
     lane = 2 * (slots % 16 // 8) + slots % 2
     return words.gather(-1, lane.expand(words.shape[:-1])[..., None])[..., 0]
 
@@ -80,7 +78,7 @@ def philox_block(row: int, rows: int, slot: int, slots: int, rng_state: Tensor) 
 
 
 def keep_probability(similarity: Tensor, s_pos: Tensor, a: float, b: float) -> Tensor:
-    """exp(-a (s - s_pos - b)^2) capped at 0.999: PNSM's chance to keep a negative. s_pos broadcasts."""
+    """PNSM's chance to keep a negative: exp(-a (s - s_pos - b)^2), capped at 0.999."""
     return torch.exp(-a * (similarity - s_pos - b).square()).clamp_max(P_MAX)
 
 

@@ -41,7 +41,7 @@ def bank_pass(
     col_offset: int = 0,
     backend: str = "auto",
 ) -> BankPass:
-    """Log-sum-exp over selected bank rows, its gradient, statistics and the top-k, in one bank read.
+    """Log-sum-exp over selected bank rows, its gradient, statistics and top-k in one bank read.
 
     With s_ij = query_i . bank_j and tau the temperature, a slot j < count is kept with weight
     "bernoulli": 1 with probability p_ij = min(exp(-a (s_ij - s_pos_i - b)^2), 0.999), else 0;
@@ -55,7 +55,7 @@ def bank_pass(
         s_pos: (B,) similarity of each query to its positive.
         temperature: tau > 0.
         selection: "bernoulli" | "expected" | "all".
-        a, b: width and offset of p's peak, which lies at s_pos + b (SimANS, arXiv 2210.11773, eq. 4).
+        a, b: density and offset of p; its peak is at s_pos + b (SimANS, arXiv 2210.11773, eq. 4).
         topk: number of slots to mine; may exceed `count`.
         rng_state: int64 (2,) [seed, offset] on the bank's device; needed by "bernoulli" alone.
         row_offset, col_offset: global index of query row 0 and bank slot 0, for the noise.
@@ -101,7 +101,6 @@ def bank_pass(
         backend,
     )
     if torch.compiler.is_compiling():
-        backends.choose(backend, bank)
         neg_lse, *rest = torch.ops.psm_kernels.bank_pass(*args)
         return BankPass(neg_lse, *(t.detach() for t in rest))
     if query.requires_grad and torch.is_grad_enabled():
@@ -122,8 +121,8 @@ def bank_topk(
         backend: "auto" or a name of `python -m psm_kernels`.
 
     Returns:
-        similarity (B, k) fp32 (fp64 for an fp64 bank), descending, and index (B, k) int64. Ties go to
-        the smaller slot. No gradient.
+        similarity (B, k) fp32 (fp64 for an fp64 bank), descending, and index (B, k) int64. Ties go
+        to the smaller slot. No gradient.
 
     Raises:
         ValueError: an argument is wrong, or the named backend cannot run here.
@@ -133,7 +132,6 @@ def bank_topk(
     checks.check_int("k", k, 0)
     args = (query.detach(), bank.detach(), k, checks.as_count(count, bank), backend)
     if torch.compiler.is_compiling():
-        backends.choose(backend, bank)
         return torch.ops.psm_kernels.bank_topk(*args)
     return _run_bank_topk(*args)
 
@@ -193,9 +191,9 @@ _bank_pass_op = torch.library.custom_op(
     "psm_kernels::bank_pass",
     _run_bank_pass,
     mutates_args=(),
-    schema="(Tensor query, Tensor? key, Tensor bank, Tensor count, Tensor s_pos, float temperature, "
-    "str selection, float a, float b, int topk, Tensor? rng_state, int row_offset, int col_offset, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor query, Tensor? key, Tensor bank, Tensor count, Tensor s_pos, "
+    "float temperature, str selection, float a, float b, int topk, Tensor? rng_state, int row_offset, "
+    "int col_offset, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _bank_topk_op = torch.library.custom_op(
     "psm_kernels::bank_topk",

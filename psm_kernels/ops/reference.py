@@ -1,5 +1,5 @@
-"""The two operators as the paper writes them, B x K matrices and all: the oracle of the tests and the
-naive baseline of the benchmarks. Any device, fp32 and fp64; never optimized."""
+"""The two operators as the paper writes them, B x K matrices and all: the oracle of the tests and
+the naive baseline of the benchmarks. Any device, fp32 and fp64; never optimized."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bank_pass(
     noise: str = "philox",
     exact_ties: bool = True,
 ) -> tuple[Tensor, ...]:
-    """See `psm_kernels.ops.bank_pass`. The last two flags exist for benchmarks, where the baseline is
+    """See `psm_kernels.ops.bank_pass`. The last two flags exist for benchmarks, whose baseline is
     what a user would write: noise="torch" draws from torch's generator instead of the canonical
     words, exact_ties=False leaves ties of the top-k to `torch.topk`."""
     rows = _valid_rows(bank, count)
