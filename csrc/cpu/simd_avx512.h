@@ -89,11 +89,15 @@ INLINE void transpose(const uint32_t* src, int64_t ld, uint32_t* dst, int64_t ds
     _mm512_storeu_si512(dst + 3 * dst_ld, _mm512_unpackhi_epi64(b, d));
 }
 
-using I = __m512i;
-INLINE I load_i(const void* p) { return _mm512_loadu_si512(p); }
-INLINE I set1_i(uint32_t x) { return _mm512_set1_epi32(x); }
-INLINE I dot_bytes(I acc, I u, I s) { return _mm512_dpbusd_epi32(acc, u, s); }
-INLINE V to_float(I x) { return _mm512_cvtepi32_ps(x); }
+// Lanes of 32 bits, not __m512i: GCC 12 keeps an array of accumulators in registers only if its
+// type is the one that the instruction returns.
+typedef int32_t I __attribute__((vector_size(64)));
+INLINE I load_i(const void* p) { return (I)_mm512_loadu_si512(p); }
+INLINE I set1_i(uint32_t x) { return (I)_mm512_set1_epi32(x); }
+INLINE I dot_bytes(I acc, I u, I s) {
+    return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, (__m512i)s);
+}
+INLINE V to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
 
 #if PSM_PAIRS
 INLINE V dot_pairs(V acc, I a, I b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
