@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels.functional import common
-from psm_kernels.ops import bank_pass
+from psm_kernels.ops import bank_pass, bank_rows, snapshot
 from psm_kernels.ops.affine import row_ranges, weighted_pass
 
 _EQUAL = 1e-6  # indicators whose range is below this share of their size do not tell rows apart
@@ -74,7 +74,7 @@ def unremix_loss(
             log_neg = _view_negatives(views, temperature, share)
             loss = views.fold(common.contrast(views.positive / temperature, log_neg))
         else:
-            count = checks.as_count(count, bank)
+            count = snapshot(checks.as_count(count, bank))
             log_pos = (query * key).sum(1) / temperature
             log_neg = _bank_negatives(query, log_pos, bank, count, temperature, share, backend)
             loss = common.contrast(log_pos, log_neg)
@@ -174,7 +174,7 @@ def _bank_negatives(
     """
     with torch.no_grad():
         ranges = row_ranges(query, bank, count, temperature=temperature, backend=backend)
-        nearest, empty = ranges.index[:, 0], ranges.index[:, 0] < 0
+        empty = ranges.index[:, 0] < 0
         top = torch.where(empty, 0.0, ranges.top[:, 0])  # (B,)
         low = torch.where(empty, 0.0, ranges.lowest)
 
@@ -206,7 +206,7 @@ def _bank_negatives(
         rho=share.representativeness * _representativeness(bank, count, backend),
         backend=backend,
     )
-    label = torch.where(empty[:, None], 0.0, bank[nearest.clamp_min(0)].to(query.dtype))
+    label = bank_rows(bank, ranges.index[:, :1], query.dtype)[:, 0]  # (B, D)
     apart = (query * label).sum(1) / temperature + extra.log()
     log_sum = common.log_sum(swept.log_sum, apart)
     weight = (swept.weight + extra) / count.clamp_min(1)  # mean of w
