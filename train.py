@@ -31,63 +31,61 @@ from psm_kernels.data import DATA_SETS, MEAN_STD, Views, load_images, transforms
 from psm_kernels.evaluate import encode, knn_accuracy, linear_probe
 
 
-def setting(default, help, choices=None, free=False):
-    """A field of Settings; `free` ones may change on --resume, they do not change the numbers."""
-    metadata = {"help": help, "choices": choices, "free": free}
+def setting(default, help, *, choices=None, least=None, free=False):
+    """A field of Settings; a `free` one does not change the numbers and may change on --resume."""
+    metadata = {"help": help, "choices": choices, "least": least, "free": free}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
 class Settings:
-    # The defaults are the recipe released with PSM; RECIPES says what differs by data set.
-    data: str = setting("digits", "data set", DATA_SETS)
-    data_dir: str = setting("data", "folder of the data; imagefolder: has train/, val/", free=True)
+    """The command line. Defaults: the recipe released with PSM; RECIPES: what differs by data."""
+
+    data: str = setting("digits", "data set", choices=DATA_SETS)
+    data_dir: str = setting("data", "folder of the data; imagefolder: of train/, val/", free=True)
     download: bool = setting(False, "fetch a missing data set into data_dir", free=True)
-    workers: int = setting(0, "processes that load images", free=True)
-    limit: int = setting(0, "use that many training and test images, 0: all")
-    image_size: int = setting(32, "side of the training crops")
+    workers: int = setting(0, "processes that load images", least=0, free=True)
+    limit: int = setting(0, "use that many training and test images, 0: all", least=0)
+    image_size: int = setting(32, "side of the training crops", least=1)
     name: str = setting("", "run folder, default <data>-<method>", free=True)
     runs: str = setting("runs", "folder of the run folders", free=True)
     resume: bool = setting(False, "continue runs/<name> from its checkpoint", free=True)
-    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: a GPU if there is one", free=True)
-    seed: int = setting(0, "of the weights, the augmentations and the loss's noise")
+    device: str = setting("auto", "cpu, cuda, ...; auto: a GPU if there is one", free=True)
+    seed: int = setting(0, "of weights, augmentations and the noise of the loss", least=0)
 
-    arch: str = setting("resnet18", "torchvision encoder", ("resnet18", "resnet34", "resnet50"))
-    stem: str = setting("small", "small: 3x3 stride 1; large: ImageNet's", ("small", "large"))
-    dim: int = setting(128, "dimension of queries and keys")
-    ema: float = setting(0.99, "momentum of the key encoder")
+    arch: str = setting("resnet18", "encoder", choices=("resnet18", "resnet34", "resnet50"))
+    stem: str = setting("small", "first layers: 3x3 or ImageNet's", choices=("small", "large"))
+    dim: int = setting(128, "dimension of queries and keys", least=1)
+    ema: float = setting(0.99, "momentum of the key encoder", least=0)
 
-    method: str = setting("psm", "loss", ("psm",))
+    method: str = setting("psm", "loss", choices=("psm",))
     temperature: float = setting(0.5, "of the loss")
-    bank: int = setting(16384, "slots of the memory bank")
+    bank: int = setting(16384, "slots of the memory bank", least=1)
     topk: int = setting(5, "mined positives per query")
-    a: float = setting(0.5, "density of the negative selection")
-    b: float = setting(0.0, "its peak, relative to the positive's similarity")
-    selection: str = setting(
-        "bernoulli", "of negatives; all: PNSM off", ("bernoulli", "expected", "all")
-    )
-    soft_weights: str = setting(
-        "attention", "of mined positives", ("attention", "uniform", "binary")
-    )
+    a: float = setting(0.5, "negative selection: density")
+    b: float = setting(0.0, "negative selection: peak relative to the positive's similarity")
+    selection: str = setting("bernoulli", "bernoulli, expected or all negatives (PNSM off)")
+    soft_weights: str = setting("attention", "of mined positives: attention, uniform or binary")
     hard_weight: float = setting(1.0, "of the augmented view's own loss")
 
-    epochs: int = setting(200, "passes over the training images")
-    batch_size: int = setting(256, "images per optimizer step")
-    accumulate: int = setting(1, "split each batch into that many passes to save memory")
-    lr: float = setting(0.1, "peak learning rate")
-    min_lr: float = setting(1e-4, "where warm-up starts and the cosine ends")
-    warmup: int = setting(20, "epochs of linear warm-up")
-    weight_decay: float = setting(1e-3, "of every parameter")
-    amp: str = setting("none", "autocast of the networks", ("none", "bf16", "fp16"))
+    epochs: int = setting(200, "passes over the training images", least=1)
+    batch_size: int = setting(256, "images per optimizer step", least=2)
+    accumulate: int = setting(1, "split a batch into that many passes to save memory", least=1)
+    lr: float = setting(0.1, "peak learning rate", least=0)
+    min_lr: float = setting(1e-4, "where warm-up starts and the cosine ends", least=0)
+    warmup: int = setting(20, "epochs of linear warm-up", least=0)
+    weight_decay: float = setting(1e-3, "of every parameter", least=0)
+    amp: str = setting("none", "autocast of the networks", choices=("none", "bf16", "fp16"))
     compile: bool = setting(False, "torch.compile the networks")
     probe: bool = setting(True, "end with linear probes and pictures", free=True)
 
 
-RECIPES = {  # digits: tuned to fit three minutes on two CPU cores
-    "digits": dict(image_size=8, bank=1024, epochs=28, batch_size=128, warmup=3, lr=0.1),
-    "tinyimagenet": dict(image_size=64, stem="large"),  # as released; small: 10 times the work
-    "imagefolder": dict(image_size=224, stem="large"),
+RECIPES = {
+    "digits": {"image_size": 8, "bank": 1024, "epochs": 28, "batch_size": 128, "warmup": 3},
+    "tinyimagenet": {"image_size": 64, "stem": "large"},  # as released; small is 10 times the work
+    "imagefolder": {"image_size": 224, "stem": "large"},
 }
+STATISTICS = ("positive_purity", "kept", "grad_mean", "grad_var", "bank_fill")
 
 
 class UserError(Exception):
@@ -103,38 +101,27 @@ def command_line(argv: list[str] | None) -> dict:
     """The settings given on the command line, those alone."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Settings):
-        default = field.default if field.default != "" else "none"
-        for data, recipe in RECIPES.items():
-            default = (
-                f"{default}, {data}: {recipe[field.name]}" if field.name in recipe else default
-            )
-        option = {
-            "help": f"{field.metadata['help']} ({default})",
-            "default": argparse.SUPPRESS,
-        }
+        recipes = {data: recipe.get(field.name) for data, recipe in RECIPES.items()}
+        special = [f"{data}: {value}" for data, value in recipes.items() if value is not None]
+        text = "; ".join([f"{field.metadata['help']} [{field.default}", *special]) + "]"
+        kind = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
-            option["action"] = argparse.BooleanOptionalAction
-        else:
-            option |= {"type": field.type, "choices": field.metadata["choices"]}
-        parser.add_argument("--" + field.name.replace("_", "-"), **option)
+            kind = {"action": argparse.BooleanOptionalAction}
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, help=text, default=argparse.SUPPRESS, **kind)
     return vars(parser.parse_args(argv))
 
 
 def check(s: Settings) -> None:
-    for name in ("image_size", "dim", "bank", "epochs", "accumulate"):
-        if getattr(s, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be at least 1, got {getattr(s, name)}"
-            )
-    if s.batch_size < 2 * s.accumulate or s.batch_size % s.accumulate:
-        raise UserError(
-            f"--batch-size must be a multiple of --accumulate and leave at least 2 images a pass, "
-            f"got {s.batch_size} and {s.accumulate}"
-        )
-    if s.limit < 0 or s.workers < 0 or s.warmup < 0:
-        raise UserError("--limit, --workers and --warmup must be at least 0")
-    if not (0 <= s.ema <= 1 and 0 < s.min_lr <= s.lr and s.weight_decay >= 0):
-        raise UserError("wanted 0 <= --ema <= 1, 0 < --min-lr <= --lr and --weight-decay >= 0")
+    for field in dataclasses.fields(s):
+        least, value = field.metadata["least"], getattr(s, field.name)
+        if least is not None and not value >= least:
+            raise UserError(f"{field.name}: got {value}, wanted at least {least}")
+    if s.ema > 1:
+        raise UserError(f"ema: got {s.ema}, wanted at most 1")
+    if s.batch_size % s.accumulate or s.batch_size < 2 * s.accumulate:
+        wanted = f"a multiple of accumulate ({s.accumulate}), with 2 images or more in each pass"
+        raise UserError(f"batch_size: got {s.batch_size}, wanted {wanted}")
 
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
@@ -162,18 +149,10 @@ def make_encoder(s: Settings) -> nn.Sequential:
 
 
 def make_criterion(s: Settings) -> nn.Module:
-    """Another method is one more branch here, and a choice of --method."""
-    return PSMLoss(
-        s.temperature,
-        (s.bank, s.dim),
-        topk=s.topk,
-        a=s.a,
-        b=s.b,
-        selection=s.selection,
-        soft_weights=s.soft_weights,
-        hard_weight=s.hard_weight,
-        seed=s.seed,
-    )
+    """The loss with its bank. Another method is one more branch here and a choice of --method."""
+    names = ("topk", "a", "b", "selection", "soft_weights", "hard_weight", "seed")
+    options = {name: getattr(s, name) for name in names}
+    return PSMLoss(s.temperature, (s.bank, s.dim), **options)
 
 
 class Run:
@@ -271,9 +250,6 @@ def train_epoch(run: Run, views: Views, bar: tqdm) -> dict:
         raise UserError(f"the loss became {means['loss']} in epoch {run.epoch + 1}: lower --lr?")
     seconds = time.perf_counter() - start
     return means | {"lr": lr, "images_per_s": len(loader) * s.batch_size / seconds}
-
-
-STATISTICS = ("positive_purity", "kept", "grad_mean", "grad_var", "bank_fill")
 
 
 def statistics(out) -> torch.Tensor:
@@ -389,41 +365,49 @@ def draw(run: Run, random_knn: float, views: Views, train: Views, test: Views) -
 
 
 def write_json(path: Path, *rows: dict) -> None:
-    def finite(value):  # JSON has no NaN
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    lines = [json.dumps({k: finite(v) for k, v in row.items()}) for row in rows]
-    path.write_text("\n".join(lines) + "\n")
-
-
-def tensorboard(folder: Path, epoch: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=epoch + 1)
+    """One object a line; NaN, which JSON has not, as null."""
+    plain = [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        for row in rows
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in plain))
 
 
-def train(given: dict) -> None:
-    start = time.perf_counter()
+def log(run: Run, bar: tqdm, writer) -> None:
+    """The last epoch: a line for the eye, metrics.jsonl, TensorBoard."""
+    row = run.history[-1]
+    write_json(run.folder / "metrics.jsonl", *run.history)
+    if writer:
+        for name, value in row.items():
+            writer.add_scalar(name, value, row["epoch"])
+    bar.write(
+        "epoch {epoch:3}  loss {loss:.4f}  kNN {knn:.2%}  purity {positive_purity:.1%}  kept "
+        "{kept:.1%}  gradient {grad_mean:.2e}, variance {grad_var:.2e}  bank {bank_fill:.0%}  "
+        "lr {lr:.4f}".format(**row)
+    )
+
+
+def start(given: dict) -> tuple[Run, Views, Views, Views]:
+    """A new or a resumed run, and its images: two random views; plain training and test images.
+    Nothing is written before everything is known to fit."""
     s = Settings(**(RECIPES.get(given.get("data", Settings.data), {}) | given))
     s.name = s.name or f"{s.data}-{s.method}"
     folder, state = Path(s.runs) / s.name, None
     if s.resume:
-        state, s = load(folder / "checkpoint.pt", given | {"name": s.name})
+        state, s = load(folder / "checkpoint.pt", given | {"name": s.name, "runs": s.runs})
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists: --resume continues it, --name NAME makes another")
     check(s)
-    random_view, plain = transforms(s.data, s.image_size)
-    images = [
-        load_images(s.data, s.data_dir, train=t, download=s.download, limit=s.limit)
-        for t in (True, False)
-    ]
-    views = Views(images[0], [random_view, random_view], s.seed)
-    train, test = (Views(part, [plain]) for part in images)
-    if len(views) < s.batch_size:
-        raise UserError(f"--batch-size {s.batch_size} exceeds the {len(views)} training images")
-    run = Run(s)
+    options = {"download": s.download, "limit": s.limit}
+    images = [load_images(s.data, s.data_dir, train=part, **options) for part in (True, False)]
+    if len(images[0]) < s.batch_size:
+        raise UserError(f"batch_size: got {s.batch_size} for {len(images[0])} training images")
+    augment, plain = transforms(s.data, s.image_size)
+    views = Views(images[0], [augment, augment], s.seed)
+    try:
+        run = Run(s)
+    except (ValueError, RuntimeError) as error:  # of the loss or of the device
+        raise UserError(str(error).splitlines()[0]) from error
     if state:
         restore(run, state)
     else:
@@ -431,55 +415,47 @@ def train(given: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save(run)
         write_json(folder / "settings.json", dataclasses.asdict(s))
+    return run, views, Views(images[0], [plain]), Views(images[1], [plain])
 
-    writer = tensorboard(folder, run.epoch)
-    per_epoch = len(views) // s.batch_size * s.batch_size
-    bar = tqdm(
-        total=s.epochs * per_epoch,
-        initial=run.epoch * per_epoch,
-        unit="img",
-        unit_scale=True,
-        disable=None,  # no bar into a file
-    )
-    with bar:
+
+def train(run: Run, views: Views, train: Views, test: Views) -> None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run.folder, purge_step=run.epoch + 1)
+    except ImportError:
+        writer = None
+    s, backbone, begin = run.settings, run.encoder[0], time.perf_counter()
+    images = len(views) // s.batch_size * s.batch_size  # in an epoch of full batches
+    size = {"total": s.epochs * images, "initial": run.epoch * images}
+    with tqdm(**size, unit="img", unit_scale=True, disable=None) as bar:  # no bar into a file
         while run.epoch < s.epochs:
             means = train_epoch(run, views, bar)
-            knn = knn_accuracy(
-                *features(run, run.encoder[0], train), *features(run, run.encoder[0], test)
-            )
+            knn = knn_accuracy(*features(run, backbone, train), *features(run, backbone, test))
             run.epoch += 1
             run.history.append({"epoch": run.epoch, "knn": knn, **means})
             save(run)
-            write_json(folder / "metrics.jsonl", *run.history)
-            if writer:
-                for name, value in run.history[-1].items():
-                    writer.add_scalar(name, value, run.epoch)
-            bar.write(LINE.format(**run.history[-1], epochs=s.epochs))
+            log(run, bar, writer)
     result = {**run.history[-1], "settings": dataclasses.asdict(s)}
     if s.probe:
-        scores = compare(run, train, test)
-        knn = scores["random-initialized encoder"]["knn"]
-        result |= {"accuracy": scores, "gradient": draw(run, knn, views, train, test)}
-    write_json(folder / "result.json", result)
-    print(f"{time.perf_counter() - start:.0f} s; everything is in {folder}")
-
-
-LINE = (
-    "epoch {epoch:3}/{epochs}  loss {loss:.4f}  kNN {knn:.2%}  purity {positive_purity:.1%}  "
-    "kept {kept:.1%}  gradient {grad_mean:.2e} var {grad_var:.2e}  bank {bank_fill:.0%}  lr {lr:.4f}"
-)
+        result["accuracy"] = compare(run, train, test)
+        random_knn = result["accuracy"]["random-initialized encoder"]["knn"]
+        result["gradient"] = draw(run, random_knn, views, train, test)
+    write_json(run.folder / "result.json", result)
+    print(f"{time.perf_counter() - begin:.0f} s; everything is in {run.folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
+    given = {}
     try:
         given = command_line(argv)
-        train(given)
+        train(*start(given))
     except (UserError, FileNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         again = "".join(f" --{k} {given[k]}" for k in ("data", "runs", "name") if k in given)
-        print(f"\nstopped; continue with: python train.py{again} --resume", file=sys.stderr)
+        print(f"\nstopped; to continue: python train.py{again} --resume", file=sys.stderr)
         return 130
     return 0
 
