@@ -13,10 +13,12 @@ their augmentations are in psm_kernels/data.py.
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
 import random
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -81,7 +83,14 @@ class Settings:
 
 
 RECIPES = {
-    "digits": {"image_size": 8, "bank": 1024, "epochs": 28, "batch_size": 128, "warmup": 3},
+    "digits": {
+        "image_size": 8,
+        "bank": 1024,
+        "epochs": 20,
+        "batch_size": 64,
+        "warmup": 1,
+        "ema": 0.97,
+    },
     "tinyimagenet": {"image_size": 64, "stem": "large"},  # as released; small is 10 times the work
     "imagefolder": {"image_size": 224, "stem": "large"},
 }
@@ -92,14 +101,15 @@ class UserError(Exception):
     """Ends the run with one line on stderr and exit status 2."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
+def fail(message: str):
+    raise UserError(message)
 
 
 def command_line(argv: list[str] | None) -> dict:
     """The settings given on the command line, those alone."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.error = fail
     for field in dataclasses.fields(Settings):
         recipes = {data: recipe.get(field.name) for data, recipe in RECIPES.items()}
         special = [f"{data}: {value}" for data, value in recipes.items() if value is not None]
@@ -167,10 +177,8 @@ class Run:
         self.predictor = mlp(s.dim, s.dim).to(self.device)
         self.momentum = copy.deepcopy(self.encoder).requires_grad_(False)
         self.criterion = make_criterion(s).to(self.device)
-        parameters = [*self.encoder.parameters(), *self.predictor.parameters()]
-        self.optimizer = torch.optim.SGD(
-            parameters, s.lr, momentum=0.9, weight_decay=s.weight_decay
-        )
+        moved = [*self.encoder.parameters(), *self.predictor.parameters()]
+        self.optimizer = torch.optim.SGD(moved, s.lr, momentum=0.9, weight_decay=s.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=s.amp == "fp16")
         if s.compile:
             for module in (self.encoder, self.predictor, self.momentum):
@@ -199,13 +207,12 @@ def learning_rate(s: Settings, epoch: float) -> float:
 def fill_bank(run: Run, views: Views) -> None:
     """Keys of the untrained encoder: with a bank that still fills, the loss would rise at first."""
     s = run.settings
-    for _, view, label in views.batches(s.batch_size, epoch=0, workers=s.workers):
+    batches = views.batches(s.batch_size, epoch=0, workers=s.workers)
+    for _, view, label in itertools.islice(batches, math.ceil(s.bank / s.batch_size)):
         view, label = run.to_device(view, label)
         with run.autocast():
             key = run.momentum(view)
         run.criterion.enqueue(key, label)
-        if run.criterion.memory_bank.count == s.bank:
-            break
 
 
 def train_epoch(run: Run, views: Views, bar: tqdm) -> dict:
@@ -218,8 +225,7 @@ def train_epoch(run: Run, views: Views, bar: tqdm) -> dict:
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         with torch.no_grad():  # as in the released code, the key encoder moves before it is used
-            pairs = zip(run.momentum.parameters(), run.encoder.parameters(), strict=True)
-            for slow, fast in pairs:
+            for slow, fast in zip(run.momentum.parameters(), run.encoder.parameters(), strict=True):
                 slow.lerp_(fast, 1 - s.ema)
 
         view1, view2, label = run.to_device(*batch)  # (B, C, H, W) twice, (B,)
@@ -343,33 +349,22 @@ def draw(run: Run, random_knn: float, views: Views, train: Views, test: Views) -
         module.eval()
     query, key = run.predictor(run.encoder(view1)), run.momentum(view2)
     memory = run.criterion.memory_bank
-    gradient = rank_gradient_stats(
-        query, key, memory.bank, count=memory.count, temperature=s.temperature
-    )
+    options = {"count": memory.count, "temperature": s.temperature}
+    gradient = rank_gradient_stats(query, key, memory.bank, **options)
     plots.draw_gradient(*gradient, folder / "gradient.png")
 
     query, _ = features(run, nn.Sequential(run.encoder, run.predictor), test)
     key, bank = features(run, run.momentum, test)[0], features(run, run.momentum, train)[0]
-    plots.draw_mined(
-        test,
-        train,
-        query[:8],
-        key[:8],
-        bank[: s.bank],
-        folder / "mined.png",
-        topk=s.topk,
-        keep=None if s.selection == "all" else (s.a, s.b),
-        mean_std=MEAN_STD[s.data],
-    )
+    keep = None if s.selection == "all" else (s.a, s.b)
+    rows = (query[:8], key[:8], bank[: s.bank])
+    options = {"topk": s.topk, "keep": keep, "mean_std": MEAN_STD[s.data]}
+    plots.draw_mined(test, train, *rows, folder / "mined.png", **options)
     return {name: value.tolist() for name, value in gradient._asdict().items()}
 
 
 def write_json(path: Path, *rows: dict) -> None:
     """One object a line; NaN, which JSON has not, as null."""
-    plain = [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        for row in rows
-    ]
+    plain = [json.loads(json.dumps(row), parse_constant=lambda _: None) for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in plain))
 
 
@@ -446,16 +441,16 @@ def train(run: Run, views: Views, train: Views, test: Views) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = {}
     try:
-        given = command_line(argv)
-        train(*start(given))
+        train(*start(command_line(argv)))
     except (UserError, FileNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "".join(f" --{k} {given[k]}" for k in ("data", "runs", "name") if k in given)
-        print(f"\nstopped; to continue: python train.py{again} --resume", file=sys.stderr)
+        again = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+        print(
+            f"\nstopped; to continue after the last full epoch: {again} --resume", file=sys.stderr
+        )
         return 130
     return 0
 

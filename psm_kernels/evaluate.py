@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from psm_kernels import _checks as checks
 from psm_kernels.ops import bank_topk
 
 
@@ -78,11 +79,9 @@ def knn_accuracy(
     num_classes = _check_sets(
         train_features, train_labels, test_features, test_labels, num_classes=num_classes
     )
-    for name, value in (("k", k), ("chunk", chunk)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive finite number, got {temperature}")
+    checks.check_int("k", k, 1)
+    checks.check_int("chunk", chunk, 1)
+    checks.check_number("temperature", temperature, above=0)
 
     bank = F.normalize(train_features.detach().float(), dim=1)  # (N, D)
     queries = F.normalize(test_features.detach().float(), dim=1)  # (M, D)
@@ -140,14 +139,13 @@ def linear_probe(
         raise ImportError("linear_probe needs scikit-learn: pip install scikit-learn") from error
 
     _check_sets(train_features, train_labels, test_features, test_labels)
-    counts = {"labels_per_class": labels_per_class, "draws": draws, "max_iter": max_iter}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 < regularization < float("inf"):
-        raise ValueError(f"regularization must be a positive finite number, got {regularization}")
+    if labels_per_class is not None:
+        checks.check_int("labels_per_class", labels_per_class, 1)
+    checks.check_int("draws", draws, 1)
+    checks.check_int("max_iter", max_iter, 1)
+    checks.check_number("regularization", regularization, above=0)
     if len(train_labels.unique()) < 2:
-        raise ValueError("train_labels must hold at least two classes, got one")
+        raise ValueError("train_labels: got one class, wanted at least two")
 
     train_labels = train_labels.detach().cpu()
     x, y = train_features.detach().float().cpu().numpy(), train_labels.numpy()
@@ -176,30 +174,19 @@ def _check_sets(
 ) -> int:
     """Raise ValueError on sets that do not fit together; return the number of classes."""
     sets = {"train": (train_features, train_labels), "test": (test_features, test_labels)}
+    shape = (None, train_features.shape[-1])
     for name, (features, labels) in sets.items():
-        if features.ndim != 2 or len(features) == 0 or not features.is_floating_point():
-            raise ValueError(
-                f"{name}_features must be a float tensor of shape (rows, D) with at least one row, "
-                f"got {features.dtype} {tuple(features.shape)}"
-            )
-        if labels.shape != features.shape[:1] or labels.dtype.is_floating_point:
-            raise ValueError(
-                f"{name}_labels must be integers of shape ({len(features)},) like {name}_features, "
-                f"got {labels.dtype} {tuple(labels.shape)}"
-            )
+        checks.check_matrix(f"{name}_features", features, like="train_features", shape=shape)
+        checks.check_vector(f"{name}_labels", labels, len(features))
+        if labels.is_floating_point():
+            raise ValueError(f"{name}_labels: got {labels.dtype}, wanted integers")
         if not features.isfinite().all():
-            raise ValueError(f"{name}_features must be finite, got NaN or inf")
-    if train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(
-            f"test_features must have the D of train_features, {train_features.shape[1]}, "
-            f"got {test_features.shape[1]}"
-        )
+            raise ValueError(f"{name}_features: got NaN or inf, wanted finite numbers")
     if num_classes is None:
         num_classes = 1 + max(int(train_labels.max()), int(test_labels.max()))
     for name, (_, labels) in sets.items():
-        if labels.min() < 0 or labels.max() >= num_classes:
-            raise ValueError(
-                f"{name}_labels must lie in [0, {num_classes}), "
-                f"got {int(labels.min())} to {int(labels.max())}"
-            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            wanted = f"integers from 0 to {num_classes - 1}"
+            raise ValueError(f"{name}_labels: got {low} to {high}, wanted {wanted}")
     return num_classes

@@ -119,7 +119,8 @@ def draw_mined(
 
     groups = {"mined positives": topk, "kept negatives": negatives, "dropped negatives": negatives}
     if kept.all():
-        del groups["dropped negatives"]
+        groups["dropped negatives"] = 0
+    groups = {title: count for title, count in groups.items() if count}
     ratios = [1, *(w for count in groups.values() for w in (0.3, *[1] * count))]
     figure, axes = _figure(
         0.85 * sum(ratios),
@@ -129,7 +130,7 @@ def draw_mined(
         squeeze=False,
         gridspec_kw={"width_ratios": ratios},
     )
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0.02, hspace=0.02)
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     for axis in axes.flat:
         axis.set_axis_off()
     for i, line in enumerate(axes):
@@ -137,10 +138,10 @@ def draw_mined(
         _draw_image(line[0], image, mean_std, GREY)
         others = torch.randperm(len(bank), generator=generator)
         others = others[~torch.isin(others, mined[i])]
-        hardest_first = lambda rows: rows[similarity[i, rows].argsort(descending=True)]  # noqa: E731, B023
         shown = {"mined positives": mined[i]}
-        shown["kept negatives"] = hardest_first(others[kept[i, others]][:negatives])
-        shown["dropped negatives"] = hardest_first(others[~kept[i, others]][:negatives])
+        for title, mask in (("kept negatives", kept[i]), ("dropped negatives", ~kept[i])):
+            some = others[mask[others]][:negatives]
+            shown[title] = some[similarity[i, some].argsort(descending=True)]
         column = 2  # after the query and a gap
         for title, count in groups.items():
             if i == 0:
