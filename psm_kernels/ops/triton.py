@@ -12,6 +12,7 @@ from torch import Tensor
 
 MAX_DIM = 512
 MAX_K = 1024
+CELL = 64
 LOG2E = 1.4426950408889634
 
 
@@ -52,7 +53,7 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
 
 class Tile(NamedTuple):
     rows: int  # of queries
-    cols: int  # of bank slots, also the width of a cell
+    cols: int  # of bank slots
     warps: int
     stages: int  # bank tiles in flight
     resident: int  # programs on one multiprocessor, for the number of splits
@@ -75,7 +76,7 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     batch = (key if query is None else query).shape[0]
     padded = _power_of_2(dim, 16)
     rows, cols, warps, stages, resident = tile(bank.dtype, padded)
-    cells = -(-(size + 15) // cols)
+    cells = -(-(size + 15) // CELL)
     blocks = -(-batch // rows)
     splits = _splits(blocks, cells, resident, bank.device)
     s_pos, scale, selection, decay, b, rng_state, row_offset = sums or (
@@ -102,15 +103,15 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
             batch, size, dim, cells, splits, scale, decay, b, row_offset, col_offset,
             SELECTION=selection if total else "all", MINE=mine, SUM=total,
             FAST=bank.dtype is not torch.float16,  # unshifted weights leave its range
-            BM=rows, BN=cols, DPAD=padded, STAGES=stages, num_warps=warps,
+            BM=rows, BN=cols, DPAD=padded, DBLOCK=padded, STAGES=stages, num_warps=warps,
         )  # fmt: skip
     kp = _power_of_2(k, 2)
     merge_kernel[(batch,)](
         part_stats, part_mean, neg_lse, neg_sq_lse, neg_count, neg_mean,
         key, bank, count, cell_max, topk_sim, topk_index, size, dim, cells, splits, k, col_offset,
         MINE=k > 0, SUM=sums is not None, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
-        KP=kp, CELL=cols, DBLOCK=min(padded, 64), CHUNK=max(1024, kp),
-        GROUP=max(4, kp // cols), num_warps=4,
+        KP=kp, DBLOCK=min(padded, 64), CHUNK=max(1024, kp),
+        GROUP=max(4, kp // CELL), num_warps=4,
     )  # fmt: skip
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
 

@@ -50,18 +50,38 @@ def _partial_sum(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _products(
+    x, x_rows, x_valid, m, m_rows, m_valid, D,
+    BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
+):  # fmt: skip
+    """x . m, (BM, BN), of the tiles at hand, or of column blocks loaded again where both tiles do
+    not fit beside each other (wide rows) or unroll into too many FMAs (fp32)."""
+    if DBLOCK == DPAD:
+        return tl.dot(x, tl.trans(m), input_precision="ieee")
+    s = tl.zeros((BM, BN), tl.float32)
+    for d0 in tl.range(0, D, DBLOCK, num_stages=1):
+        d = d0 + tl.arange(0, DBLOCK)
+        x_block = tl.load(x_rows + d[None, :], mask=x_valid & (d < D)[None, :], other=0.0)
+        m_block = tl.load(m_rows + d[None, :], mask=m_valid & (d < D)[None, :], other=0.0)
+        s = tl.dot(x_block, tl.trans(m_block), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
 def _scan(
-    top, total, squares, kept, mean,  # running state of a block of rows
-    q, k, bank, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
+    held, top, total, squares, kept, mean,  # running state of a block of rows
+    q, k, query, key, bank, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
     center, scale, decay, row_words, group, seed, offset,
     SELECTION: tl.constexpr, MINE: tl.constexpr, SUM: tl.constexpr, GENERAL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add tiles [first, last) of the bank to the state, and write their cell maxima.
 
     GENERAL takes partly valid tiles and shifts exponents by a running maximum, as in attention.
     Without it tiles are full and the shift is 0, which costs fewer instructions.
     """
+    CELL_TILES: tl.constexpr = 64 // BN
     local = tl.arange(0, BN)
     in_tile = local[:, None] * D + d[None, :]  # offsets within a tile fit 32 bits
     for tile in tl.range(first, last, num_stages=STAGES):
@@ -75,12 +95,20 @@ def _scan(
         else:
             m = tl.load(tile_rows + in_tile, mask=d_valid[None, :], other=0.0)
         if MINE:
-            mined = tl.dot(k, tl.trans(m), input_precision="ieee")  # (BM, BN)
+            mined = _products(
+                k, key + rows[:, None] * D, row_valid[:, None],
+                m, tile_rows + local[:, None] * D, slot_valid[:, None], D, BM, BN, DPAD, DBLOCK,
+            )  # (BM, BN)  # fmt: skip
             if GENERAL:
                 mined = tl.where(slot_valid[None, :], mined, -float("inf"))
-            tl.store(cell_max + rows * cells + tile, tl.max(mined, 1), mask=row_valid)
+            held = tl.where(tile % CELL_TILES == 0, -float("inf"), held)
+            held = tl.maximum(held, tl.max(mined, 1))
+            tl.store(cell_max + rows * cells + tile // CELL_TILES, held, mask=row_valid)
         if SUM:
-            s = tl.dot(q, tl.trans(m), input_precision="ieee")  # (BM, BN)
+            s = _products(
+                q, query + rows[:, None] * D, row_valid[:, None],
+                m, tile_rows + local[:, None] * D, slot_valid[:, None], D, BM, BN, DPAD, DBLOCK,
+            )  # (BM, BN)  # fmt: skip
             if SELECTION != "all":
                 distance = s - center[:, None]
                 p = tl.minimum(tl.math.exp2(distance * decay * distance), P_MAX)
@@ -116,7 +144,7 @@ def _scan(
                 kept += _partial_sum(tl.where(keep, 1.0, 0.0), BM, BN)
             total += _partial_sum(e, BM, BN)
             mean = tl.dot(e.to(m.dtype), m, mean, input_precision="ieee")
-    return top, total, squares, kept, mean
+    return held, top, total, squares, kept, mean
 
 
 @triton.jit(do_not_specialize=["B", "K", "cells", "splits", "row_offset", "col_offset"])
@@ -131,7 +159,8 @@ def bank_pass_kernel(
     part_mean,  # (B, splits, D)
     B, K, D, cells, splits, scale, decay, b, row_offset, col_offset,
     SELECTION: tl.constexpr, MINE: tl.constexpr, SUM: tl.constexpr, FAST: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against one split of the bank. Programs of a split are neighbors, so that
     its rows come from memory once and from L2 after that."""
@@ -147,7 +176,7 @@ def bank_pass_kernel(
     shift = (col_offset % 16).to(tl.int32)
     size = tl.minimum(tl.load(count), K).to(tl.int32)
     tiles = tl.where(size > 0, tl.cdiv(size + shift, BN), 0)
-    per_split = tl.cdiv(tiles, splits)
+    per_split = tl.cdiv(tl.cdiv(tiles, 64 // BN), splits) * (64 // BN)  # whole cells
     first = tl.minimum(split * per_split, tiles)
     last = tl.minimum(first + per_split, tiles)
 
@@ -155,14 +184,16 @@ def bank_pass_kernel(
     group = col_offset // 16
     q, k, center = 0.0, 0.0, 0.0
     seed, offset = 0, 0
-    if SUM:
+    if SUM and DBLOCK == DPAD:
         q = tl.load(query + rows[:, None] * D + d[None, :], mask=valid, other=0.0)
+    if SUM:
         center = tl.load(s_pos + rows, mask=row_valid, other=0.0) + b
-    if MINE:
+    if MINE and DBLOCK == DPAD:
         k = tl.load(key + rows[:, None] * D + d[None, :], mask=valid, other=0.0)
     if SELECTION == "bernoulli":
         seed, offset = tl.load(rng_state), tl.load(rng_state + 1)
 
+    held = tl.full((BM,), -float("inf"), tl.float32)
     top = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM, 8), tl.float32)
     squares = tl.zeros((BM, 8), tl.float32)
@@ -171,11 +202,11 @@ def bank_pass_kernel(
     if FAST:
         full = tl.where(first * BN < shift, first, (size + shift) // BN)  # tiles [first, full)
         full = tl.maximum(tl.minimum(full, last), first)
-        top, total, squares, kept, mean = _scan(
-            top, total, squares, kept, mean,
-            q, k, bank, cell_max, first, full, size, shift, d, d_valid, D, rows, row_valid, cells,
+        held, top, total, squares, kept, mean = _scan(
+            held, top, total, squares, kept, mean,
+            q, k, query, key, bank, cell_max, first, full, size, shift, d, d_valid, D, rows, row_valid, cells,
             center, scale, decay, row_words, group, seed, offset,
-            SELECTION, MINE, SUM, False, BM, BN, DPAD, STAGES,
+            SELECTION, MINE, SUM, False, BM, BN, DPAD, DBLOCK, STAGES,
         )  # fmt: skip
         first = full
         if SUM:
@@ -192,11 +223,11 @@ def bank_pass_kernel(
                 squares = tl.zeros((BM, 8), tl.float32)
                 kept = tl.zeros((BM, 8), tl.float32)
                 mean = tl.zeros((BM, DPAD), tl.float32)
-    top, total, squares, kept, mean = _scan(
-        top, total, squares, kept, mean,
-        q, k, bank, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
+    held, top, total, squares, kept, mean = _scan(
+        held, top, total, squares, kept, mean,
+        q, k, query, key, bank, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
         center, scale, decay, row_words, group, seed, offset,
-        SELECTION, MINE, SUM, True, BM, BN, DPAD, 1 if FAST else STAGES,
+        SELECTION, MINE, SUM, True, BM, BN, DPAD, DBLOCK, 1 if FAST else STAGES,
     )  # fmt: skip
     if SUM:
         stats = part_stats + rows * 4 * splits + split

@@ -7,6 +7,8 @@ import triton.language as tl
 
 from psm_kernels.ops.triton_kernels import LN2
 
+CELL = tl.constexpr(64)  # slots that share one maximum
+
 MISSING = tl.constexpr(-(2**63))  # sorts below every packed value
 
 
@@ -33,10 +35,18 @@ def _value(packed):
 
 
 @triton.jit
-def _best(best, new, KP: tl.constexpr):
-    """The KP largest of both, descending."""
-    new = tl.topk(new, KP)
-    return tl.topk(tl.reshape(tl.join(best, new), (2 * KP,)), KP)
+def _best(best, new, k, KP: tl.constexpr):
+    """The k largest of both, descending, in KP >= k entries."""
+    if KP > 32:
+        return tl.topk(tl.reshape(tl.join(best, tl.topk(new, KP)), (2 * KP,)), KP)
+    rank = tl.arange(0, KP)
+    merged = tl.full((KP,), MISSING, tl.int64)
+    for r in range(0, k):  # each round takes the largest; packed values are distinct
+        largest = tl.maximum(tl.max(best, 0), tl.max(new, 0))
+        merged = tl.where(rank == r, largest, merged)
+        best = tl.where(best == largest, MISSING, best)
+        new = tl.where(new == largest, MISSING, new)
+    return merged
 
 
 @triton.jit
@@ -83,7 +93,7 @@ def _merge_splits(
 @triton.jit
 def _select(
     row, key, bank, size, cell_max, topk_sim, topk_index, D, cells, shift, k,
-    KP: tl.constexpr, CELL: tl.constexpr, DBLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    KP: tl.constexpr, DBLOCK: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     # The k best slots lie in the k cells with the largest maxima: were one in another cell, each
@@ -95,7 +105,7 @@ def _select(
     for first in range(0, used, CHUNK):
         cell = first + local
         maxima = tl.load(cell_max + row * cells + cell, mask=cell < used, other=0.0)
-        best = _best(best, tl.where(cell < used, _pack(maxima, cell), MISSING), KP)
+        best = _best(best, tl.where(cell < used, _pack(maxima, cell), MISSING), k, KP)
     chosen = tl.where((best != MISSING) & (rank < k), _index(best), -1)  # (KP,)
 
     best = tl.full((KP,), MISSING, tl.int64)
@@ -118,7 +128,7 @@ def _select(
             )  # (GROUP * CELL, DBLOCK)
             q = tl.load(key + row * D + d0 + d, mask=d_valid, other=0.0)
             score += tl.sum(m.to(tl.float32) * q.to(tl.float32)[None, :], 1)
-        best = _best(best, tl.where(valid, _pack(score, slot), MISSING), KP)
+        best = _best(best, tl.where(valid, _pack(score, slot), MISSING), k, KP)
     found = best != MISSING
     out = row * k + rank
     tl.store(topk_sim + out, tl.where(found, _value(best), -float("inf")), mask=rank < k)
@@ -138,7 +148,7 @@ def merge_kernel(
     topk_sim, topk_index,  # (B, k)
     K, D, cells, splits, k, col_offset,
     MINE: tl.constexpr, SUM: tl.constexpr, SPLITS: tl.constexpr, DPAD: tl.constexpr,
-    KP: tl.constexpr, CELL: tl.constexpr, DBLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    KP: tl.constexpr, DBLOCK: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
     """One row."""
@@ -153,5 +163,5 @@ def merge_kernel(
         size = tl.minimum(tl.load(count), K).to(tl.int32)
         _select(
             row, key, bank, size, cell_max, topk_sim, topk_index, D, cells, shift, k,
-            KP, CELL, DBLOCK, CHUNK, GROUP,
+            KP, DBLOCK, CHUNK, GROUP,
         )  # fmt: skip
