@@ -61,8 +61,8 @@ def philox_words(rows: Tensor, slots: Tensor, rng_state: Tensor) -> Tensor:
     return words.gather(-1, lane.expand(words.shape[:-1])[..., None])[..., 0]
 
 
-def philox_block(row: int, rows: int, slot: int, slots: int, rng_state: Tensor) -> Tensor:
-    """Words of `rows` consecutive rows and `slots` consecutive slots, (rows, slots) int64.
+def philox_block(row: int, rows: int, slots: int, slot: int, rng_state: Tensor) -> Tensor:
+    """Words of `rows` rows from `row` and `slots` slots from `slot` on, (rows, slots) int64.
 
     A quarter of the work of `philox_words`, because all four words of a counter are used.
     """
@@ -82,6 +82,21 @@ def keep_probability(similarity: Tensor, s_pos: Tensor, a: float, b: float) -> T
     return torch.exp(-a * (similarity - s_pos - b).square()).clamp_max(P_MAX)
 
 
-def kept(words: Tensor, probability: Tensor) -> Tensor:
-    """Bernoulli draw: True with `probability`, taken in fp32 whose scaling by 2^32 is exact."""
-    return words < (probability.float().double() * 2.0**32).long()
+def keep_weight(
+    similarity: Tensor, s_pos: Tensor, words: Tensor | None, selection: str, a: float, b: float
+) -> Tensor:
+    """Weight of each negative under `selection`; `words` serve "bernoulli" alone.
+
+    A Bernoulli draw keeps where word < floor(p 2^32), with p in fp32 so that the scaling is exact.
+    """
+    if selection == "all":
+        return torch.ones_like(similarity)
+    p = keep_probability(similarity, s_pos, a, b)
+    if selection == "expected":
+        return p
+    return (words < (p.float().double() * 2.0**32).long()).to(similarity.dtype)
+
+
+def tagged(rng_state: Tensor, tag: int) -> Tensor:
+    """A stream of its own for draws beside the pass's: `tag` added to the offset's high half."""
+    return torch.stack((rng_state[0], rng_state[1] + (tag << 32)))

@@ -192,8 +192,9 @@ _bank_pass_op = torch.library.custom_op(
     _run_bank_pass,
     mutates_args=(),
     schema="(Tensor query, Tensor? key, Tensor bank, Tensor count, Tensor s_pos, "
-    "float temperature, str selection, float a, float b, int topk, Tensor? rng_state, int row_offset, "
-    "int col_offset, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float temperature, str selection, float a, float b, int topk, Tensor? rng_state, "
+    "int row_offset, int col_offset, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _bank_topk_op = torch.library.custom_op(
     "psm_kernels::bank_topk",

@@ -37,9 +37,14 @@ def bank_pass(
     rows = _valid_rows(bank, count)
     similarity = query.to(rows.dtype) @ rows.T  # (B, K)
     valid = torch.arange(bank.shape[0], device=bank.device) < count
-    weight = _keep_weight(
-        similarity, s_pos, selection, a, b, rng_state, row_offset, col_offset, noise
-    )
+    if selection == "bernoulli" and noise == "torch":
+        p = canonical.keep_probability(similarity, s_pos[:, None], a, b)
+        weight = (torch.rand_like(p) < p).to(p.dtype)
+    else:
+        words = None
+        if selection == "bernoulli":
+            words = canonical.philox_block(row_offset, *similarity.shape, col_offset, rng_state)
+        weight = canonical.keep_weight(similarity, s_pos[:, None], words, selection, a, b)
     weight = weight * valid
 
     logits = torch.where(weight > 0, similarity / temperature + weight.log(), -torch.inf)
@@ -86,16 +91,3 @@ def _valid_rows(bank: Tensor, count: Tensor) -> Tensor:
     rows = bank if bank.dtype is torch.float64 else bank.float()
     empty = torch.arange(bank.shape[0], device=bank.device) >= count
     return rows.masked_fill(empty[:, None], 0.0)
-
-
-def _keep_weight(similarity, s_pos, selection, a, b, rng_state, row_offset, col_offset, noise):
-    if selection == "all":
-        return torch.ones_like(similarity)
-    p = canonical.keep_probability(similarity, s_pos[:, None], a, b)
-    if selection == "expected":
-        return p
-    if noise == "torch":
-        return (torch.rand_like(p) < p).to(p.dtype)
-    batch, size = similarity.shape
-    words = canonical.philox_block(row_offset, batch, col_offset, size, rng_state)
-    return canonical.kept(words, p).to(p.dtype)

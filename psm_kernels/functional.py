@@ -1,0 +1,419 @@
+"""Losses without state: one pass over the bank, a finish on B x (1 + k) numbers in plain torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psm_kernels import _checks as checks
+from psm_kernels import noise
+from psm_kernels.memory_bank import unit_rows
+from psm_kernels.ops import SELECTIONS, bank_pass, bank_topk
+from psm_kernels.stats import MiningStats, PSMOutput
+
+SOFT_WEIGHTS = ("attention", "uniform", "binary")
+NEGATIVES = ("bank", "neighbors")
+REDUCTIONS = ("mean", "sum", "none")
+
+_TAG_SOFT, _TAG_HARD = 1, 2  # noise streams of negatives="neighbors"
+_FALSE_NEGATIVE_SAMPLE = 1 << 20  # (row, slot) pairs looked at: some 50 ms on one core
+
+
+def psm_loss(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    *,
+    count: Tensor | int | None = None,
+    temperature: float = 0.5,
+    topk: int = 5,
+    a: float = 0.5,
+    b: float = 0.0,
+    selection: str = "bernoulli",
+    soft_weights: str = "attention",
+    weight_temperature: float = 1.0,
+    hard_weight: float = 1.0,
+    negatives: str = "bank",
+    projection: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    row_offset: int = 0,
+    reduction: str = "mean",
+    labels: Tensor | None = None,
+    bank_labels: Tensor | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | PSMOutput:
+    """PSM: potential-sample mining of positives (PPSM) and negatives (PNSM), arXiv 2311.00358.
+
+    Mined positives P are the `topk` bank rows nearest to `key`. Every other row j is a negative
+    with the weight keep_j that `selection` gives it. With cosines s and the temperature tau,
+
+        Z    = exp(s+/tau) + sum_P exp(s/tau) + N,     N = sum_j keep_j exp(s_j/tau)
+        soft = sum over [key, P] of W (log Z - s/tau)
+        hard = log(exp(s+/tau) + N) - s+/tau
+        loss = soft + hard_weight hard
+
+    No gradient flows through the choice of P, the keep probabilities or the draws.
+
+    Args:
+        query: (B, D), the online network's output; carries gradient.
+        key: (B, D), the momentum network's output for the other view.
+        bank: (K, D) unit rows, contiguous, fp32 / bf16 / fp16 (fp64 on "reference").
+        count: valid slots [0, count): 0-d int64 tensor on the device, int, or None for K. With an
+            empty bank the loss is 0.
+        temperature: tau > 0 (0.5: dhkdhk/PSM, config.conf).
+        topk: mined positives per row, 0 to K (5: config.conf).
+        a, b: p_j = min(exp(-a (s_j - s+ - b)^2), 0.999), (0.5, 0: the released defaults). The peak
+            is at s+ + b, as in the SimANS paper; its released code has the opposite sign of b.
+        selection: "bernoulli" keeps with probability p, "expected" weighs by p, "all" keeps all.
+        soft_weights: W of the mined positives: "attention", the softmax of projection . positive /
+            weight_temperature; "uniform", 1 / number mined; "binary", 1 (what the released code
+            runs). The key always weighs 1.
+        weight_temperature: of the attention (1: the released code).
+        hard_weight: factor of the second term (1: config.conf).
+        negatives: "bank", or "neighbors" for the released code's candidates: soft term against the
+            batch's other keys and their mined rows, hard term against its other 2B - 2 views.
+        projection: (B, D) projector output before the predictor, for "attention"; None is `query`.
+        rng_state: int64 (2,) [seed, offset] of the canonical noise, on the bank's device. None
+            draws both from torch's default generator.
+        row_offset: global index of row 0, so that ranks of a distributed run draw different noise.
+        reduction: "mean" | "sum" | "none".
+        labels: (B,) int64, for statistics alone; -1 is unknown.
+        bank_labels: (K,) int64, for statistics alone; -1 is unknown.
+        return_stats: return PSMOutput(loss, stats) instead of the loss.
+        backend: "auto" or a name of `python -m psm_kernels`.
+
+    Returns:
+        The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
+
+    Raises:
+        ValueError: an argument is wrong (named in the message), or the backend cannot run here.
+    """
+    checks.check_bank(bank)
+    check_psm_settings(
+        temperature=temperature,
+        topk=topk,
+        a=a,
+        b=b,
+        selection=selection,
+        soft_weights=soft_weights,
+        weight_temperature=weight_temperature,
+        hard_weight=hard_weight,
+        negatives=negatives,
+        reduction=reduction,
+        size=bank.shape[0],
+    )
+    check_pair(query, key, bank)
+    batch = query.shape[0]
+    if projection is not None:
+        checks.check_matrix("projection", projection, like="query", shape=query.shape)
+        checks.check_device("projection", projection, bank.device)
+    for name, value, size in (("labels", labels, batch), ("bank_labels", bank_labels, len(bank))):
+        if value is not None:
+            checks.check_vector(name, value, size, torch.int64)
+            checks.check_device(name, value, bank.device)
+    count = checks.as_count(count, bank)
+    if rng_state is not None:
+        checks.check_rng_state(rng_state, bank.device)
+    elif selection == "bernoulli":
+        rng_state = torch.randint(0, 1 << 62, (2,), device=bank.device)
+
+    draw = _Draw(selection, a, b, rng_state, row_offset)
+
+    with torch.autocast(bank.device.type, enabled=False):
+        query, key = _unit(query, bank), _unit(key, bank)
+        projection = query if projection is None else _unit(projection, bank)
+        if negatives == "bank":
+            pos, neg = _bank_sides(query, key, bank, count, draw, temperature, topk, backend)
+            log_h = torch.logaddexp(pos.logits[:, 0], neg.log_sum)
+            hard = log_h - pos.logits[:, 0]
+        else:
+            pos, neg = _neighbor_sides(query, key, bank, count, draw, temperature, topk, backend)
+            log_h, hard = None, _view_loss(query, key, draw, temperature)
+        weights = _soft_weights(projection, pos, soft_weights, weight_temperature)  # (B, 1 + k)
+        log_z = torch.logsumexp(torch.cat((pos.logits, neg.log_sum[:, None]), 1), 1)  # (B,)
+        soft = (weights * torch.where(weights > 0, log_z[:, None] - pos.logits, 0.0)).sum(1)
+        loss = reduce(soft + hard_weight * hard, reduction)
+        if not return_stats:
+            return loss
+
+        with torch.no_grad():
+            log_pull = weights.sum(1).log() - log_z  # (B,) log of g tau / exp(s/tau)
+            if log_h is not None and hard_weight > 0:
+                log_pull = torch.logaddexp(log_pull, math.log(hard_weight) - log_h)
+            log_pull = log_pull - math.log(temperature)
+            kept = neg.count.clamp_min(1)
+            grad_mean = torch.exp(neg.log_sum + log_pull) / kept
+            grad_sq = torch.exp(neg.log_sq + 2 * log_pull) / kept
+            stats = MiningStats(
+                kept_count=neg.count,
+                kept=neg.count.sum() / neg.candidates.sum().clamp_min(1),
+                grad_mean=grad_mean,
+                grad_var=(grad_sq - grad_mean.square()).clamp_min(0),
+                positive_similarity=pos.logits[:, 0] * temperature,
+                contrast_acc=_contrast_accuracy(query, pos, bank, count, temperature, backend),
+                bank_fill=count.to(query.dtype) / len(bank),
+            )
+            if labels is not None and bank_labels is not None:
+                stats = dataclasses.replace(
+                    stats,
+                    positive_purity=_purity(pos, labels, bank_labels),
+                    false_negative_rate=_false_negative_rate(
+                        query, pos, bank, count, draw, temperature, labels, bank_labels
+                    ),
+                )
+    return PSMOutput(loss, stats)
+
+
+# --- shared by all losses ------------------------------------------------------------------------
+
+
+def check_pair(query: Tensor, key: Tensor, bank: Tensor) -> None:
+    """query and key are (B, D) on the bank's device, D the bank's."""
+    checks.check_matrix("query", query, like="the bank", shape=(None, bank.shape[1]))
+    checks.check_matrix("key", key, like="query", shape=query.shape)
+    checks.check_device("query", query, bank.device)
+    checks.check_device("key", key, bank.device)
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    return rows if reduction == "none" else getattr(rows, reduction)()
+
+
+def _unit(x: Tensor, bank: Tensor) -> Tensor:
+    return unit_rows(x, torch.float64 if bank.dtype is torch.float64 else torch.float32)
+
+
+# --- PSM: settings, positives, negatives ---------------------------------------------------------
+
+
+def check_psm_settings(
+    *,
+    temperature: float,
+    topk: int,
+    a: float,
+    b: float,
+    selection: str,
+    soft_weights: str,
+    weight_temperature: float,
+    hard_weight: float,
+    negatives: str,
+    reduction: str,
+    size: int,
+) -> None:
+    """Raise the ValueError of the first wrong setting; `size` is the bank's K."""
+    checks.check_number("temperature", temperature, above=0)
+    checks.check_int("topk", topk, 0, size, "the bank's rows")
+    checks.check_number("a", a, least=0)
+    checks.check_number("b", b)
+    checks.check_option("selection", selection, SELECTIONS)
+    checks.check_option("soft_weights", soft_weights, SOFT_WEIGHTS)
+    checks.check_number("weight_temperature", weight_temperature, above=0)
+    checks.check_number("hard_weight", hard_weight, least=0)
+    checks.check_option("negatives", negatives, NEGATIVES)
+    checks.check_option("reduction", reduction, REDUCTIONS)
+
+
+class _Draw(NamedTuple):
+    """How negatives are selected."""
+
+    selection: str
+    a: float
+    b: float
+    rng_state: Tensor | None
+    row_offset: int
+
+    def weights(self, similarity: Tensor, s_pos: Tensor, slots: Tensor, tag: int = 0) -> Tensor:
+        """keep (B, S), detached, for slots (S,) or (B, S) with their `similarity` (B, S)."""
+        words = None
+        if self.selection == "bernoulli":
+            rows = torch.arange(len(s_pos), device=slots.device)[:, None] + self.row_offset
+            rng_state = noise.tagged(self.rng_state, tag) if tag else self.rng_state
+            words = noise.philox_words(rows, slots, rng_state)
+        return noise.keep_weight(
+            similarity.detach(), s_pos.detach()[:, None], words, self.selection, self.a, self.b
+        )
+
+
+class _Positives(NamedTuple):
+    logits: Tensor  # (B, 1 + k) s/tau of the key, then of the mined rows; missing: -inf
+    rows: Tensor  # (B, k, D) the mined rows; missing: 0
+    index: Tensor  # (B, k) their slots; missing: -1
+
+
+class _Negatives(NamedTuple):
+    log_sum: Tensor  # (B,) log sum keep exp(s/tau), mined positives not among them
+    log_sq: Tensor  # (B,) log sum keep exp(2 s/tau)
+    count: Tensor  # (B,) sum keep
+    candidates: Tensor  # (B,) how many there were to keep
+
+
+def _positives(
+    query: Tensor, key: Tensor, bank: Tensor, index: Tensor, temperature: float
+) -> _Positives:
+    found = index >= 0
+    rows = bank[index.clamp_min(0)].to(query.dtype)  # (B, k, D)
+    rows = torch.where(found[..., None], rows, 0.0)
+    seen = query + (query.to(bank.dtype).to(query.dtype) - query).detach()  # as the pass rounds it
+    similarity = torch.cat(((query * key).sum(1, keepdim=True), (seen[:, None] * rows).sum(2)), 1)
+    found = torch.nn.functional.pad(found, (1, 0), value=True)
+    return _Positives(torch.where(found, similarity / temperature, -torch.inf), rows, index)
+
+
+def _bank_sides(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    count: Tensor,
+    draw: _Draw,
+    temperature: float,
+    topk: int,
+    backend: str,
+) -> tuple[_Positives, _Negatives]:
+    s_pos = (query * key).sum(1).detach()
+    swept = bank_pass(
+        query,
+        key if topk else None,
+        bank,
+        count,
+        s_pos,
+        temperature=temperature,
+        selection=draw.selection,
+        a=draw.a,
+        b=draw.b,
+        topk=topk,
+        rng_state=draw.rng_state,
+        row_offset=draw.row_offset,
+        backend=backend,
+    )
+    pos = _positives(query, key, bank, swept.topk_index, temperature)
+    # The pass summed over mined rows too: take out those that were kept.
+    found = swept.topk_index >= 0
+    logits = torch.where(found, pos.logits[:, 1:], 0.0)
+    keep = draw.weights(logits * temperature, s_pos, swept.topk_index.clamp_min(0)) * found
+    left = swept.neg_count - keep.sum(1)
+    none = (left <= 0) if draw.selection != "expected" else torch.zeros_like(left, dtype=torch.bool)
+    neg = _Negatives(
+        _log_without(swept.neg_lse, logits, keep, none),
+        _log_without(swept.neg_sq_lse, 2 * logits.detach(), keep, none),
+        left.clamp_min(0),
+        (count - found.sum(1)).to(query.dtype),
+    )
+    return pos, neg
+
+
+def _log_without(log_sum: Tensor, logits: Tensor, weight: Tensor, none: Tensor) -> Tensor:
+    """log(exp(log_sum) - sum_c weight_c exp(logits_c)), -inf where `none` is left."""
+    shift = torch.where(log_sum == -torch.inf, 0.0, log_sum).detach()
+    taken = torch.exp(logits + weight.log() - shift[:, None]).sum(1)
+    rest = torch.exp(log_sum - shift) - taken
+    none = none | (rest <= 0)
+    return torch.where(none, -torch.inf, shift + torch.where(none, 1.0, rest).log())
+
+
+def _soft_weights(
+    projection: Tensor, pos: _Positives, soft_weights: str, weight_temperature: float
+) -> Tensor:
+    """W (B, 1 + k): 1 for the key, then the mined rows'; missing: 0."""
+    found = (pos.index >= 0).to(projection.dtype)
+    if soft_weights == "attention":
+        scores = (projection[:, None] * pos.rows).sum(2) / weight_temperature  # (B, k)
+        lowest = torch.finfo(scores.dtype).min  # not -inf: a row may have nothing mined
+        mined = torch.where(found > 0, scores, lowest).softmax(1) * found
+    elif soft_weights == "uniform":
+        mined = found / found.sum(1, keepdim=True).clamp_min(1)
+    else:
+        mined = found
+    return torch.nn.functional.pad(mined, (1, 0), value=1.0)
+
+
+# --- PSM as released: candidates from the batch and its neighbors --------------------------------
+
+
+def _neighbor_sides(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    count: Tensor,
+    draw: _Draw,
+    temperature: float,
+    topk: int,
+    backend: str,
+) -> tuple[_Positives, _Negatives]:
+    """Negatives of row i: the other rows' keys and their mined rows, (B - 1)(1 + k) columns
+    (dhkdhk/PSM, src/model/psm.py)."""
+    batch = len(query)
+    _, index = bank_topk(key, bank, topk, count=count, backend=backend)
+    pos = _positives(query, key, bank, index, temperature)
+    columns = torch.cat((key[:, None], pos.rows), 1).flatten(0, 1)  # (B (1 + k), D)
+    there = torch.nn.functional.pad(index >= 0, (1, 0), value=True).flatten()
+    own = torch.eye(batch, dtype=torch.bool, device=query.device).repeat_interleave(1 + topk, 1)
+    similarity = query @ columns.T
+    return pos, _in_batch(similarity, there & ~own, pos.logits[:, 0], draw, temperature, _TAG_SOFT)
+
+
+def _view_loss(query: Tensor, key: Tensor, draw: _Draw, temperature: float) -> Tensor:
+    """The hard term over the 2B views, (B,): the mean of the query's and the key's row."""
+    batch = len(query)
+    views = torch.cat((query, key))  # (2B, D)
+    similarity = views @ views.T
+    logit = (query * key).sum(1).repeat(2) / temperature  # (2B,)
+    eye = torch.eye(batch, dtype=torch.bool, device=query.device).repeat(2, 2)
+    draw = draw._replace(row_offset=2 * draw.row_offset)
+    neg = _in_batch(similarity, ~eye, logit, draw, temperature, _TAG_HARD)
+    return (torch.logaddexp(logit, neg.log_sum) - logit).view(2, batch).mean(0)
+
+
+def _in_batch(
+    similarity: Tensor,  # (R, S)
+    candidate: Tensor,  # (R, S) bool
+    pos_logit: Tensor,  # (R,)
+    draw: _Draw,
+    temperature: float,
+    tag: int,
+) -> _Negatives:
+    slots = torch.arange(similarity.shape[1], device=similarity.device)
+    keep = draw.weights(similarity, pos_logit * temperature, slots, tag) * candidate
+    logits = torch.where(keep > 0, similarity / temperature + keep.log(), -torch.inf)
+    return _Negatives(
+        torch.logsumexp(logits, 1),
+        torch.logsumexp(logits + similarity / temperature, 1).detach(),
+        keep.sum(1),
+        candidate.sum(1).to(similarity.dtype),
+    )
+
+
+# --- PSM: statistics -----------------------------------------------------------------------------
+
+
+def _contrast_accuracy(query, pos, bank, count, temperature, backend) -> Tensor:
+    """Share of rows whose key is nearer than every slot that was not mined."""
+    k = pos.index.shape[1]
+    similarity, index = bank_topk(query, bank, k + 1, count=count, backend=backend)
+    mined = (index[:, :, None] == pos.index[:, None, :]).any(2)
+    best = similarity.masked_fill(mined, -torch.inf).amax(1)
+    return (pos.logits[:, 0] * temperature > best).to(query.dtype).mean()
+
+
+def _purity(pos: _Positives, labels: Tensor, bank_labels: Tensor) -> Tensor:
+    """Share of mined rows with the row's label; an unknown label is a miss."""
+    found = pos.index >= 0
+    same = found & (bank_labels[pos.index.clamp_min(0)] == labels[:, None]) & (labels >= 0)[:, None]
+    return same.sum() / found.sum().clamp_min(1)
+
+
+def _false_negative_rate(query, pos, bank, count, draw, temperature, labels, bank_labels) -> Tensor:
+    """Share of kept negatives with the row's label; a big bank is sampled at even distances."""
+    stride = -(-len(query) * len(bank) // _FALSE_NEGATIVE_SAMPLE)
+    slots = torch.arange(0, len(bank), stride, device=bank.device)
+    rows = torch.where((slots < count)[:, None], bank[slots].to(query.dtype), 0.0)
+    similarity = query.to(bank.dtype).to(query.dtype) @ rows.T  # (B, S)
+    keep = draw.weights(similarity, pos.logits[:, 0] * temperature, slots) * (slots < count)
+    for mined in pos.index.T:
+        keep = keep.masked_fill(slots == mined[:, None], 0.0)
+    same = (bank_labels[slots] == labels[:, None]) & (labels >= 0)[:, None]
+    return (keep * same).sum() / keep.sum().clamp_min(1e-12)

@@ -1,0 +1,112 @@
+"""What a step says about its mining. Everything stays on the device until it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psm_kernels import _checks as checks
+from psm_kernels.memory_bank import unit_rows
+from psm_kernels.ops import bank_pass, bank_topk
+
+
+@dataclasses.dataclass(frozen=True)
+class MiningStats:
+    """Detached device tensors of one loss call; None where labels or the module were not there.
+
+    g_ij = dloss_i/ds_ij is the pull of kept negative j on query i (per unit of similarity).
+    """
+
+    kept_count: Tensor  # (B,) negatives kept per row, mined positives not among them
+    kept: Tensor  # () their share of the candidates
+    grad_mean: Tensor  # (B,) mean of g over the kept negatives of a row, 0 when none
+    grad_var: Tensor  # (B,) its variance
+    positive_similarity: Tensor  # (B,) cosine of query and key
+    contrast_acc: Tensor  # () share of rows whose key outranks every candidate
+    positive_purity: Tensor | None = None  # () share of mined positives with the row's label
+    false_negative_rate: Tensor | None = None  # () share of kept negatives with the row's label
+    bank_fill: Tensor | None = None  # () count / K
+    bank_age: Tensor | None = None  # () batches since the oldest key was written
+
+    def as_dict(self, prefix: str = "") -> dict[str, float]:
+        """Batch means as floats in one copy from the device; names without a value are absent."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {name: v.float().mean() for name, v in values.items() if v is not None}
+        floats = torch.stack(list(values.values())).tolist()
+        return {prefix + name: v for name, v in zip(values, floats, strict=True)}
+
+    def write(self, writer, step: int, prefix: str = "psm/") -> None:
+        """Send every value to `writer.add_scalar`, such as TensorBoard's SummaryWriter."""
+        for name, value in self.as_dict(prefix).items():
+            writer.add_scalar(name, value, step)
+
+
+class PSMOutput(NamedTuple):
+    loss: Tensor  # () or (B,), fp32
+    stats: MiningStats
+
+
+class RankGradientStats(NamedTuple):
+    mean: Tensor  # (R,) mean over the batch of g at each rank of the negatives
+    var: Tensor  # (R,) its variance
+    positive_rank: Tensor  # () mean over the batch of 1 + number of negatives above the positive
+
+
+@torch.no_grad()
+def rank_gradient_stats(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    ranks: int = 200,
+    *,
+    count: Tensor | int | None = None,
+    temperature: float = 0.5,
+    backend: str = "auto",
+) -> RankGradientStats:
+    """Mean and variance over the batch of the gradient at each rank of the sorted negatives.
+
+    g = exp(s/tau) / (tau Z) with every valid slot in Z: the analysis that PSM (arXiv 2311.00358)
+    and SimANS (arXiv 2210.11773, section 3) argue from. Whether PSM took norms or vectors is not
+    known; for unit keys this is the norm.
+
+    Args:
+        query, key: (B, D), normalized here.
+        bank: (K, D) unit rows.
+        ranks: ranks wanted, at most K are returned. A rank that no row has is 0.
+        count, temperature, backend: as in `psm_kernels.functional.psm_loss`.
+
+    Returns:
+        RankGradientStats(mean (R,), var (R,), positive_rank ()), R = min(ranks, K).
+
+    Raises:
+        ValueError: as `psm_kernels.ops.bank_pass`.
+    """
+    checks.check_bank(bank)
+    checks.check_matrix("query", query, like="the bank", shape=(None, bank.shape[1]))
+    checks.check_matrix("key", key, like="query", shape=query.shape)
+    checks.check_int("ranks", ranks, 1)
+    wide = torch.float64 if bank.dtype is torch.float64 else torch.float32
+    count = checks.as_count(count, bank)
+    query, key = unit_rows(query, wide), unit_rows(key, wide)
+    s_pos = (query * key).sum(1)
+    negatives = bank_pass(
+        query, None, bank, count, s_pos, temperature=temperature, backend=backend
+    ).neg_lse
+    log_z = torch.logaddexp(s_pos / temperature, negatives)
+    ranks = min(ranks, bank.shape[0])
+    similarity, index = bank_topk(query, bank, ranks, count=count, backend=backend)
+    found = (index >= 0).to(wide)
+    g = torch.exp(similarity / temperature - log_z[:, None]) / temperature  # (B, R), 0 when missing
+    rows = found.sum(0).clamp_min(1)
+    mean = g.sum(0) / rows
+    var = ((g - mean).square() * found).sum(0) / rows
+
+    above = torch.zeros_like(s_pos)
+    for start in range(0, bank.shape[0], 8192):  # slabs: never a (B, K) matrix
+        rows = bank[start : start + 8192].to(wide)
+        slots = torch.arange(start, start + rows.shape[0], device=bank.device)
+        above += ((query @ rows.T > s_pos[:, None]) & (slots < count)).sum(1)
+    return RankGradientStats(mean, var, 1 + above.mean())
