@@ -241,7 +241,7 @@ def test_a_broken_row_spoils_itself_alone(device, value):
     got = both(query, key, bank, s_pos)[0]
     whole = torch.tensor([0, 4], device=device)
     for x, y in zip(got, clean, strict=True):
-        assert torch.equal(x[whole], y[whole])
+        torch.testing.assert_close(x[whole], y[whole], rtol=1e-5, atol=1e-5)
     assert ((got.topk_index >= -1) & (got.topk_index < 200)).all()
 
 
@@ -264,7 +264,7 @@ def test_bank_topk(device, k, size, count, dtype):
 
 def test_limits_are_said(device):
     bank = torch.zeros(4, 513, device=device)
-    with pytest.raises(ValueError, match="cpp"):
+    with pytest.raises(ValueError, match=r"512.*513"):
         ops.bank_topk(bank, bank, 1, backend="triton")
     with pytest.raises(ValueError, match=r"1025.*reference"):
         ops.bank_topk(bank[:, :8], bank[:, :8].contiguous(), 1025, backend="triton")

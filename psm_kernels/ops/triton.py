@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_DIM = 512
 MAX_K = 1024
 CELL = 64
 LOG2E = 1.4426950408889634
@@ -41,13 +40,13 @@ def bank_pass(
     row_offset: int,
     col_offset: int,
 ) -> tuple[Tensor, ...]:
-    _check(bank, "topk", topk)
+    _check("topk", topk)
     sums = (s_pos, LOG2E / temperature, selection, -a * LOG2E, b, rng_state, row_offset)
     return _run(query, key, bank, count, topk, sums, col_offset)
 
 
 def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:
-    _check(bank, "k", k)
+    _check("k", k)
     return _run(None, query, bank, count, k, None, 0)[4:]
 
 
@@ -99,7 +98,7 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
         if (mine and not k) or (total and not sums):
             continue
         bank_pass_kernel[(blocks * splits,)](
-            query, key, bank, count, s_pos, rng_state, cell_max, part_stats, part_mean,
+            query, key, bank, None, count, s_pos, rng_state, cell_max, part_stats, part_mean,
             batch, size, dim, cells, splits, scale, decay, b, row_offset, col_offset,
             SELECTION=selection if total else "all", MINE=mine, SUM=total,
             FAST=bank.dtype is not torch.float16,  # unshifted weights leave its range
@@ -130,12 +129,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _check(bank: Tensor, name: str, k: int) -> None:
-    if bank.shape[1] > MAX_DIM:
-        raise ValueError(
-            f"bank: got {bank.shape[1]} columns, the triton backend takes at most {MAX_DIM}; "
-            "'cpp' and 'reference' take more"
-        )
+def _check(name: str, k: int) -> None:
     if k > MAX_K:
         raise ValueError(
             f"{name}: got {k}, the triton backend takes at most {MAX_K}; 'cpp' and 'reference' "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LN2 = tl.constexpr(0.6931471805599453)
 P_MAX = tl.constexpr(0.999)
 # Sums of squares inside these bounds have lost nothing to under- or overflow (see bank_pass_kernel).
@@ -45,8 +48,15 @@ def _noise(group, row, seed, offset, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _partial_sum(x, BM: tl.constexpr, BN: tl.constexpr):
-    """Row sums but for the last 8: (BM, BN) to (BM, 8), inside each thread, without shuffles."""
-    return tl.sum(tl.reshape(x, (BM, BN // 8, 8)), 1)
+    """Row sums but for the last 4: (BM, BN) to (BM, 4), inside each thread, without shuffles."""
+    return tl.sum(tl.sum(tl.reshape(x, (BM, BN // 8, 4, 2)), 3), 1)
+
+
+@triton.jit
+def _dot(x, y, acc=None):
+    if INTERPRETED:  # which multiplies the bits of bf16
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -57,20 +67,20 @@ def _products(
     """x . m, (BM, BN), of the tiles at hand, or of column blocks loaded again where both tiles do
     not fit beside each other (wide rows) or unroll into too many FMAs (fp32)."""
     if DBLOCK == DPAD:
-        return tl.dot(x, tl.trans(m), input_precision="ieee")
+        return _dot(x, tl.trans(m))
     s = tl.zeros((BM, BN), tl.float32)
     for d0 in tl.range(0, D, DBLOCK, num_stages=1):
         d = d0 + tl.arange(0, DBLOCK)
         x_block = tl.load(x_rows + d[None, :], mask=x_valid & (d < D)[None, :], other=0.0)
         m_block = tl.load(m_rows + d[None, :], mask=m_valid & (d < D)[None, :], other=0.0)
-        s = tl.dot(x_block, tl.trans(m_block), s, input_precision="ieee")
+        s = _dot(x_block, tl.trans(m_block), s)
     return s
 
 
 @triton.jit
 def _scan(
     held, top, total, squares, kept, mean,  # running state of a block of rows
-    q, k, query, key, bank, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
+    q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
     center, scale, decay, row_words, group, seed, offset,
     SELECTION: tl.constexpr, MINE: tl.constexpr, SUM: tl.constexpr, GENERAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
@@ -92,6 +102,8 @@ def _scan(
             m = tl.load(
                 tile_rows + in_tile, mask=slot_valid[:, None] & d_valid[None, :], other=0.0
             )  # (BN, D)
+        elif bank_tiles is not None:
+            m = bank_tiles.load([start, 0])
         else:
             m = tl.load(tile_rows + in_tile, mask=d_valid[None, :], other=0.0)
         if MINE:
@@ -143,7 +155,7 @@ def _scan(
                 squares += _partial_sum(e * e, BM, BN)
                 kept += _partial_sum(tl.where(keep, 1.0, 0.0), BM, BN)
             total += _partial_sum(e, BM, BN)
-            mean = tl.dot(e.to(m.dtype), m, mean, input_precision="ieee")
+            mean = _dot(e.to(m.dtype), m, mean)
     return held, top, total, squares, kept, mean
 
 
@@ -151,6 +163,7 @@ def _scan(
 def bank_pass_kernel(
     query, key,  # (B, D)
     bank,  # (K, D)
+    bank_tiles,  # its tensor descriptor, or None
     count,  # ()
     s_pos,  # (B,)
     rng_state,  # (2,)
@@ -195,16 +208,16 @@ def bank_pass_kernel(
 
     held = tl.full((BM,), -float("inf"), tl.float32)
     top = tl.full((BM,), -float("inf"), tl.float32)
-    total = tl.zeros((BM, 8), tl.float32)
-    squares = tl.zeros((BM, 8), tl.float32)
-    kept = tl.zeros((BM, 8), tl.float32)
+    total = tl.zeros((BM, 4), tl.float32)
+    squares = tl.zeros((BM, 4), tl.float32)
+    kept = tl.zeros((BM, 4), tl.float32)
     mean = tl.zeros((BM, DPAD), tl.float32)
     if FAST:
         full = tl.where(first * BN < shift, first, (size + shift) // BN)  # tiles [first, full)
         full = tl.maximum(tl.minimum(full, last), first)
         held, top, total, squares, kept, mean = _scan(
             held, top, total, squares, kept, mean,
-            q, k, query, key, bank, cell_max, first, full, size, shift, d, d_valid, D, rows, row_valid, cells,
+            q, k, query, key, bank, bank_tiles, cell_max, first, full, size, shift, d, d_valid, D, rows, row_valid, cells,
             center, scale, decay, row_words, group, seed, offset,
             SELECTION, MINE, SUM, False, BM, BN, DPAD, DBLOCK, STAGES,
         )  # fmt: skip
@@ -219,13 +232,13 @@ def bank_pass_kernel(
             if tl.min((sound | (not row_valid)).to(tl.int32)) == 0:
                 first = tl.minimum(split * per_split, tiles)
                 top = tl.full((BM,), -float("inf"), tl.float32)
-                total = tl.zeros((BM, 8), tl.float32)
-                squares = tl.zeros((BM, 8), tl.float32)
-                kept = tl.zeros((BM, 8), tl.float32)
+                total = tl.zeros((BM, 4), tl.float32)
+                squares = tl.zeros((BM, 4), tl.float32)
+                kept = tl.zeros((BM, 4), tl.float32)
                 mean = tl.zeros((BM, DPAD), tl.float32)
     held, top, total, squares, kept, mean = _scan(
         held, top, total, squares, kept, mean,
-        q, k, query, key, bank, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
+        q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
         center, scale, decay, row_words, group, seed, offset,
         SELECTION, MINE, SUM, True, BM, BN, DPAD, DBLOCK, 1 if FAST else STAGES,
     )  # fmt: skip
