@@ -1,4 +1,4 @@
-"""The losses as modules: check, call the functional twin, enqueue the keys."""
+"""PSM as a module, and what it shares with its kin: check, call the functional twin, enqueue."""
 
 from __future__ import annotations
 

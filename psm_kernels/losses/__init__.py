@@ -1,0 +1,5 @@
+"""The losses as modules: check, call the functional twin, enqueue the keys."""
+
+from psm_kernels.losses.psm import BankLoss, PSMLoss
+
+__all__ = ["BankLoss", "PSMLoss"]
