@@ -48,8 +48,8 @@ def _noise(group, row, seed, offset, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _partial_sum(x, BM: tl.constexpr, BN: tl.constexpr):
-    """Row sums but for the last 4: (BM, BN) to (BM, 4), inside each thread, without shuffles."""
-    return tl.sum(tl.sum(tl.reshape(x, (BM, BN // 8, 4, 2)), 3), 1)
+    """Row sums but for the last 8: (BM, BN) to (BM, 8), inside each thread, without shuffles."""
+    return tl.sum(tl.reshape(x, (BM, BN // 8, 8)), 1)
 
 
 @triton.jit
@@ -208,9 +208,9 @@ def bank_pass_kernel(
 
     held = tl.full((BM,), -float("inf"), tl.float32)
     top = tl.full((BM,), -float("inf"), tl.float32)
-    total = tl.zeros((BM, 4), tl.float32)
-    squares = tl.zeros((BM, 4), tl.float32)
-    kept = tl.zeros((BM, 4), tl.float32)
+    total = tl.zeros((BM, 8), tl.float32)
+    squares = tl.zeros((BM, 8), tl.float32)
+    kept = tl.zeros((BM, 8), tl.float32)
     mean = tl.zeros((BM, DPAD), tl.float32)
     if FAST:
         full = tl.where(first * BN < shift, first, (size + shift) // BN)  # tiles [first, full)
@@ -232,9 +232,9 @@ def bank_pass_kernel(
             if tl.min((sound | (not row_valid)).to(tl.int32)) == 0:
                 first = tl.minimum(split * per_split, tiles)
                 top = tl.full((BM,), -float("inf"), tl.float32)
-                total = tl.zeros((BM, 4), tl.float32)
-                squares = tl.zeros((BM, 4), tl.float32)
-                kept = tl.zeros((BM, 4), tl.float32)
+                total = tl.zeros((BM, 8), tl.float32)
+                squares = tl.zeros((BM, 8), tl.float32)
+                kept = tl.zeros((BM, 8), tl.float32)
                 mean = tl.zeros((BM, DPAD), tl.float32)
     held, top, total, squares, kept, mean = _scan(
         held, top, total, squares, kept, mean,
