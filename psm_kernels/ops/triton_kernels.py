@@ -10,7 +10,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LN2 = tl.constexpr(0.6931471805599453)
 P_MAX = tl.constexpr(0.999)
-# Sums of squares inside these bounds have lost nothing to under- or overflow (see bank_pass_kernel).
+# Sums of squares inside these bounds have lost nothing to underflow or overflow.
 TINY = tl.constexpr(2.0**-80)
 HUGE = tl.constexpr(2.0**120)
 
@@ -80,8 +80,8 @@ def _products(
 @triton.jit
 def _scan(
     held, top, total, squares, kept, mean,  # running state of a block of rows
-    q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
-    center, scale, decay, row_words, group, seed, offset,
+    q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift,
+    d, d_valid, D, rows, row_valid, cells, center, scale, decay, row_words, group, seed, offset,
     SELECTION: tl.constexpr, MINE: tl.constexpr, SUM: tl.constexpr, GENERAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -94,7 +94,7 @@ def _scan(
     CELL_TILES: tl.constexpr = 64 // BN
     local = tl.arange(0, BN)
     in_tile = local[:, None] * D + d[None, :]  # offsets within a tile fit 32 bits
-    for tile in tl.range(first, last, num_stages=STAGES):
+    for tile in tl.range(first, last, num_stages=STAGES, disable_licm=SUM and DPAD > 128):
         start = tile * BN - shift
         slot_valid = (start + local >= 0) & (start + local < size)
         tile_rows = bank + start.to(tl.int64) * D
@@ -217,8 +217,8 @@ def bank_pass_kernel(
         full = tl.maximum(tl.minimum(full, last), first)
         held, top, total, squares, kept, mean = _scan(
             held, top, total, squares, kept, mean,
-            q, k, query, key, bank, bank_tiles, cell_max, first, full, size, shift, d, d_valid, D, rows, row_valid, cells,
-            center, scale, decay, row_words, group, seed, offset,
+            q, k, query, key, bank, bank_tiles, cell_max, first, full, size, shift,
+            d, d_valid, D, rows, row_valid, cells, center, scale, decay, row_words, group, seed, offset,
             SELECTION, MINE, SUM, False, BM, BN, DPAD, DBLOCK, STAGES,
         )  # fmt: skip
         first = full
@@ -238,8 +238,8 @@ def bank_pass_kernel(
                 mean = tl.zeros((BM, DPAD), tl.float32)
     held, top, total, squares, kept, mean = _scan(
         held, top, total, squares, kept, mean,
-        q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
-        center, scale, decay, row_words, group, seed, offset,
+        q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift,
+        d, d_valid, D, rows, row_valid, cells, center, scale, decay, row_words, group, seed, offset,
         SELECTION, MINE, SUM, True, BM, BN, DPAD, DBLOCK, 1 if FAST else STAGES,
     )  # fmt: skip
     if SUM:
