@@ -196,6 +196,9 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
         }
     }
     if (t.sums && t.selection == Selection::kBernoulli) pack_philox_columns(t, tile, w.columns);
+    if (t.sums && t.selection == Selection::kAffine)
+        for (int j = 0; j < tile.width; ++j)
+            w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
     return tile;
 }
 
@@ -502,7 +505,7 @@ INLINE void scale_lanes(float* x, int64_t n, float factor) {
 NOINLINE void move_shift(const Task& t, const RowSums& row, V top) {
     const float shift = largest(top), factor = power_of_two(*row.shift - shift);
     scale_lanes(row.sum, kLanes, factor);
-    scale_lanes(row.mean, t.padded, factor);
+    if (t.mean) scale_lanes(row.mean, t.padded, factor);
     if (t.selection != Selection::kExpected) scale_lanes(row.squares, kLanes, factor * factor);
     *row.shift = shift;
 }
@@ -590,6 +593,35 @@ void weigh<Selection::kExpected>(const Task& t, const Worker& w, const Tile& til
     }
 }
 
+// Weights that are affine in s and e = exp((s - top)/tau). The row's top is given, so it is the
+// shift from the first tile on.
+template <>
+void weigh<Selection::kAffine>(const Task& t, const Worker& w, const Tile& tile, int64_t i,
+                               const RowSums& row, float* scores) {
+    const float* affine = t.affine + i;
+    const V alpha = set1(affine[0]), beta = set1(affine[t.rows]), gamma = set1(affine[2 * t.rows]);
+    const V scale = set1(t.scale), cap = set1(affine[4 * t.rows]), zero = set1(0.0f);
+    *row.shift = affine[3 * t.rows] * t.scale;
+    const V shift = set1(-*row.shift);
+    float* weights = w.scratch;
+    for (int j = 0; j < tile.width; j += kWidth) {
+        const V s = load(scores + j), e = exp2<0>(fma(s, scale, shift));
+        const V line = fma(beta, s, add(alpha, load(w.rho + j)));
+        const V weight = max(zero, fma(gamma, min(cap, e), line));  // NaN stays NaN
+        store(weights + j, weight);
+        store(scores + j, mul(weight, e));
+    }
+    for (int j = 0; j < tile.width; ++j)
+        if (j < tile.low || j >= tile.high) scores[j] = weights[j] = 0.0f;
+    V total = load(row.sum), count = load(row.count);
+    for (int j = 0; j < tile.width; j += kWidth) {
+        total = add(total, load(scores + j));
+        count = add(count, load(weights + j));
+    }
+    store(row.sum, total);
+    store(row.count, count);
+}
+
 // The next tile on its way from memory to L2, a slice per row block.
 struct Upcoming {
     const char* rows;
@@ -639,6 +671,8 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
             weigh<Selection::kBernoulli>(t, w, tile, i, row, scores);
         else if (t.selection == Selection::kExpected)
             weigh<Selection::kExpected>(t, w, tile, i, row, scores);
+        else if (t.selection == Selection::kAffine)
+            weigh<Selection::kAffine>(t, w, tile, i, row, scores);
         else
             weigh<Selection::kAll>(t, w, tile, i, row, scores);
 #if PSM_PAIRS
@@ -648,7 +682,7 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
                             load(scores + j + kWidth));
 #endif
     }
-    accumulate_rows<kRows>(t, w, tile, mean);
+    if (t.mean) accumulate_rows<kRows>(t, w, tile, mean);
 }
 
 void process(const Task& t, Worker& w, int64_t item) {
@@ -663,7 +697,9 @@ void process(const Task& t, Worker& w, int64_t item) {
     float* mean = nullptr;
     if (t.sums) {
         mean = t.part_mean + chunk * t.rows * t.padded;
-        __builtin_memset(mean + first_row * t.padded, 0, size_t(rows * t.padded) * sizeof(float));
+        if (t.mean)
+            __builtin_memset(mean + first_row * t.padded, 0,
+                             size_t(rows * t.padded) * sizeof(float));
         __builtin_memset(w.state, 0, size_t(rows * 3 * kLanes) * sizeof(float));
         for (int64_t r = 0; r < rows; ++r) w.shift[r] = w.sq_shift[r] = -kInfinity;
     }
