@@ -255,7 +255,7 @@ class ShardedBank(MemoryBank):
         )
 
 
-# --- the two operators over a shard --------------------------------------------------------------
+# --- the operators over a shard ------------------------------------------------------------------
 
 
 def bank_pass(
@@ -307,6 +307,14 @@ def bank_topk(
             query, bank.rows, k, count=bank.valid(count), backend=backend
         )
         return _merge_topk(*_scatter((similarity, _global_slots(index, bank)), bank.group))
+
+
+def bank_rows(bank: Tensor | Shard, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """`psm_kernels.ops.bank_rows`; with a Shard, the rows come from the ranks that hold them."""
+    if isinstance(bank, Tensor):
+        return ops.bank_rows(bank, index, dtype)
+    rows = bank[index.clamp_min(0)].to(dtype)
+    return torch.where((index >= 0)[..., None], rows, 0.0)
 
 
 def merge(parts: BankPass) -> BankPass:

@@ -283,8 +283,10 @@ def test_mined_slots_rows_and_counts_are_exact(pool, world, dtype, size, count):
     whole = BankPass(*(torch.cat(parts) for parts in zip(*(g[0] for g in got), strict=True)))
     for name in ("neg_count", "topk_sim", "topk_index"):
         assert torch.equal(getattr(whole, name), getattr(expected, name)), name
+    # Kernels round the softmax to a bfloat16 bank's dtype before the second product.
+    loose = {"rtol": 2**-8, "atol": 2**-10} if dtype is torch.bfloat16 else {}
     for name in ("neg_lse", "neg_mean", "neg_sq_lse"):
-        torch.testing.assert_close(getattr(whole, name), getattr(expected, name))
+        torch.testing.assert_close(getattr(whole, name), getattr(expected, name), **loose)
     similarity, index = bank_pass(
         query, query, bank, count, (query * key).sum(1), **settings | {"topk": 3}
     )[4:]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import noise
-from psm_kernels.distributed import Shard, bank_pass, bank_topk
+from psm_kernels.distributed import Shard, bank_pass, bank_rows, bank_topk
 from psm_kernels.functional.common import REDUCTIONS, check_pair, reduce, unit
-from psm_kernels.ops import SELECTIONS
+from psm_kernels.ops import SELECTIONS, check_backend, snapshot
 from psm_kernels.stats import MiningStats, PSMOutput
 
 SOFT_WEIGHTS = ("attention", "uniform", "binary")
@@ -114,13 +114,14 @@ def psm_loss(
         if value is not None and not isinstance(value, Shard):
             checks.check_vector(name, value, size, torch.int64)
             checks.check_device(name, value, bank.device)
+    check_backend(backend, bank)
     count = checks.as_count(count, bank)
     if rng_state is not None:
         checks.check_rng_state(rng_state, bank.device)
     elif selection == "bernoulli":
         rng_state = torch.randint(0, 1 << 62, (2,), device=bank.device)
 
-    draw = _Draw(selection, a, b, rng_state, row_offset)
+    draw = _Draw(selection, a, b, None if rng_state is None else snapshot(rng_state), row_offset)
 
     with torch.autocast(bank.device.type, enabled=False):
         query, key = unit(query, bank), unit(key, bank)
@@ -235,8 +236,7 @@ def _positives(
     query: Tensor, key: Tensor, bank: Tensor, index: Tensor, temperature: float
 ) -> _Positives:
     found = index >= 0
-    rows = bank[index.clamp_min(0)].to(query.dtype)  # (B, k, D)
-    rows = torch.where(found[..., None], rows, 0.0)
+    rows = bank_rows(bank, index, query.dtype)  # (B, k, D)
     seen = query + (query.to(bank.dtype).to(query.dtype) - query).detach()  # as the pass rounds it
     similarity = torch.cat(((query * key).sum(1, keepdim=True), (seen[:, None] * rows).sum(2)), 1)
     found = torch.nn.functional.pad(found, (1, 0), value=True)

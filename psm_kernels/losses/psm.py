@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from psm_kernels import _checks as checks
-from psm_kernels import backends, functional
+from psm_kernels import functional
 from psm_kernels.distributed import ShardedBank, agree, gather, rank_and_world
 from psm_kernels.memory_bank import MemoryBank
+from psm_kernels.ops import check_backend
 from psm_kernels.stats import PSMOutput
 
 
@@ -85,7 +86,7 @@ class BankLoss(nn.Module):
 
         def facts() -> dict[str, object]:
             functional.check_pair(query, key, bank.bank, projection)
-            backends.choose(self.backend, bank.bank)
+            check_backend(self.backend, bank.bank)
             mine = {"query dtype": str(query.dtype), "update": update, "seed": self.seed}
             return self._facts(key, labels) | mine | flags
 
