@@ -112,7 +112,7 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
             arena.take(t.key_quads, panel_rows * t.padded / 4);
         else
             arena.take(t.key_panel, panel_rows * t.dim);
-        for (float** row : {&t.key_step, &t.key_norm, &t.key_residual}) arena.take(*row, t.rows);
+        for (float** row : {&t.key_inverse, &t.key_norm, &t.key_residual}) arena.take(*row, t.rows);
         arena.take(t.heaps, t.heap_sets * t.rows * t.topk);
     }
 }

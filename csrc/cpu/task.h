@@ -35,7 +35,7 @@ struct Task {
     float* key_rows;        // (B, padded)
     float* key_panel;       // (blocks, D, kBlock)
     uint32_t* key_quads;    // (blocks, padded / 4, kBlock) four bytes, biased by 128
-    float *key_step, *key_norm, *key_residual;  // (B,) quantization step, norm, norm of the error
+    float *key_inverse, *key_norm, *key_residual;  // (B,) 1 / step; norms of key and error, / step
 
     // Partial results of chunk c, merged in the order of c.
     float *part_shift, *part_sq_shift;       // (chunks, B) exponents are relative to 2^shift

@@ -72,3 +72,10 @@ def views(query: Tensor, key: Tensor) -> Views:
 def masked_lse(logits: Tensor, candidate: Tensor) -> Tensor:
     """(R, S) -> (R,): log-sum-exp of the candidates, -inf when there are none."""
     return torch.logsumexp(torch.where(candidate, logits, -torch.inf), 1)
+
+
+def log_sum(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b); where both are -inf the gradient is 0, not torch.logaddexp's NaN."""
+    nothing = (a == -torch.inf) & (b == -torch.inf)
+    a, b = torch.where(nothing, 0.0, a), torch.where(nothing, 0.0, b)
+    return torch.where(nothing, -torch.inf, torch.logaddexp(a, b))

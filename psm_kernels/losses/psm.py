@@ -36,6 +36,21 @@ class BankLoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ):
         super().__init__()
+        checks.check_number("temperature", temperature, above=0)
+        checks.check_option("reduction", reduction, functional.REDUCTIONS)
+        checks.check_int("seed", seed, -(2**63), 2**63 - 1)
+        self.temperature, self.reduction, self.backend = temperature, reduction, backend
+        self.seed, self.process_group = seed, process_group
+        self.collective = gather_distributed or shard_bank
+        if self.collective:
+            rank_and_world(process_group)  # refuses a group that this rank is not in
+        self.memory_bank = self._make_bank(memory_bank_size, bank_dtype, shard_bank)
+        self.register_buffer("rng_state", torch.tensor([seed, 0]))
+        self._register_load_state_dict_pre_hook(self._before_load)
+
+    def _make_bank(
+        self, memory_bank_size: tuple[int, int], dtype: torch.dtype, shard_bank: bool = False
+    ) -> MemoryBank:
         if not isinstance(memory_bank_size, (tuple, list)) or len(memory_bank_size) != 2:
             raise ValueError(
                 f"memory_bank_size: got {memory_bank_size!r}, wanted (rows, columns), such as "
@@ -44,21 +59,9 @@ class BankLoss(nn.Module):
         size, dim = memory_bank_size
         checks.check_int("memory_bank_size[0]", size, 1)
         checks.check_int("memory_bank_size[1]", dim, 1)
-        checks.check_number("temperature", temperature, above=0)
-        checks.check_option("reduction", reduction, functional.REDUCTIONS)
-        checks.check_int("seed", seed, -(2**63), 2**63 - 1)
-        self.temperature, self.reduction, self.backend = temperature, reduction, backend
-        self.seed = seed
-        self.collective = gather_distributed or shard_bank
-        self.process_group = process_group
         if shard_bank:
-            self.memory_bank = ShardedBank(size, dim, dtype=bank_dtype, process_group=process_group)
-        else:
-            self.memory_bank = MemoryBank(size, dim, dtype=bank_dtype)
-        if self.collective:
-            rank_and_world(process_group)  # refuses a group that this rank is not in
-        self.register_buffer("rng_state", torch.tensor([seed, 0]))
-        self._register_load_state_dict_pre_hook(self._before_load)
+            return ShardedBank(size, dim, dtype=dtype, process_group=self.process_group)
+        return MemoryBank(size, dim, dtype=dtype)
 
     def enqueue(self, key: Tensor, labels: Tensor | None = None) -> None:
         """Write keys (B, D) into the bank: once per optimizer step when accumulating gradients.
