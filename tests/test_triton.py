@@ -208,7 +208,7 @@ def test_empty_bank_and_nothing_kept(device, selection):
 @pytest.mark.parametrize("selection", ["bernoulli", "all"])
 def test_extreme_similarities_at_a_low_temperature(device, dtype, sign, selection):
     # exp(2 s / tau) spans 2^+-144 here: neither end fits fp32 without a shift
-    query, key, bank, s_pos = problem(device, 3, 200, 16, dtype)
+    query, _, bank, s_pos = problem(device, 3, 200, 16, dtype)
     query = torch.nn.functional.one_hot(torch.arange(3), 16).float().to(device)
     bank[:] = sign * query[0].to(dtype)
     settings = {"temperature": 0.02, "selection": selection, "a": 0.1, "topk": 3}

@@ -47,7 +47,7 @@ const Kernels& choose(const std::string& isa, Dtype dtype) {
 
 // ---- split ----
 
-constexpr int64_t kMaxChunks = 48;            // 2, 3, 4, 6, 8, 12, 16, 24 and 48 threads divide it
+constexpr int64_t kMaxChunks = 24;            // 2, 3, 4, 6, 8, 12 and 24 threads divide it
 constexpr int64_t kPartialBytes = 32 << 20;   // of all chunks together
 constexpr int64_t kGroupBytes = 384 << 10;    // queries and means of a group stay in a 1 MB L2
 constexpr int64_t kMinGroupBlocks = 16;       // rows that share the packing of a tile
@@ -59,11 +59,13 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 void split(Task& t, int threads) {
     t.padded = ceil_div(t.dim, kPad) * kPad;
     t.lead = ((t.col_offset % 16) + 16) % 16;
-    t.tiles = t.count > 0 ? ceil_div(t.count + t.lead, kTile) : 0;
+    // A tile, packed twice, and the queries share a 1 MB L2; more slots use the registers better.
+    t.tile = t.padded <= 192 ? kTile : t.padded <= 1024 ? kTile / 2 : kTile / 4;
+    t.tiles = t.count > 0 ? ceil_div(t.count + t.lead, t.tile) : 0;
     t.blocks = ceil_div(t.rows, kBlock);
     const int64_t row_bytes = t.sums ? t.padded * 4 : t.topk * 8;
     const int64_t affordable = kPartialBytes / std::max<int64_t>(t.rows * row_bytes, 1);
-    t.chunks = std::clamp<int64_t>(std::min(t.tiles / 2, affordable), 1, kMaxChunks);
+    t.chunks = std::clamp<int64_t>(std::min(t.tiles * t.tile / 256, affordable), 1, kMaxChunks);
     const int64_t block_bytes = kBlock * t.padded * (t.sums ? 8 : 1);
     t.group_blocks = std::max(kGroupBytes / block_bytes, kMinGroupBlocks);
     while (ceil_div(t.blocks, t.group_blocks) * t.chunks < 3 * threads && t.group_blocks > 8)
@@ -114,22 +116,23 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
             arena.take(t.key_panel, panel_rows * t.dim);
         for (float** row : {&t.key_inverse, &t.key_norm, &t.key_residual}) arena.take(*row, t.rows);
         arena.take(t.heaps, t.heap_sets * t.rows * t.topk);
+        arena.take(t.bars, t.heap_sets * t.rows);
     }
 }
 
 void lay_out(Worker& w, const Task& t, const Kernels& kernels, Arena& arena) {
     const int64_t group_rows = t.group_blocks * kBlock;
-    arena.take(w.rows, kTile * t.padded);
+    arena.take(w.rows, t.tile * t.padded);
     if (t.query_pairs) {
-        arena.take(w.pairs, kTile * t.padded / 2);
-        arena.take(w.row_pairs, kTile / 2 * t.padded);
+        arena.take(w.pairs, t.tile * t.padded / 2);
+        arena.take(w.row_pairs, t.tile / 2 * t.padded);
         arena.take(w.weight_pairs, kBlock * kTile / 2);
     } else if (t.sums || !kernels.quads) {
-        arena.take(w.panel, kTile * t.dim);
+        arena.take(w.panel, t.tile * t.dim);
     }
     if (kernels.quads && t.topk) {
-        arena.take(w.quads, kTile * t.padded / 4);
-        arena.take(w.bytes, kTile * t.padded);
+        arena.take(w.quads, t.tile * t.padded / 4);
+        arena.take(w.bytes, t.tile * t.padded);
         arena.take(w.slot_step, kTile);
         arena.take(w.slot_bias, kTile);
     }
@@ -162,9 +165,9 @@ Layout lay_out(Task task, const Kernels& kernels, int threads, void* workspace) 
     std::vector<Worker> workers(size_t(std::min<int64_t>(threads, task.groups * task.chunks)));
     for (size_t i = 0; i < workers.size(); ++i) {
         lay_out(workers[i], task, kernels, arena);
-        if (task.topk)
-            workers[i].heaps =
-                task.heaps + (task.heap_sets > 1 ? int64_t(i) : 0) * task.rows * task.topk;
+        const int64_t set_row = (task.heap_sets > 1 ? int64_t(i) : 0) * task.rows;
+        workers[i].heaps = task.heaps + set_row * task.topk;
+        workers[i].bars = task.bars + set_row;
     }
     return {task, std::move(workers), arena.bytes()};
 }

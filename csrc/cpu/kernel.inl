@@ -71,6 +71,16 @@ INLINE float norm_of(const float* row, int64_t padded) {
     return square_root(sum(norm));
 }
 
+void set_bound(const Task& t, int64_t i, float inverse, float norm, float residual) {
+    const bool finite = norm < kInfinity;
+    const float slack = 1.0001f * inverse;  // the norms are rounded as well
+    t.key_inverse[i] = inverse;
+    t.key_norm[i] = finite ? larger(slack * norm, 1e-30f) : 0.0f;  // not 0: 0 * inf is NaN
+    t.key_residual[i] = finite ? larger(slack * residual, 1e-30f) : 0.0f;
+    for (int64_t set = 0; set < t.heap_sets; ++set)  // NaN or inf in a key: it finds nothing
+        t.bars[set * t.rows + i] = finite ? -kInfinity : kInfinity;
+}
+
 uint32_t bf16_bits(float x) { return float_to_bits(x) >> 16; }  // x is a bf16 already
 
 void prepare(const Task& t) {
@@ -100,14 +110,11 @@ void prepare(const Task& t) {
             __builtin_memcpy(&quad, bytes + 4 * d, 4);
             panel[d * kBlock] = quad ^ 0x80808080u;  // byte + 128 as an unsigned byte
         }
-        const float inverse = 1.0f / q.step, slack = 1.0001f * inverse;  // norms are rounded too
-        t.key_inverse[i] = inverse;
-        t.key_norm[i] = slack * q.norm, t.key_residual[i] = slack * q.residual;
+        set_bound(t, i, 1.0f / q.step, q.norm, q.residual);
 #else
         float* panel = t.key_panel + block * t.dim * kBlock + r;
         for (int64_t d = 0; d < t.dim; ++d) panel[d * kBlock] = key[d];
-        t.key_inverse[i] = 1.0f, t.key_residual[i] = 0.0f;
-        t.key_norm[i] = 1.0001f * norm_of(key, t.padded);
+        set_bound(t, i, 1.0f, norm_of(key, t.padded), 0.0f);
 #endif
     }
 }
@@ -133,9 +140,9 @@ void pack_philox_columns(const Task& t, const Tile& tile, uint64_t* columns);
 
 Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     Tile tile{};
-    tile.slot = index * kTile - t.lead;
+    tile.slot = index * t.tile - t.lead;
     tile.low = tile.slot < 0 ? int(-tile.slot) : 0;
-    tile.high = int(smaller(t.count - tile.slot, kTile));
+    tile.high = int(smaller(t.count - tile.slot, t.tile));
     tile.width = (tile.high + kSub - 1) / kSub * kSub;
     const int64_t ld = t.padded;
     for (int j = 0; j < tile.width; ++j) {
@@ -372,8 +379,9 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
     const int64_t first_row = block * kBlock;
     // fp32 rounding of the exact product and of the steps below: D + 16 roundings, doubled.
     const float rounding = float(t.padded + 16) * 1.2e-7f;
-    const float from_norm = tile.residual + rounding * tile.norm;
-    const float from_residual = tile.norm + tile.residual;
+    float from_norm = tile.residual + rounding * tile.norm;
+    float from_residual = tile.norm + tile.residual;
+    if (!(from_norm < kInfinity)) from_norm = from_residual = kInfinity;  // no bound: take all
     for (int panel = 0; panel < tile.width / kSub; ++panel) {
         float floor[kRows];
         uint64_t masks[kRows];
@@ -381,10 +389,7 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
             const int64_t i = first_row + r;
             // |k.m - k'.m'| <= |k| |m - m'| + |k - k'| |m'|
             const float error = t.key_norm[i] * from_norm + t.key_residual[i] * from_residual;
-            const float worst = heap_similarity(w.heaps[i * t.topk]);
-            floor[r] = worst * t.key_inverse[i] - error;
-            if (!(t.key_norm[i] < kInfinity)) floor[r] = kInfinity;  // NaN or inf: nothing
-            else if (!(floor[r] > -kInfinity)) floor[r] = -kInfinity;  // no bound: everything
+            floor[r] = w.bars[i] - error;
         }
         screen<kRows>(t, w, block, panel, floor, masks);
         const int low = tile.low - panel * kSub, high = tile.high - panel * kSub;
@@ -396,9 +401,11 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
             for (uint64_t mask = masks[r] & valid; mask; mask &= mask - 1) {
                 const int j = panel * kSub + __builtin_ctzll(mask);
                 const float similarity = dot(key, w.rows + j * t.padded, t.padded);
-                if (!(similarity >= heap_similarity(heap[0]))) continue;
+                if (similarity != similarity) continue;
                 const uint64_t entry = heap_entry(similarity, tile.slot + j);
-                if (entry > heap[0]) heap_replace_root(heap, t.topk, entry);
+                if (entry <= heap[0]) continue;
+                heap_replace_root(heap, t.topk, entry);
+                w.bars[first_row + r] = heap_similarity(heap[0]) * t.key_inverse[first_row + r];
             }
         }
     }
@@ -623,7 +630,7 @@ struct Upcoming {
 
 Upcoming upcoming(const Task& t, int64_t slot, int64_t blocks) {
     const int64_t row_bytes = t.dim * (t.dtype == Dtype::kFloat32 ? 4 : 2);
-    const int64_t lines = smaller(kTile, t.count - slot) * row_bytes / 64;
+    const int64_t lines = smaller(t.tile, t.count - slot) * row_bytes / 64;
     return {(const char*)t.bank + slot * row_bytes, lines, lines / blocks + 1};
 }
 
@@ -699,7 +706,7 @@ void process(const Task& t, Worker& w, int64_t item) {
     const int64_t last_tile = (chunk + 1) * t.tiles / t.chunks;
     for (int64_t index = chunk * t.tiles / t.chunks; index < last_tile; ++index) {
         const Tile tile = pack_tile(t, w, index);
-        const Upcoming next = upcoming(t, index + 1 < last_tile ? tile.slot + kTile : t.count,
+        const Upcoming next = upcoming(t, index + 1 < last_tile ? tile.slot + t.tile : t.count,
                                        last_block - first_block);
         for (int64_t block = first_block; block < last_block; ++block) {
             prefetch(next, block - first_block);
