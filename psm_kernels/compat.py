@@ -38,15 +38,19 @@ class NTXentLoss(InfoNCELoss):
     Args:
         temperature: tau > 0.
         memory_bank_size: (rows, columns), or 0 for negatives within the batch.
-        settings: keyword arguments of `InfoNCELoss`.
+        gather_distributed: as in `PSMLoss`. Not with negatives within the batch, which lightly
+            gathers too.
+        settings: further keyword arguments of `InfoNCELoss`.
     """
 
     def __init__(
         self,
         temperature: float = 0.5,
         memory_bank_size: tuple[int, int] | int = 0,
+        gather_distributed: bool = False,
         **settings,
     ):
+        settings["gather_distributed"] = gather_distributed
         super().__init__(temperature, memory_bank_size, **settings)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:

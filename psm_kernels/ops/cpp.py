@@ -27,7 +27,8 @@ def unavailable() -> str | None:
     if _C.source_id.partition("+")[0] != wanted.partition("+")[0] or (
         "+" in wanted and _C.source_id != wanted
     ):
-        return f"psm_kernels._C was built from other sources ({_C.source_id}, not {wanted}): {_REBUILD}"
+        built = f"built from other sources ({_C.source_id}, not {wanted})"
+        return f"psm_kernels._C was {built}: {_REBUILD}"
     return None
 
 
