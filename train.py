@@ -84,14 +84,8 @@ class Settings:
 
 
 RECIPES = {
-    "digits": {
-        "image_size": 8,
-        "bank": 1024,
-        "epochs": 20,
-        "batch_size": 64,
-        "warmup": 1,
-        "ema": 0.97,
-    },
+    "digits": {"image_size": 8, "bank": 1024, "batch_size": 64, "epochs": 16, "warmup": 1}
+    | {"ema": 0.97},  # 350 steps in all: a slower key encoder would lag behind
     "tinyimagenet": {"image_size": 64, "stem": "large"},  # as released; small is 10 times the work
     "imagefolder": {"image_size": 224, "stem": "large"},
 }

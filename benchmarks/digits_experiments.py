@@ -1,8 +1,8 @@
 """The three experiments of PSM's note on digits: python benchmarks/digits_experiments.py
 
-Trains each configuration with each seed by train.py, one after the other, and prints markdown tables
-of mean and standard deviation over the seeds, read from the files the runs leave. Runs that are
-there already are not repeated, and an interrupted one is continued.
+Trains each configuration with each seed by train.py, one after the other, and prints markdown
+tables of mean and standard deviation over the seeds, read from the files the runs leave. Runs that
+are there already are not repeated, and an interrupted one is continued.
 """
 
 import argparse
