@@ -6,9 +6,9 @@
 
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2Cap = -0.00144341686f;  // log2(0.999): the keep probability is capped there
-// 2^f on [0, 1): minimax of degree 5 with p(0) = 1, relative error 8e-8 before rounding.
-constexpr float kExp2[6] = {1.0f,         0.6931513f,   0.24016444f,
-                            0.055799913f, 0.009017031f, 0.00186713f};
+// 2^f on [-1/2, 1/2]: minimax of degree 5 with p(0) = 1, relative error 9e-8 before rounding.
+constexpr float kExp2[6] = {1.0f,          0.693147f,     0.24022242f,
+                            0.055507336f, 0.009671513f, 0.0013264727f};
 
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE float larger(float a, float b) { return a > b ? a : b; }

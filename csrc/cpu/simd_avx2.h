@@ -43,14 +43,8 @@ INLINE V load_fp16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
 
-template <int kLog2Scale>
-INLINE V exp2(V t) {
-    t = max(set1(-127.0f), t);  // 2^-127 comes out as 0; the second operand wins if it is NaN
-    const V floor = _mm256_floor_ps(t), f = sub(t, floor);
-    V p = set1(kExp2[5] * (1ull << kLog2Scale));
-    for (int i = 4; i >= 0; --i) p = fma(p, f, set1(kExp2[i] * (1ull << kLog2Scale)));
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(floor), _mm256_set1_epi32(127));
-    return mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+INLINE V shift_to_exponent(V a) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
 }
 
 INLINE V keep(V s, const uint32_t* words, V threshold, int& kept) {

@@ -31,12 +31,8 @@ INLINE V load_fp16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
 
-template <int kLog2Scale>
-INLINE V exp2(V t) {
-    V p = set1(kExp2[5] * (1ull << kLog2Scale));
-    const V f = _mm512_reduce_ps(t, 0x09);  // t - floor(t), no exceptions
-    for (int i = 4; i >= 0; --i) p = fma(p, f, set1(kExp2[i] * (1ull << kLog2Scale)));
-    return _mm512_scalef_ps(p, t);
+INLINE V shift_to_exponent(V a) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23));
 }
 
 INLINE V keep(V s, const uint32_t* words, V threshold, int& kept) {

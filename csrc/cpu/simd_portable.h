@@ -50,17 +50,7 @@ INLINE V load_fp16(const uint16_t* p) {
     return V{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
 }
 
-// 2^(t + kLog2Scale), relative error 1.5e-7; 0 below t = -127; NaN stays NaN.
-template <int kLog2Scale>
-INLINE V exp2(V t) {
-    t = t < -127.0f ? set1(-127.0f) : t;
-    const V truncated = __builtin_convertvector(__builtin_convertvector(t, Vi), V);
-    const V floor = truncated > t ? truncated - 1.0f : truncated, f = t - floor;
-    V p = set1(kExp2[5] * (1ull << kLog2Scale));
-    for (int i = 4; i >= 0; --i) p = fma(p, f, set1(kExp2[i] * (1ull << kLog2Scale)));
-    const Vu exponent = Vu(__builtin_convertvector(floor, Vi)) + 127u;
-    return p * V(exponent << 23);
-}
+INLINE V shift_to_exponent(V a) { return V(Vu(a) << 23); }
 
 // s where word < floor(threshold), else -inf; adds the number of the kept.
 INLINE V keep(V s, const uint32_t* words, V threshold, int& kept) {

@@ -1,0 +1,199 @@
+"""The two passes of UnReMix: what each row's similarities range over, then sums whose weights are
+affine in the similarity and its exponential."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psm_kernels import _checks as checks
+from psm_kernels import backends
+from psm_kernels.ops import bank_pass, bank_topk
+
+_SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cache
+
+
+class RowRanges(NamedTuple):
+    """All of it without gradient."""
+
+    lse: Tensor  # (B,) log sum_j exp(s/tau), -inf in an empty bank
+    lowest: Tensor  # (B,) the smallest similarity, +inf in an empty bank
+    top: Tensor  # (B, 2) the two largest, descending; missing: -inf
+    index: Tensor  # (B, 2) their slots; missing: -1
+
+
+class WeightedPass(NamedTuple):
+    """Only `log_sum` carries a gradient, to `query`; the weights are constants."""
+
+    log_sum: Tensor  # (B,) log sum_j w exp(s/tau), -inf when nothing weighs
+    mean: Tensor  # (B, D) mean of the rows under w exp(s/tau), 0 when nothing weighs
+    weight: Tensor  # (B,) sum_j w
+
+
+def row_ranges(
+    query: Tensor,
+    bank: Tensor,
+    count: Tensor | int | None,
+    *,
+    temperature: float,
+    backend: str = "auto",
+) -> RowRanges:
+    """Log-sum-exp and extremes of each row's similarities; arguments as in `weighted_pass`."""
+    _check(query, bank, temperature)
+    count = checks.as_count(count, bank)
+    args = (query.detach(), bank.detach(), count, float(temperature), backend)
+    return RowRanges(*torch.ops.psm_kernels.row_ranges(*args))
+
+
+def weighted_pass(
+    query: Tensor,
+    bank: Tensor,
+    count: Tensor | int | None,
+    *,
+    temperature: float,
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    top: Tensor,
+    cap: Tensor,
+    rho: Tensor,
+    backend: str = "auto",
+) -> WeightedPass:
+    """Weighted log-sum-exp over the bank, its gradient and the sum of the weights, in one read.
+
+        e_ij = exp((s_ij - top_i)/tau)
+        w_ij = max(alpha_i + beta_i s_ij + gamma_i min(e_ij, cap_i) + rho_j, 0)
+
+    Args:
+        query: (B, D) unit rows; rounded to the bank's dtype inside, its gradient is not.
+        bank: (K, D) unit rows, contiguous; fp32, bf16, fp16, or fp64 on "reference".
+        count: number of valid slots: 0-d int64 tensor on the bank's device, int, or None for K.
+        temperature: tau > 0.
+        alpha, beta, gamma: (B,).
+        top: (B,) the row's largest similarity, so that no exponential exceeds 1.
+        cap: (B,).
+        rho: (K,); like `bank`, whatever lies behind `count` is not looked at.
+        backend: "auto" or a name of `python -m psm_kernels`. A backend without a kernel for it
+            runs slabs of the bank in plain torch.
+
+    Raises:
+        ValueError: an argument is wrong, or the named backend cannot run here.
+    """
+    _check(query, bank, temperature)
+    rows = {"alpha": alpha, "beta": beta, "gamma": gamma, "top": top, "cap": cap}
+    for name, value in (*rows.items(), ("rho", rho)):
+        checks.check_vector(name, value, len(bank if name == "rho" else query))
+        checks.check_device(name, value, bank.device)
+    args = (
+        query,
+        bank.detach(),
+        checks.as_count(count, bank),
+        float(temperature),
+        *(value.detach() for value in rows.values()),
+        rho.detach(),
+        backend,
+    )
+    log_sum, mean, weight = torch.ops.psm_kernels.weighted_pass(*args)
+    return WeightedPass(log_sum, mean.detach(), weight.detach())
+
+
+def _check(query: Tensor, bank: Tensor, temperature: float) -> None:
+    checks.check_bank(bank)
+    checks.check_matrix("query", query, like="the bank", shape=(None, bank.shape[1]))
+    checks.check_device("query", query, bank.device)
+    checks.check_number("temperature", temperature, above=0)
+
+
+def _slabs(query, bank, count, temperature, affine, rho) -> tuple[Tensor, ...]:
+    """The weighted pass in plain torch, never a (B, K) matrix; `affine` is (5, B)."""
+    alpha, beta, gamma, top, cap = affine[:, :, None]
+    total, weight = rho.new_zeros(len(query)), rho.new_zeros(len(query))
+    mean = rho.new_zeros(query.shape)
+    step = max(1, _SLAB // len(query))
+    for start in range(0, len(bank), step):
+        rows = bank[start : start + step].to(rho.dtype)
+        valid = torch.arange(start, start + len(rows), device=bank.device) < count
+        rows = torch.where(valid[:, None], rows, 0.0)
+        similarity = query.to(rho.dtype) @ rows.T  # (B, S)
+        pull = torch.exp((similarity - top) / temperature)
+        line = alpha + beta * similarity + rho[start : start + step]
+        w = (line + gamma * torch.minimum(pull, cap)).clamp_min(0)
+        w = torch.where(valid, w, 0.0)
+        weight += w.sum(1)
+        w = w * pull
+        total += w.sum(1)
+        mean.addmm_(w, rows)
+    some = torch.where(total == 0, 1.0, total)
+    return top[:, 0] / temperature + total.log(), mean / some[:, None], weight
+
+
+# --- registration --------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("psm_kernels::row_ranges", mutates_args=())
+def _row_ranges(
+    query: Tensor, bank: Tensor, count: Tensor, temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    own = getattr(backends.choose(backend, bank), "row_ranges", None)
+    with torch.autocast(bank.device.type, enabled=False):
+        query = query.to(bank.dtype).contiguous()
+        if own is not None:
+            return own(query, bank, count, temperature)
+        s_pos = query.new_zeros(len(query))
+        settings = {"temperature": temperature, "topk": 1, "backend": backend}
+        swept = bank_pass(query, -query, bank, count, s_pos, **settings)
+        nearest = bank_topk(query, bank, 2, count=count, backend=backend)
+        return swept.neg_lse, -swept.topk_sim[:, 0], *nearest
+
+
+@_row_ranges.register_fake
+def _(query, bank, *unused):
+    sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
+    batch = len(query)
+    rows = [query.new_empty(batch, dtype=sums) for _ in range(2)]
+    index = query.new_empty((batch, 2), dtype=torch.int64)
+    return *rows, query.new_empty((batch, 2), dtype=sums), index
+
+
+@torch.library.custom_op("psm_kernels::weighted_pass", mutates_args=())
+def _weighted_pass(
+    query: Tensor,
+    bank: Tensor,
+    count: Tensor,
+    temperature: float,
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    top: Tensor,
+    cap: Tensor,
+    rho: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = getattr(backends.choose(backend, bank), "weighted_pass", _slabs)
+    sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
+    with torch.autocast(bank.device.type, enabled=False):
+        query = query.to(bank.dtype).contiguous()
+        affine = torch.stack((alpha, beta, gamma, top, cap)).to(sums)
+        return tuple(run(query, bank, count, temperature, affine, rho.to(sums).contiguous()))
+
+
+@_weighted_pass.register_fake
+def _(query, bank, *unused):
+    sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
+    rows = [query.new_empty(len(query), dtype=sums) for _ in range(2)]
+    return rows[0], query.new_empty(query.shape, dtype=sums), rows[1]
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.temperature, ctx.dtype = inputs[3], inputs[0].dtype
+
+
+def _backward(ctx, grad, *unused):
+    (mean,) = ctx.saved_tensors
+    return (grad[:, None] * mean / ctx.temperature).to(ctx.dtype), *[None] * 10
+
+
+_weighted_pass.register_autograd(_backward, setup_context=_setup_context)

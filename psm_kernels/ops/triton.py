@@ -1,0 +1,170 @@
+"""The `triton` backend: every GPU that Triton supports, and its interpreter on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_K = 1024
+CELL = 64
+LOG2E = 1.4426950408889634
+
+
+def unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if _interpreted():
+        return None
+    if not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())):
+        return "no GPU was found, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def bank_pass(
+    query: Tensor,  # (B, D) in the bank's dtype
+    key: Tensor | None,  # (B, D)
+    bank: Tensor,  # (K, D)
+    count: Tensor,  # ()
+    s_pos: Tensor,  # (B,)
+    temperature: float,
+    selection: str,
+    a: float,
+    b: float,
+    topk: int,
+    rng_state: Tensor | None,  # (2,)
+    row_offset: int,
+    col_offset: int,
+) -> tuple[Tensor, ...]:
+    _check("topk", topk)
+    sums = (s_pos, LOG2E / temperature, selection, -a * LOG2E, b, rng_state, row_offset)
+    return _run(query, key, bank, count, topk, sums, col_offset)
+
+
+def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:
+    _check("k", k)
+    return _run(None, query, bank, count, k, None, 0)[4:]
+
+
+class Tile(NamedTuple):
+    rows: int  # of queries
+    cols: int  # of bank slots
+    warps: int
+    stages: int  # bank tiles in flight
+    resident: int  # programs on one multiprocessor, for the number of splits
+    fused: bool  # mining and sums in one pass over the bank
+    columns: int  # of a block in score products
+
+
+def tile(dtype: torch.dtype, padded: int, hopper: bool) -> Tile:
+    """Block sizes without spills and with few instructions per element: `benchmarks/sass.py`."""
+    if dtype is torch.float32:  # true fp32 products run on the vector units
+        return Tile(32 if padded <= 128 else 16, 16, 4, 1, 2, padded <= 256, 16)
+    if padded > 256:
+        return Tile(64, 32, 8, 1, 1, False, 64)
+    if padded > 128:
+        return Tile(128, 64 if hopper else 32, 8, 2, 1, False, padded)
+    if hopper:
+        return Tile(64, 64, 4, 3, 2, True, padded)
+    return Tile(128, 32, 8, 2, 1, True, padded)
+
+
+def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
+    from psm_kernels.ops.triton_kernels import bank_pass_kernel
+    from psm_kernels.ops.triton_merge import merge_kernel
+
+    size, dim = bank.shape
+    batch = (key if query is None else query).shape[0]
+    padded = _power_of_2(dim, 16)
+    hopper = _is_hopper(bank.device)
+    rows, cols, warps, stages, resident, fused, columns = tile(bank.dtype, padded, hopper)
+    cells = -(-(size + 15) // CELL)
+    blocks = -(-batch // rows)
+    splits = _splits(blocks, cells, resident, bank.device)
+    s_pos, scale, selection, decay, b, rng_state, row_offset = sums or (
+        None, 0.0, "all", 0.0, 0.0, None, 0,
+    )  # fmt: skip
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=bank.device)
+
+    cell_max = new(batch, cells) if k else None
+    part_stats = new(batch, 4, splits) if sums else None
+    part_mean = new(batch, splits, dim) if sums else None
+    neg_lse, neg_sq_lse, neg_count = new(3, batch) if sums else [None] * 3
+    neg_mean = new(batch, dim) if sums else None
+    topk_sim, topk_index = new(batch, k), new(batch, k, dtype=torch.int64)
+
+    passes = [(bool(k), bool(sums))]
+    if not fused:  # accumulator and two sets of rows do not fit registers
+        passes = [(mine, total) for mine, total in ((bool(k), False), (False, bool(sums)))]
+    descriptor = _descriptor(bank, cols, padded) if hopper else None
+    for mine, total in passes:
+        if not (mine or total):
+            continue
+        bank_pass_kernel[(blocks * splits,)](
+            query, key, bank, descriptor, count, s_pos, rng_state, cell_max, part_stats, part_mean,
+            batch, size, dim, cells, splits, scale, decay, b, row_offset, col_offset,
+            SELECTION=selection if total else "all", MINE=mine, SUM=total,
+            FAST=bank.dtype is not torch.float16,  # unshifted weights leave its range
+            BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages,
+            num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    kp = _power_of_2(k, 2)
+    merge_kernel[(batch,)](
+        part_stats, part_mean, neg_lse, neg_sq_lse, neg_count, neg_mean,
+        key, bank, count, cell_max, topk_sim, topk_index, size, dim, cells, splits, k, col_offset,
+        MINE=k > 0, SUM=sums is not None, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
+        KP=kp, DBLOCK=min(padded, 64), CHUNK=max(1024, kp),
+        GROUP=max(4, kp // CELL), num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+
+
+def _splits(blocks: int, tiles: int, resident: int, device: torch.device) -> int:
+    """Parts of the bank, so that all programs are resident at once and none has under 4 tiles."""
+    return max(1, min(_multiprocessors(device) * resident // blocks, tiles // 4))
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    """Warp-group products and TMA: sm_90 alone, for Blackwell's are others."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _descriptor(bank: Tensor, rows: int, padded: int):
+    """A tensor descriptor of the bank for TMA, whose rows must be multiples of 16 bytes."""
+    if bank.stride(0) * bank.element_size() % 16 or bank.data_ptr() % 16 or padded > 256:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(bank, [rows, padded])
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 2
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _check(name: str, k: int) -> None:
+    if k > MAX_K:
+        raise ValueError(
+            f"{name}: got {k}, the triton backend takes at most {MAX_K}; 'cpp' and 'reference' "
+            "take more"
+        )
+
+
+def _power_of_2(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length()) if n else least
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
