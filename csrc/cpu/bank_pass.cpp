@@ -106,7 +106,7 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
         for (float** part : {&t.part_shift, &t.part_sq_shift, &t.part_sum, &t.part_sq,
                              &t.part_count})
             arena.take(*part, t.chunks * t.rows);
-        arena.take(t.part_mean, t.chunks * t.rows * t.padded);
+        arena.take(t.part_mean, t.mean ? t.chunks * t.rows * t.padded : 0);
     }
     if (t.topk) {
         arena.take(t.key_rows, t.rows * t.padded);
@@ -140,6 +140,7 @@ void lay_out(Worker& w, const Task& t, const Kernels& kernels, Arena& arena) {
     if (t.sums) {
         arena.take(w.scratch, 2 * kTile);
         arena.take(w.words, kTile);
+        arena.take(w.rho, kTile);
         arena.take(w.columns, 4 * kBatches);
         arena.take(w.state, group_rows * 3 * kLanes);
         arena.take(w.shift, group_rows);
@@ -215,13 +216,13 @@ void merge_sums(const Task& t, int64_t i, const Outputs& out, float* mean) {
         sum += double(factor) * t.part_sum[at];
         squares += double(std::exp2(t.part_sq_shift[at] - sq_shift)) * t.part_sq[at];
         const float* part = t.part_mean + at * t.padded;
-        for (int64_t d = 0; d < t.dim; ++d) mean[d] += factor * part[d];
+        for (int64_t d = 0; t.mean && d < t.dim; ++d) mean[d] += factor * part[d];
     }
     out.neg_lse[i] = log_of(sum, shift);
     out.neg_sq_lse[i] = log_of(squares, sq_shift);
     out.neg_count[i] = float(count);
     const float inverse = sum == 0.0 ? 0.0f : float(1.0 / sum);
-    for (int64_t d = 0; d < t.dim; ++d) out.neg_mean[i * t.dim + d] = mean[d] * inverse;
+    for (int64_t d = 0; t.mean && d < t.dim; ++d) out.neg_mean[i * t.dim + d] = mean[d] * inverse;
 }
 
 void merge_heaps(const Task& t, int64_t i, const Outputs& out, std::vector<uint64_t>& entries) {
@@ -277,9 +278,11 @@ Task make_task(const BankPassArgs& args) {
     t.query = args.query, t.key = args.key, t.bank = args.bank, t.s_pos = args.s_pos;
     t.rows = args.batch, t.count = args.count, t.dim = args.dim;
     t.dtype = args.dtype, t.selection = args.selection, t.sums = true;
+    t.mean = args.neg_mean != nullptr;
     t.scale = float(kLog2e / args.temperature), t.slope = float(-args.a * kLog2e), t.b = args.b;
     t.topk = args.topk, t.seed = args.seed, t.offset = args.offset;
     t.row_offset = args.row_offset, t.col_offset = args.col_offset;
+    t.affine = args.affine, t.rho = args.rho;
     return t;
 }
 

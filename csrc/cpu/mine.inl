@@ -19,7 +19,8 @@ INLINE float heap_similarity(uint64_t entry) {
 void heap_replace_root(uint64_t* heap, int64_t size, uint64_t entry) {
     int64_t i = 0;
     for (int64_t child = 1; child < size; child = 2 * i + 1) {
-        if (child + 1 < size && heap[child + 1] < heap[child]) ++child;
+        const int64_t sibling = child + 1 < size ? child + 1 : child;
+        child = heap[sibling] < heap[child] ? sibling : child;  // no branch: it would be random
         if (entry <= heap[child]) break;
         heap[i] = heap[child];
         i = child;
@@ -63,9 +64,14 @@ void screen(const Task& t, const Worker& w, int64_t block, int panel, const floa
 }
 
 INLINE float dot(const float* x, const float* y, int64_t padded) {
-    V acc = set1(0.0f);
-    for (int64_t d = 0; d < padded; d += kWidth) acc = fma(load(x + d), load(y + d), acc);
-    return sum(acc);
+    constexpr int kChains = kPad / kWidth < 4 ? kPad / kWidth : 4;  // hide the latency of an fma
+    V acc[kChains];
+    for (V& chain : acc) chain = set1(0.0f);
+    for (int64_t d = 0; d < padded; d += kChains * kWidth)
+        for (int n = 0; n < kChains; ++n)
+            acc[n] = fma(load(x + d + n * kWidth), load(y + d + n * kWidth), acc[n]);
+    for (int n = 1; n < kChains; ++n) acc[0] = add(acc[0], acc[n]);
+    return sum(acc[0]);
 }
 
 template <int kRows>

@@ -17,10 +17,11 @@ constexpr int kBatches = kTile / 4;  // Philox counters per row and tile
 struct Task {
     const void *query, *key, *bank;
     const float* s_pos;
+    const float *affine, *rho;
     int64_t rows, count, dim, padded;  // B, valid slots, D, D rounded up to kPad
     Dtype dtype;
     Selection selection;
-    bool sums;  // false: mining only
+    bool sums, mean;  // without sums: mining only; without mean: no second product
     float scale, slope, b;  // log2(e) / tau, -a log2(e), b
     int64_t topk;
     uint64_t seed, offset;
@@ -61,6 +62,7 @@ struct Worker {
     float* scratch;       // (2, kTile)
     uint32_t* weight_pairs;  // (kBlock, kTile / 2)
     uint32_t* words;         // (kTile,)
+    float* rho;              // (kTile,)
     uint64_t* columns;       // (4, kBatches) what Philox knows of a column before it sees a row
     float* state;            // (rows of a group, 3, kLanes) sum, sum of squares, count
     float *shift, *sq_shift; // (rows of a group,)
