@@ -1,7 +1,13 @@
 // The bank pass over one chunk of the bank, written once for every instruction set. Included by
-// isa_*.cpp after simd_*.h, inside a namespace of its own. Reads downwards: packing, products,
-// mining, epilogue, and `process`, which runs them tile by tile.
+// isa_*.cpp after simd_*.h, inside a namespace of its own.
 
+<<<<<<< HEAD
+#include "pack.inl"
+#include "product.inl"
+#include "mine.inl"
+#include "noise.inl"
+#include "weigh.inl"
+=======
 // ---- prepare: queries and keys ----
 
 template <Dtype kDtype>
@@ -592,6 +598,7 @@ void weigh<Selection::kExpected>(const Task& t, const Worker& w, const Tile& til
         store(row.count, add(load(row.count), exp2<0>(load(chance + j))));
     }
 }
+>>>>>>> main
 
 // Weights that are affine in s and e = exp((s - top)/tau). The row's top is given, so it is the
 // shift from the first tile on.
@@ -640,7 +647,7 @@ INLINE void prefetch(const Upcoming& next, int64_t block) {
         __builtin_prefetch(next.rows + 64 * line, 0, 2);
 }
 
-// ---- one item: one group of rows over one chunk of the bank ----
+// One item: one group of rows over one chunk of the bank.
 
 template <int kRows>
 void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, int64_t first_row,
@@ -706,6 +713,8 @@ void process(const Task& t, Worker& w, int64_t item) {
     const int64_t last_tile = (chunk + 1) * t.tiles / t.chunks;
     for (int64_t index = chunk * t.tiles / t.chunks; index < last_tile; ++index) {
         const Tile tile = pack_tile(t, w, index);
+        if (t.sums && t.selection == Selection::kBernoulli)
+            pack_philox_columns(t, tile, w.columns);
         const Upcoming next = upcoming(t, index + 1 < last_tile ? tile.slot + t.tile : t.count,
                                        last_block - first_block);
         for (int64_t block = first_block; block < last_block; ++block) {
