@@ -113,7 +113,9 @@ def test_golden_cases(device, path):
         want = torch.tensor(case[name])
         have = getattr(got, name).cpu()
         if name.startswith("topk"):
-            assert (have[:, want.shape[1] :] == (-1 if want.dtype == torch.int64 else -np.inf)).all()
+            assert (
+                have[:, want.shape[1] :] == (-1 if want.dtype == torch.int64 else -np.inf)
+            ).all()
             have = have[:, : want.shape[1]]
         torch.testing.assert_close(have, want.to(have.dtype), rtol=1e-5, atol=2e-6)
 
