@@ -216,7 +216,9 @@ def workspace(batch, count, dim, topk) -> int:
 
 def call(batch=4, count=10, dim=8, topk=2) -> dict:
     """Arguments of _C.bank_pass with addresses that pass its checks and are never used."""
-    names = "query key bank s_pos affine rho neg_lse neg_mean neg_sq_lse neg_count topk_sim topk_index"
+    names = (
+        "query key bank s_pos affine rho neg_lse neg_mean neg_sq_lse neg_count topk_sim topk_index"
+    )
     arguments = dict.fromkeys(names.split(), 4096)
     arguments |= {"batch": batch, "count": count, "dim": dim, "topk": topk, "dtype": 0}
     arguments |= {"selection": 0, "temperature": 0.5, "a": 0.5, "b": 0.0, "seed": 0, "offset": 0}
