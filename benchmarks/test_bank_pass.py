@@ -94,7 +94,7 @@ def test_pass(size):
         }
     )
     # Two of the three products of the pass are of the bank's type, mining is a byte product.
-    flops = {name: 3 * product for name in times} | {"query @ bank.T": product}
+    flops = dict.fromkeys(times, 3 * product) | {"query @ bank.T": product}
     report(f"bank_pass B=256 K={size} D=128 k=5 bernoulli", times, "ours fp32", flops)
     assert times["ours fp32"] < times["eager"]
 
@@ -148,13 +148,14 @@ def test_topk_of_features(k):
 def test_topk_against_faiss():
     faiss = pytest.importorskip("faiss")
     query, _, bank = problem(256, 65536, 128)
+    low = bank.bfloat16()
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(128)
     index.add(bank.numpy())
     times = in_turns(
         {
             "ours fp32": lambda: bank_topk(query, bank, 5, backend="cpp"),
-            "ours bf16": lambda b=bank.bfloat16(): bank_topk(query, b, 5, backend="cpp"),
+            "ours bf16": lambda: bank_topk(query, low, 5, backend="cpp"),
             "faiss IndexFlatIP": lambda: index.search(query.numpy(), 5),
         }
     )

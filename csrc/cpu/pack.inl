@@ -188,5 +188,8 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
                     panel[c * kSub + j] = rows[(p * kSub + j) * ld + c];
         }
     }
+    if (t.sums && t.selection == Selection::kAffine)
+        for (int j = 0; j < tile.width; ++j)
+            w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
     return tile;
 }

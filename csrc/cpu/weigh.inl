@@ -32,7 +32,7 @@ INLINE void scale_lanes(float* x, int64_t n, float factor) {
 NOINLINE void move_shift(const Task& t, const RowSums& row, V top) {
     const float shift = largest(top), factor = power_of_two(*row.shift - shift);
     scale_lanes(row.sum, kLanes, factor);
-    scale_lanes(row.mean, t.padded, factor);
+    if (t.mean) scale_lanes(row.mean, t.padded, factor);
     if (t.selection != Selection::kExpected) scale_lanes(row.squares, kLanes, factor * factor);
     *row.shift = shift;
 }
@@ -118,4 +118,33 @@ void weigh<Selection::kExpected>(const Task& t, const Worker& w, const Tile& til
         store(row.squares, add(load(row.squares), exp2<0>(add(load(squares + j), sq_shift))));
         store(row.count, add(load(row.count), exp2<0>(load(chance + j))));
     }
+}
+
+// Weights that are affine in s and e = exp((s - top)/tau). The row's top is given, so it is the
+// shift from the first tile on.
+template <>
+void weigh<Selection::kAffine>(const Task& t, const Worker& w, const Tile& tile, int64_t i,
+                               const RowSums& row, float* scores) {
+    const float* affine = t.affine + i;
+    const V alpha = set1(affine[0]), beta = set1(affine[t.rows]), gamma = set1(affine[2 * t.rows]);
+    const V scale = set1(t.scale), cap = set1(affine[4 * t.rows]), zero = set1(0.0f);
+    *row.shift = affine[3 * t.rows] * t.scale;
+    const V shift = set1(-*row.shift);
+    float* weights = w.scratch;
+    for (int j = 0; j < tile.width; j += kWidth) {
+        const V s = load(scores + j), e = exp2<0>(fma(s, scale, shift));
+        const V line = fma(beta, s, add(alpha, load(w.rho + j)));
+        const V weight = max(zero, fma(gamma, min(cap, e), line));  // NaN stays NaN
+        store(weights + j, weight);
+        store(scores + j, mul(weight, e));
+    }
+    for (int j = 0; j < tile.width; ++j)
+        if (j < tile.low || j >= tile.high) scores[j] = weights[j] = 0.0f;
+    V total = load(row.sum), count = load(row.count);
+    for (int j = 0; j < tile.width; j += kWidth) {
+        total = add(total, load(scores + j));
+        count = add(count, load(weights + j));
+    }
+    store(row.sum, total);
+    store(row.count, count);
 }
