@@ -32,7 +32,6 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-<<<<<<< HEAD
 from psm_kernels import (
     HCLLoss,
     InfoNCELoss,
@@ -42,10 +41,7 @@ from psm_kernels import (
     plots,
     rank_gradient_stats,
 )
-=======
-from psm_kernels import PSMLoss, plots, rank_gradient_stats
 from psm_kernels.batch_norm import set_batch_norm
->>>>>>> dist
 from psm_kernels.data import DATA_SETS, MEAN_STD, Views, load_images, transforms
 from psm_kernels.distributed import rank_and_world
 from psm_kernels.evaluate import encode, knn_accuracy, linear_probe
@@ -203,18 +199,11 @@ def make_encoder(s: Settings) -> nn.Sequential:
 
 
 def make_criterion(s: Settings) -> nn.Module:
-<<<<<<< HEAD
     """The loss with its bank. Another method is one more row of METHODS."""
     loss, names, _ = METHODS[s.method]
     options = {name: getattr(s, name) for name in (*names, "seed")}
-    return loss(s.temperature, (s.bank, s.dim), **options)
-=======
-    """The loss with its bank. Another method is one more branch here and a choice of --method."""
-    names = ("topk", "a", "b", "selection", "soft_weights", "hard_weight", "seed")
-    options = {name: getattr(s, name) for name in names}
     options["shard_bank" if s.shard_bank else "gather_distributed"] = True
-    return PSMLoss(s.temperature, (s.bank, s.dim), **options)
->>>>>>> dist
+    return loss(s.temperature, (s.bank, s.dim), **options)
 
 
 class Online(nn.Module):
