@@ -270,3 +270,11 @@ def test_limits_are_said(device):
         ops.bank_topk(bank, bank, 1, backend="triton")
     with pytest.raises(ValueError, match=r"1025.*reference"):
         ops.bank_topk(bank[:, :8], bank[:, :8].contiguous(), 1025, backend="triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a chip has its own")
+@pytest.mark.parametrize("chip", ["hopper", "hip", "cuda"])
+@pytest.mark.parametrize("dim", [40, 200])
+def test_the_tiles_of_every_chip(device, chip, dim, monkeypatch):
+    monkeypatch.setattr(backend, "_chip", lambda device: chip)
+    check(*both(*problem(device, 3, 200, dim, torch.bfloat16), topk=2), torch.bfloat16)
