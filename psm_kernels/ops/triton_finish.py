@@ -160,7 +160,8 @@ def finish(
     stats = query.new_empty(3, batch)
     finish_kernel[(batch,)](
         query, key, bank, s_pos, neg_lse, neg_sq_lse, neg_count, neg_mean, topk_index, rng_state,
-        loss, grad_query, stats, batch, dim, k, temperature, weight_temperature, hard_weight, a, b,
+        loss, grad_query, stats, batch, dim, k,
+        float(temperature), float(weight_temperature), float(hard_weight), float(a), float(b),
         row_offset, SELECTION=SELECTIONS[selection], SOFT=SOFT_WEIGHTS[soft_weights],
         KP=triton.next_power_of_2(max(k, 2)), DPAD=triton.next_power_of_2(max(dim, 16)),
         num_warps=4, enable_fp_fusion=True,
