@@ -160,7 +160,7 @@ def psm_loss(
             if labels is not None and bank_labels is not None:
                 stats = dataclasses.replace(
                     stats,
-                    positive_purity=_purity(pos, labels, bank_labels),
+                    positive_purity=_purity(pos, labels, bank_labels) if topk else None,
                     false_negative_rate=_false_negative_rate(
                         query, pos, bank, count, draw, temperature, labels, bank_labels
                     ),
