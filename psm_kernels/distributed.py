@@ -409,6 +409,8 @@ def _exchange_facts(mine: dict, group: dist.ProcessGroup | None, world: int) -> 
     if "refused" in mine:
         mine = {"refused": mine["refused"][: _FACTS_BYTES // 8]}  # JSON may take 6 bytes a letter
     text = json.dumps(mine).encode().ljust(_FACTS_BYTES)
+    if len(text) > _FACTS_BYTES:
+        raise ValueError(f"facts: got {len(text)} bytes of JSON, wanted {_FACTS_BYTES} at most")
     sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     received = torch.empty(world * _FACTS_BYTES, dtype=torch.uint8)
     try:

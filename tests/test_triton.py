@@ -305,6 +305,15 @@ def test_finish_is_the_torch_finish(device, soft_weights, selection, topk, count
         return_stats=True, **draw, **weights,
     )  # fmt: skip
     want.loss.sum().backward()
+    fused = query.clone().requires_grad_()
+    plain = psm_loss(  # takes the finish, because nothing but the loss is asked for
+        fused, key, bank, count=count, topk=topk, backend="triton", reduction="none",
+        **draw, **weights,
+    )  # fmt: skip
+    assert type(plain.grad_fn).__name__ == "_PSMRowsBackward"
+    plain.sum().backward()
+    torch.testing.assert_close(plain.detach(), loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused.grad, leaf.grad, rtol=1e-4, atol=1e-5)
     grad = grad - (grad * query).sum(1, keepdim=True) * query  # psm_loss normalizes its query
     torch.testing.assert_close(loss, want.loss.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-5)

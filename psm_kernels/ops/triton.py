@@ -50,6 +50,13 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
     return _run(None, query, bank, count, k, None, 0)[4:]
 
 
+def psm_finish(*args, **settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss rows, their gradient by the unit query, statistics: `triton_finish.finish`."""
+    from psm_kernels.ops.triton_finish import finish
+
+    return finish(*args, **settings)
+
+
 class Tile(NamedTuple):
     rows: int  # of queries
     cols: int  # of bank slots
