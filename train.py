@@ -1,4 +1,4 @@
-"""Train a ResNet without labels by PSM: python train.py
+"""Train a ResNet without labels by PSM or its kin: python train.py
 
     python train.py                                       digits: no download, minutes on two cores
     python train.py --data cifar10 --download --amp bf16  the released recipe, for a GPU
@@ -32,7 +32,15 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from psm_kernels import PSMLoss, plots, rank_gradient_stats
+from psm_kernels import (
+    HCLLoss,
+    InfoNCELoss,
+    PSMLoss,
+    SSCLLoss,
+    UnReMixLoss,
+    plots,
+    rank_gradient_stats,
+)
 from psm_kernels.batch_norm import set_batch_norm
 from psm_kernels.data import DATA_SETS, MEAN_STD, Views, load_images, transforms
 from psm_kernels.distributed import rank_and_world
@@ -66,8 +74,8 @@ class Settings:
     dim: int = setting(128, "dimension of queries and keys", least=1)
     ema: float = setting(0.99, "momentum of the key encoder", least=0)
 
-    method: str = setting("psm", "loss", choices=("psm",))
-    temperature: float = setting(0.5, "of the loss")
+    method: str = setting("psm", "loss", choices=("psm", "sscl", "unremix", "hcl", "infonce"))
+    temperature: float = setting(0.5, "of the loss; infonce: 0.2")
     bank: int = setting(16384, "slots of the memory bank", least=1)
     topk: int = setting(5, "mined positives per query")
     a: float = setting(0.5, "negative selection: density")
@@ -75,6 +83,14 @@ class Settings:
     selection: str = setting("bernoulli", "bernoulli, expected or all negatives (PNSM off)")
     soft_weights: str = setting("attention", "of mined positives: attention, uniform or binary")
     hard_weight: float = setting(1.0, "of the augmented view's own loss")
+    beta: float = setting(1.0, "hcl, sscl: concentration on hard negatives")
+    tau_plus: float = setting(0.1, "hcl, sscl: share of false negatives; sscl: 0.05")
+    num_hard: int = setting(32, "sscl: nearest negatives to mix from")
+    num_synthetic: int = setting(8, "sscl: mixed negatives per query")
+    mix: str = setting("pair", "sscl: pair, query or none")
+    similarity_weight: float = setting(1 / 3, "unremix: of the similarity to the query")
+    uncertainty_weight: float = setting(1 / 3, "unremix: of the gradient's size")
+    representativeness_weight: float = setting(1 / 3, "unremix: of the distance to the others")
 
     epochs: int = setting(200, "passes over the training images", least=1)
     batch_size: int = setting(256, "images per optimizer step", least=2)
@@ -93,18 +109,27 @@ class Settings:
 
 
 RECIPES = {
-    "digits": {
-        "image_size": 8,
-        "bank": 1024,
-        "epochs": 20,
-        "batch_size": 64,
-        "warmup": 1,
-        "ema": 0.97,
-    },
+    "digits": {"image_size": 8, "bank": 1024, "batch_size": 64, "epochs": 16, "warmup": 1}
+    | {"ema": 0.97},  # 350 steps in all: a slower key encoder would lag behind
     "tinyimagenet": {"image_size": 64, "stem": "large"},  # as released; small is 10 times the work
     "imagefolder": {"image_size": 224, "stem": "large"},
 }
 PARTS = ("encoder", "predictor", "momentum", "criterion", "optimizer", "scaler")  # of a checkpoint
+METHODS = {  # loss, its settings above, defaults that differ from those above (sources: the losses)
+    "psm": (PSMLoss, ("topk", "a", "b", "selection", "soft_weights", "hard_weight"), {}),
+    "sscl": (
+        SSCLLoss,
+        ("beta", "tau_plus", "num_hard", "num_synthetic", "mix"),
+        {"tau_plus": 0.05},
+    ),
+    "unremix": (
+        UnReMixLoss,
+        ("similarity_weight", "uncertainty_weight", "representativeness_weight"),
+        {},
+    ),
+    "hcl": (HCLLoss, ("beta", "tau_plus"), {}),
+    "infonce": (InfoNCELoss, (), {"temperature": 0.2}),
+}
 STATISTICS = ("positive_purity", "kept", "grad_mean", "grad_var", "bank_fill")
 
 
@@ -132,7 +157,10 @@ def command_line(argv: list[str] | None) -> dict:
     return vars(parser.parse_args(argv))
 
 
-def check(s: Settings) -> None:
+def check(s: Settings, given: dict) -> None:
+    foreign = {name for _, names, _ in METHODS.values() for name in names} - {*METHODS[s.method][1]}
+    for name in foreign & set(given):
+        raise UserError(f"{name}: got {given[name]}, but --method {s.method} has no such setting")
     for field in dataclasses.fields(s):
         least, value = field.metadata["least"], getattr(s, field.name)
         if least is not None and not value >= least:
@@ -171,11 +199,11 @@ def make_encoder(s: Settings) -> nn.Sequential:
 
 
 def make_criterion(s: Settings) -> nn.Module:
-    """The loss with its bank. Another method is one more branch here and a choice of --method."""
-    names = ("topk", "a", "b", "selection", "soft_weights", "hard_weight", "seed")
-    options = {name: getattr(s, name) for name in names}
+    """The loss with its bank. Another method is one more row of METHODS."""
+    loss, names, _ = METHODS[s.method]
+    options = {name: getattr(s, name) for name in (*names, "seed")}
     options["shard_bank" if s.shard_bank else "gather_distributed"] = True
-    return PSMLoss(s.temperature, (s.bank, s.dim), **options)
+    return loss(s.temperature, (s.bank, s.dim), **options)
 
 
 class Online(nn.Module):
@@ -277,13 +305,12 @@ def train_epoch(run: Run, views: Views, bar: tqdm) -> dict:
                 with torch.no_grad():
                     key1, key2 = run.momentum(x1), run.momentum(x2)
             # Both directions of every pass see the bank as it was before this step.
-            options = {"labels": y, "return_stats": True, "update": False}
-            out1 = run.criterion(q1, key2, projection=z1, **options)
-            out2 = run.criterion(q2, key1, projection=z2, **options)
-            loss = (out1.loss + out2.loss) / 2
+            loss1, row1 = contrast(run, q1, key2, z1, y)
+            loss2, row2 = contrast(run, q2, key1, z2, y)
+            loss = (loss1 + loss2) / 2
             run.scaler.scale(loss / s.accumulate).backward()
             keys.append(key2)
-            rows += [statistics(out1), statistics(out2)]  # on the device: no wait in a step
+            rows += [row1, row2]  # on the device: no wait in a step
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad()
@@ -301,11 +328,20 @@ def train_epoch(run: Run, views: Views, bar: tqdm) -> dict:
     return means | {"lr": lr, "images_per_s": len(loader) * s.batch_size / seconds}
 
 
-def statistics(out) -> torch.Tensor:
-    """Loss and STATISTICS of one call as a vector; NaN where there is none, as purity at topk 0."""
-    values = (out.loss, *(getattr(out.stats, name) for name in STATISTICS))
-    missing = torch.full_like(out.loss, math.nan)
-    return torch.stack([(missing if v is None else v).detach().float().mean() for v in values])
+def contrast(run: Run, query, key, projection, label) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and it and STATISTICS as a vector; NaN where there is none, as purity at topk 0 or
+    all but the fill of the bank where nothing is mined. The bank stays as it is."""
+    memory, options = run.criterion.memory_bank, {"labels": label, "update": False}
+    stats = {"bank_fill": memory.count / memory.size}
+    if isinstance(run.criterion, PSMLoss):
+        out = run.criterion(query, key, projection=projection, return_stats=True, **options)
+        loss, stats = out.loss, vars(out.stats)
+    else:
+        loss = run.criterion(query, key, **options)
+    values = (loss, *(stats.get(name) for name in STATISTICS))
+    missing = torch.full_like(loss, math.nan)
+    row = [(missing if v is None else v).detach().float().mean() for v in values]
+    return loss, torch.stack(row)
 
 
 def save(run: Run) -> None:
@@ -401,7 +437,7 @@ def draw(
 
     query, _ = features(run, nn.Sequential(run.encoder, run.predictor), test)
     key, bank = features(run, run.momentum, test)[0], features(run, run.momentum, train)[0]
-    keep = None if s.selection == "all" else (s.a, s.b)
+    keep = None if s.method != "psm" or s.selection == "all" else (s.a, s.b)
     rows = (query[:8], key[:8], bank[: s.bank])
     options = {"topk": s.topk, "keep": keep, "mean_std": MEAN_STD[s.data]}
     plots.draw_mined(test, train, *rows, folder / "mined.png", **options)
@@ -421,24 +457,26 @@ def log(run: Run, bar: tqdm, writer) -> None:
     if writer:
         for name, value in row.items():
             writer.add_scalar(name, value, row["epoch"])
-    bar.write(
-        "epoch {epoch:3}  loss {loss:.4f}  kNN {knn:.2%}  purity {positive_purity:.1%}  kept "
-        "{kept:.1%}  gradient {grad_mean:.2e}, variance {grad_var:.2e}  bank {bank_fill:.0%}  "
-        "lr {lr:.4f}".format(**row)
-    )
+    text = "epoch {epoch:3}  loss {loss:.4f}  kNN {knn:.2%}  "
+    if run.settings.method == "psm":
+        text += "purity {positive_purity:.1%}  kept {kept:.1%}  "
+        text += "gradient {grad_mean:.2e}, variance {grad_var:.2e}  "
+    bar.write((text + "bank {bank_fill:.0%}  lr {lr:.4f}").format(**row))
 
 
 def start(given: dict) -> tuple[Run, Views, Views, Views]:
     """A new or resumed run, its random views, plain training and test images. Nothing is written
     before all is known to fit."""
-    s = Settings(**(RECIPES.get(given.get("data", Settings.data), {}) | given))
+    *_, defaults = METHODS[given.get("method", Settings.method)]
+    recipe = RECIPES.get(given.get("data", Settings.data), {})
+    s = Settings(**(defaults | recipe | given))
     s.name = s.name or f"{s.data}-{s.method}"
     folder, state = Path(s.runs) / s.name, None
     if s.resume:
         state, s = load(folder / "checkpoint.pt", given | {"name": s.name, "runs": s.runs})
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists: --resume continues it, --name NAME makes another")
-    check(s)
+    check(s, given)
     options = {"download": s.download, "limit": s.limit}
     images = [load_images(s.data, s.data_dir, train=part, **options) for part in (True, False)]
     if len(images[0]) < s.batch_size:

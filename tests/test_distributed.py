@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from psm_kernels import PSMLoss, distributed
+from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, distributed
 from psm_kernels.ops import BankPass, bank_pass
 
 DIM, BATCH = 12, 8  # columns; rows of all ranks together
@@ -237,6 +237,52 @@ def test_other_weights(pool, world, settings):
     expected = step(single, *whole_batch())
     for name, value in joined([r[0] for r in got], world).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
+
+
+KIN = {
+    "info_nce": (InfoNCELoss, {}),
+    "hcl": (HCLLoss, {"beta": 0.5}),
+    "sscl": (SSCLLoss, {"num_hard": 6}),
+}
+
+
+def kin_steps(at, name, options, state, steps):
+    cls, settings = KIN[name]
+    criterion = cls(
+        0.2, (40, DIM), bank_dtype=torch.float64, process_group=at.group, **settings, **options
+    )
+    criterion.load_state_dict(state)
+    results = []
+    for _ in range(steps):
+        query, key = (at.own(x) for x in whole_batch()[:2])
+        query = query.clone().requires_grad_()
+        loss = criterion(query, key)
+        loss.backward()
+        results.append((loss.detach(), query.grad / at.world))
+    return results
+
+
+@pytest.mark.parametrize("options", [{"shard_bank": True}, {"gather_distributed": True}], ids=str)
+@pytest.mark.parametrize("name", KIN)
+def test_kin_equal_one_process(pool, name, options):
+    cls, settings = KIN[name]
+    single = cls(0.2, (40, DIM), bank_dtype=torch.float64, **settings)
+    single.enqueue(unit(30, seed=7))
+    got = pool.run(kin_steps, 2, name, options, single.state_dict(), 2)
+    expected = kin_steps(At(0, 1, None), name, {}, single.state_dict(), 2)
+    for ranks, (loss, grad) in zip(zip(*got, strict=True), expected, strict=True):
+        torch.testing.assert_close(sum(r[0] for r in ranks) / 2, loss, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(torch.cat([r[1] for r in ranks]), grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"shard_bank": True}, {"gather_distributed": True}], ids=str)
+def test_kin_that_cannot_be_distributed(pool, options):
+    errors = pool.refused(kin_without_bank, 2, options)
+    assert all("memory_bank_size: got 0" in error for error in errors)
+
+
+def kin_without_bank(at, options):
+    HCLLoss(process_group=at.group, **options)
 
 
 def sharded_operators(at, query, key, bank, labels, count, settings):

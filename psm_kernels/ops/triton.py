@@ -50,6 +50,13 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
     return _run(None, query, bank, count, k, None, 0)[4:]
 
 
+def psm_finish(*args, **settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss rows, their gradient by the unit query, statistics: `triton_finish.finish`."""
+    from psm_kernels.ops.triton_finish import finish
+
+    return finish(*args, **settings)
+
+
 class Tile(NamedTuple):
     rows: int  # of queries
     cols: int  # of bank slots
@@ -60,17 +67,28 @@ class Tile(NamedTuple):
     columns: int  # of a block in score products
 
 
-def tile(dtype: torch.dtype, padded: int, hopper: bool) -> Tile:
+def tile(dtype: torch.dtype, padded: int, chip: str) -> Tile:
     """Block sizes without spills and with few instructions per element: `benchmarks/sass.py`."""
     if dtype is torch.float32:  # true fp32 products run on the vector units
         return Tile(32 if padded <= 128 else 16, 16, 4, 1, 2, padded <= 256, 16)
     if padded > 256:
         return Tile(64, 32, 8, 1, 1, False, 64)
-    if padded > 128:
-        return Tile(128, 64 if hopper else 32, 8, 2, 1, False, padded)
-    if hopper:
+    if chip == "hopper":
+        if padded > 128:
+            return Tile(128, 64, 8, 2, 1, False, padded)
         return Tile(64, 64, 4, 3, 2, True, padded)
-    return Tile(128, 32, 8, 2, 1, True, padded)
+    if chip == "hip" or padded <= 64:
+        return Tile(64, 64, 4, 2, 2, padded <= 128, padded)
+    if padded > 128:
+        return Tile(64, 64, 8, 2, 1, False, 64)
+    return Tile(128, 32, 8, 2, 1, False, padded)
+
+
+def launches(fused: bool, mine: bool, total: bool) -> list[tuple[bool, bool]]:
+    """What each launch of the pass does: (mine, sum)."""
+    if fused and mine and total:
+        return [(True, True)]
+    return [(True, False)] * mine + [(False, True)] * total
 
 
 def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
@@ -80,8 +98,8 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     size, dim = bank.shape
     batch = (key if query is None else query).shape[0]
     padded = _power_of_2(dim, 16)
-    hopper = _is_hopper(bank.device)
-    rows, cols, warps, stages, resident, fused, columns = tile(bank.dtype, padded, hopper)
+    chip = _chip(bank.device)
+    rows, cols, warps, stages, resident, fused, columns = tile(bank.dtype, padded, chip)
     cells = -(-(size + 15) // CELL)
     blocks = -(-batch // rows)
     splits = _splits(blocks, cells, resident, bank.device)
@@ -99,13 +117,8 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     neg_mean = new(batch, dim) if sums else None
     topk_sim, topk_index = new(batch, k), new(batch, k, dtype=torch.int64)
 
-    passes = [(bool(k), bool(sums))]
-    if not fused:  # accumulator and two sets of rows do not fit registers
-        passes = [(mine, total) for mine, total in ((bool(k), False), (False, bool(sums)))]
-    descriptor = _descriptor(bank, cols, padded) if hopper else None
-    for mine, total in passes:
-        if not (mine or total):
-            continue
+    descriptor = _descriptor(bank, cols, padded) if chip == "hopper" else None
+    for mine, total in launches(fused, k > 0, sums is not None):
         bank_pass_kernel[(blocks * splits,)](
             query, key, bank, descriptor, count, s_pos, rng_state, cell_max, part_stats, part_mean,
             batch, size, dim, cells, splits, scale, decay, b, row_offset, col_offset,
@@ -131,9 +144,11 @@ def _splits(blocks: int, tiles: int, resident: int, device: torch.device) -> int
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    """Warp-group products and TMA: sm_90 alone, for Blackwell's are others."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+def _chip(device: torch.device) -> str:
+    """ "hopper" has warp-group products and TMA; Blackwell's are others, and count as "cuda"."""
+    if device.type == "cuda" and torch.version.hip is None:
+        return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
+    return "hip" if device.type == "cuda" else device.type
 
 
 def _descriptor(bank: Tensor, rows: int, padded: int):
