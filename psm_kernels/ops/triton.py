@@ -113,7 +113,8 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     cell_max = new(batch, cells) if k else None
     part_stats = new(batch, 4, splits) if sums else None
     part_mean = new(batch, splits, dim) if sums else None
-    neg_lse, neg_sq_lse, neg_count = new(3, batch) if sums else [None] * 3
+    # Three tensors, not views of one: outputs of a registered operator may not alias.
+    neg_lse, neg_sq_lse, neg_count = (new(batch) if sums else None for _ in range(3))
     neg_mean = new(batch, dim) if sums else None
     topk_sim, topk_index = new(batch, k), new(batch, k, dtype=torch.int64)
 
