@@ -1,0 +1,1 @@
+"""Measurements. `pytest benchmarks/` times everything in turns and ends in a table."""
