@@ -47,13 +47,16 @@ class Case:
         return 2.0 * PRODUCTS[self.operation] * self.batch * self.size * self.dim
 
     @property
+    def bank_bytes(self) -> int:
+        return self.size * self.dim * DTYPES[self.dtype].itemsize
+
+    @property
     def traffic(self) -> float:
         """Bytes at least: the bank read once; of an enqueue the keys read and their slots written.
         A float, so that it can be divided by a rate."""
-        item = DTYPES[self.dtype].itemsize
         if self.operation == "enqueue":
-            return self.batch * self.dim * (4.0 + item)
-        return float(self.size * self.dim * item)
+            return self.batch * self.dim * (4.0 + DTYPES[self.dtype].itemsize)
+        return float(self.bank_bytes)
 
 
 @dataclasses.dataclass
@@ -89,7 +92,8 @@ def make_problem(case: Case, device: str) -> Problem:
         found = unit_rows(rows(case.size))
         memory.enqueue(found[(found @ unit_rows(key)[0]).argsort()])
     else:
-        memory.enqueue(rows(case.size))
+        for start in range(0, case.size, 65_536):  # at once would need the bank's memory four times
+            memory.enqueue(rows(min(65_536, case.size - start)))
     rng_state = torch.tensor([1, 2], device=device)
     return Problem(case, query.requires_grad_(), key, memory, rng_state)
 

@@ -12,6 +12,7 @@ import torch
 from benchmarks import measure, report
 from benchmarks.cases import SWEEPS, default_cases, sweep_cases, tiny
 from benchmarks.providers import our_name
+from psm_kernels import backends
 
 RESULTS = pytest.StashKey[dict]()
 
@@ -34,6 +35,8 @@ def pytest_configure(config):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     config.option.device = device
+    if our_name(device) == "reference":
+        raise pytest.UsageError(f"nothing to measure on {device}:\n{backends.describe()}")
     cases = [case for name in config.option.sweep for case in sweep_cases(name)]
     cases = cases or default_cases(device)
     if config.option.tiny:

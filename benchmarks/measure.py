@@ -64,9 +64,12 @@ class Turns:
         for name in self.random.sample(list(self.runs), len(self.runs)):
             self.taken[name].append(seconds(self.runs[name], self.device, self.cache))
 
-    def rounds(self, budget: float, least: int = 5, most: int = 50) -> int:
-        """How many rounds fit the budget; call it after the rounds that warm up."""
+    def rounds(self, budget: float, least: int = 3, most: int = 50) -> int:
+        """How many rounds fit the budget; call it after the rounds that warm up, which count only
+        where there is time for no other (`least` 0)."""
         last = sum(taken[-1] for taken in self.taken.values())
+        if not least and last > budget:
+            return 0
         for taken in self.taken.values():
             taken.clear()
         return int(min(max(budget / last, least), most))

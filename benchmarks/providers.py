@@ -20,6 +20,7 @@ from benchmarks.measure import available_memory
 from psm_kernels import backends, functional, ops
 
 Run = Callable[[], Tensor]
+OTHER_JOB = "does another job"  # of a provider that was never meant for the operation
 
 
 class Provider(NamedTuple):
@@ -59,11 +60,11 @@ def ours(backend: str) -> Provider:
     row = backends.TABLE[backend]
 
     def refuse(case: Case, device: str) -> str | None:
-        if device not in (row.devices or (device,)) or (backend, device) == ("triton", "cpu"):
-            return f"not for {device}"
         reason = backends.load(backend)
         if isinstance(reason, str):
             return reason
+        if device not in row.devices or (backend, device) == ("triton", "cpu"):
+            return f"runs on {device} in tests alone" if device in row.devices else OTHER_JOB
         if DTYPES[case.dtype] not in row.dtypes or case.dim > (row.max_dim or case.dim):
             return f"takes no {case.dtype} bank of {case.dim} columns"
         if case.operation == "enqueue" and backend != our_name(device):
@@ -120,15 +121,13 @@ def make_slice_copy(p: Problem) -> Run:
 
 
 def refuse_compiled(case: Case, device: str) -> str | None:
-    if case.operation == "enqueue":
-        return "the enqueue has nothing to fuse"
-    return refuse_matrices(case, device)
+    return OTHER_JOB if case.operation == "enqueue" else refuse_matrices(case, device)
 
 
 def refuse_slab(case: Case, device: str) -> str | None:
-    if case.operation in ("enqueue", "unremix"):
-        return "not written for this operation"
-    return None
+    if case.operation == "unremix":
+        return "not written for UnReMix, whose weights need a pass of their own"
+    return OTHER_JOB if case.operation == "enqueue" else None
 
 
 def make_slab(p: Problem) -> Run:
@@ -141,7 +140,7 @@ def make_slab(p: Problem) -> Run:
 
 def refuse_product(case: Case, device: str) -> str | None:
     if case.operation == "enqueue":
-        return "has no product"
+        return OTHER_JOB
     if 4.0 * case.batch * case.size > 0.8 * available_memory(device):
         return "the product does not fit"
     return None
@@ -160,13 +159,15 @@ def peer(
 ) -> Callable[[Case, str], str | None]:
     def refuse(case: Case, on: str) -> str | None:
         if case.operation not in operations:
-            return f"does {' and '.join(operations)} alone"
+            return OTHER_JOB
         if case.dtype not in reads:
             return f"takes {' and '.join(reads)} banks alone"
         if device not in (None, on):
             return f"runs on {device} alone"
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
+        if case.bank_bytes > 0.4 * available_memory(on):
+            return "keeps the bank twice, which does not fit"
         return refuse_matrices(case, on) if operations != ("bank_topk",) else None
 
     return refuse
@@ -254,7 +255,7 @@ PROVIDERS = {
 
 
 def select(case: Case, device: str) -> tuple[list[str], dict[str, str]]:
-    """Names of the providers of a case, and the reasons of the others."""
+    """Names of the providers of a case, and why others sit it out that do such work."""
     reasons = {name: provider.refuse(case, device) for name, provider in PROVIDERS.items()}
     able = [name for name, reason in reasons.items() if reason is None]
-    return able, {name: reason for name, reason in reasons.items() if reason is not None}
+    return able, {n: reason for n, reason in reasons.items() if reason not in (None, OTHER_JOB)}

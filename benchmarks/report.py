@@ -100,15 +100,15 @@ def text(results: dict) -> list[str]:
                 cells += [megabytes(row.get("memory"))]
                 cells += [share(case, row["median"], results["rates"])]
             else:
-                cells += ["(another job)", "", "", ""]
+                name, cells = f"({name})", [*cells, "", "", "", ""]
             mark = "*" if name == results["ours"] else " "
             widths = ("{:>10}", "{:>9}", "{:>9}", "{:>10}", "{:>10}", "{:>12}", "{:>10}")
             cells = [width.format(cell) for width, cell in zip(widths, cells, strict=True)]
             lines.append(f"{mark} {name:<16}{''.join(cells)}".rstrip())
     lines.append("")
     lines.append(
-        "* ours; eager, compile: how many times faster than these; roofline: share of what the "
-        "measured rates allow"
+        "* ours; (name): less or other work, a yardstick; eager, compile: how many times faster "
+        "than these; roofline: share of what the measured rates allow"
     )
     lines += ["", *not_fastest(results), "", *training(results), *skipped(results)]
     return lines
@@ -137,8 +137,9 @@ def training(results: dict) -> list[str]:
     found = results["training"]
     encoders = found["encoders"]["median"]
     lines = [
-        f"A training step: ResNet-18, batch {found['batch']}, 32 x 32. Encoders and optimizer take "
-        f"{milliseconds(encoders)} ms, timed by themselves; the step is their sum with the loss."
+        f"A training step: ResNet-18, batch {found['batch']}, {found['edge']} x {found['edge']}. "
+        f"Encoders and optimizer take {milliseconds(encoders)} ms, timed by themselves; the step "
+        "is their sum with the loss."
     ]
     for row in found["losses"]:
         start = f"bank {number(row['size'])}, {row['provider']}:"
@@ -171,7 +172,7 @@ def table(results: dict) -> list[str]:
     ours, gpu = results["ours"], results["machine"]["device"] != "cpu"
     plain = ("eager", "compile", "slab")
     head = ["operation", "B", "K", "D", "k", "bank", f"ours (`{ours}`), ms", *plain]
-    head += ["other libraries", "memory, ours", "eager", "roofline"]
+    head += ["other libraries", "memory, ours", "memory, eager", "roofline"]
     body = []
     for case, cache, rows in cases(results):
         if ours not in rows:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.cases import make_problem
 from benchmarks.conftest import wants_memory
-from benchmarks.measure import Turns, peak_memory
+from benchmarks.measure import Turns, available_memory, peak_memory
 from benchmarks.providers import PROVIDERS, select
 
 # Of the loss: another provider draws other negatives, metric-learning has the batch's keys besides.
@@ -20,6 +20,9 @@ TOLERANCE = 0.03
 
 
 def test_operation(case, cache, benchmark, results, options):
+    if case.bank_bytes > 0.4 * available_memory(options.device):  # the fresh process has its own
+        results["skipped"].append([str(case), "all", f"a bank of {case.bank_bytes / 1e9:.1f} GB"])
+        pytest.skip(f"twice {case.bank_bytes / 1e9:.1f} GB for the bank do not fit")
     problem = make_problem(case, options.device)
     able, reasons = select(case, options.device)
     for name, reason in reasons.items():

@@ -50,7 +50,7 @@ def test_training_step(benchmark, results, options):
     encoders = Turns({"encoders": encoder_step(batch, edge, device)}, device)
     encoder_step(8, edge, device)()  # loads what a first call loads
     benchmark.pedantic(encoders, rounds=1 if options.tiny else 3, iterations=1)
-    found = {"batch": batch, "encoders": encoders.summary()["encoders"], "losses": []}
+    found = {"batch": batch, "edge": edge, "losses": []} | encoders.summary()
 
     for size in sizes:
         case = Case("psm", batch, size, 128, 5)
@@ -61,7 +61,7 @@ def test_training_step(benchmark, results, options):
             if row["skipped"] is None:
                 turns = Turns({name: PROVIDERS[name].make(problem)}, device)
                 turns()
-                for _ in range(turns.rounds(options.budget / 4, least=1, most=9)):
+                for _ in range(turns.rounds(options.budget / 4, least=0, most=9)):
                     turns()
                 row |= turns.summary()[name]
             found["losses"].append(row)
