@@ -62,16 +62,18 @@ def agree(group: dist.ProcessGroup | None, facts: Callable[[], dict[str, object]
         facts: checks this rank's input and says what must be equal everywhere; JSON values.
     """
     rank, world = rank_and_world(group)
-    problem, mine = None, {}
+    if world == 1:
+        facts()
+        return
+    problem = None
     try:
         mine = facts()
     except ValueError as error:
-        problem = error
-    if world > 1:
-        said = _exchange_facts(mine if problem is None else {"refused": str(problem)}, group, world)
+        problem, mine = error, {"refused": str(error)}
+    said = _exchange_facts(mine, group, world)
     if problem is not None:
         raise problem
-    if world == 1 or all(other == said[rank] for other in said):
+    if all(other == said[rank] for other in said):
         return
     for other, there in enumerate(said):
         if "refused" in there:

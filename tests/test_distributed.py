@@ -668,6 +668,20 @@ def test_distributed_checkpoint_loads_with_another_world_size(pool, tmp_path, wo
             assert torch.equal(resumed[name], value), name
 
 
+def copied(at):
+    one, two = make_sharded(at), make_sharded(at)
+    batch = [at.own(x) for x in whole_batch()]
+    for _ in range(9):
+        step(one, *batch)
+    two.load_state_dict(one.state_dict())
+    one, two = step(one, *batch), step(two, *batch)
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_loaded_shard_goes_on_exactly(pool):
+    assert pool.run(copied, 2) == [True, True]
+
+
 def full_state(at):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -803,6 +817,17 @@ def test_without_a_process_group():
     assert torch.equal(alone.memory_bank.bank, plain.memory_bank.bank)
     with pytest.raises(ValueError, match="process_group: got a group"):
         PSMLoss(0.2, (16, DIM), gather_distributed=True, process_group=object())
+
+
+def test_one_process_still_compiles_whole():
+    alone, plain = (
+        PSMLoss(0.2, (16, DIM), backend="reference", gather_distributed=flag)
+        for flag in (True, False)
+    )
+    compiled = torch.compile(alone, fullgraph=True, backend="aot_eager")
+    for seed in (1, 2):
+        query, key = unit(6, seed).float(), unit(6, seed + 2).float()
+        torch.testing.assert_close(compiled(query, key), plain(query, key))
 
 
 def dying(at, flag):

@@ -116,6 +116,18 @@ def test_a_killed_process_ends_the_job_and_leaves_a_whole_checkpoint(one_process
     assert len(metrics(tmp_path)) == done + 1
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("--shard-bank", "torchrun"), ("--sync-bn", "needs GPUs, got the device cpu")],
+)
+def test_one_cpu_process_refuses(tmp_path, monkeypatch, capsys, option, words):
+    monkeypatch.syspath_prepend(ROOT)
+    train = __import__("train")
+    assert train.main([*TINY, "--runs", str(tmp_path), "--device", "cpu", option]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_split_batch_norm_is_batch_norm_of_each_part():
     torch.manual_seed(0)
     for plain, shape in ((nn.BatchNorm1d(5), (12, 5)), (nn.BatchNorm2d(5), (12, 5, 3, 2))):

@@ -224,13 +224,14 @@ def test_damaged_checkpoint(finished, tmp_path, capsys, damage):
 
 
 def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path, monkeypatch, capsys):
-    statistics, calls = train.statistics, []
+    contrast, calls = train.contrast, []
 
-    def diverge(out):
+    def diverge(*args):
         calls.append(0)
-        return statistics(out) * (float("nan") if len(calls) > 8 else 1)  # 4 steps, 2 directions
+        factor = float("nan") if len(calls) > 8 else 1  # 4 steps, 2 directions
+        return [value * factor for value in contrast(*args)]
 
-    monkeypatch.setattr(train, "statistics", diverge)
+    monkeypatch.setattr(train, "contrast", diverge)
     assert run(tmp_path, *TINY, "--no-probe") == 2
     assert "nan in epoch 2" in capsys.readouterr().err
     assert len(torch.load(tmp_path / "run" / "checkpoint.pt")["history"]) == 1

@@ -17,6 +17,7 @@ import torch
 
 from psm_kernels import ops
 from psm_kernels.ops import triton as backend
+from psm_kernels.ops.affine import weighted_pass
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -319,3 +320,24 @@ def test_finish_is_the_torch_finish(device, soft_weights, selection, topk, count
     torch.testing.assert_close(kept, want.stats.kept_count, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean, want.stats.grad_mean, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(var, want.stats.grad_var, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "count"), [(1, 1, 8, 1), (35, 130, 20, 99), (3, 600, 200, 600)]
+)
+def test_weighted_pass(device, batch, size, dim, count, dtype):
+    query, _, bank, _ = problem(device, batch, size, dim, dtype)
+    bank[count:] = torch.nan
+    generator = torch.Generator().manual_seed(1)
+    rows = (torch.rand(5, batch, generator=generator) - 0.3).to(device)
+    names = ("alpha", "beta", "gamma", "top", "cap")
+    settings = dict(zip(names, rows, strict=True)) | {"temperature": 0.2}
+    settings |= {"rho": torch.rand(size, generator=generator).to(device)}
+    got, want = (
+        weighted_pass(query, bank, count, backend=name, **settings)
+        for name in ("triton", "reference")
+    )
+    loose = 1e-5 if dtype is torch.float32 else 4e-3  # weights round to the bank's dtype
+    for a, b, atol in zip(got, want, (1e-5, loose, 1e-4), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)

@@ -113,7 +113,8 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     cell_max = new(batch, cells) if k else None
     part_stats = new(batch, 4, splits) if sums else None
     part_mean = new(batch, splits, dim) if sums else None
-    neg_lse, neg_sq_lse, neg_count = new(3, batch) if sums else [None] * 3
+    # Three tensors, not views of one: outputs of a registered operator may not alias.
+    neg_lse, neg_sq_lse, neg_count = (new(batch) if sums else None for _ in range(3))
     neg_mean = new(batch, dim) if sums else None
     topk_sim, topk_index = new(batch, k), new(batch, k, dtype=torch.int64)
 
@@ -136,6 +137,41 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
         GROUP=max(4, kp // CELL), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+
+
+def weighted_pass(
+    query: Tensor,  # (B, D)
+    bank: Tensor,  # (K, D)
+    count: Tensor,  # ()
+    temperature: float,
+    affine: Tensor,  # (5, B)
+    rho: Tensor,  # (K,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `psm_kernels.ops.affine.weighted_pass`."""
+    from psm_kernels.ops.triton_affine import weighted_pass_kernel
+    from psm_kernels.ops.triton_merge import merge_kernel
+
+    (batch, dim), size = query.shape, len(bank)
+    padded = _power_of_2(dim, 16)
+    rows, cols, warps, stages, resident, _, columns = tile(bank.dtype, padded, _chip(bank.device))
+    blocks = -(-batch // rows)
+    splits = _splits(blocks, -(-size // CELL), resident, bank.device)
+    part_stats = torch.empty(batch, 4, splits, device=bank.device)
+    part_mean = torch.empty(batch, splits, dim, device=bank.device)
+    log_sum, unused, weight = (torch.empty(batch, device=bank.device) for _ in range(3))
+    mean = torch.empty(batch, dim, device=bank.device)
+    weighted_pass_kernel[(blocks * splits,)](
+        query, bank, count, affine, rho, part_stats, part_mean,
+        batch, size, dim, splits, LOG2E / temperature,
+        BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    merge_kernel[(batch,)](
+        part_stats, part_mean, log_sum, unused, weight, mean,
+        None, bank, count, None, None, None, size, dim, 0, splits, 0, 0,
+        MINE=False, SUM=True, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
+        KP=2, DBLOCK=min(padded, 64), CHUNK=1024, GROUP=4, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return log_sum, mean, weight
 
 
 def _splits(blocks: int, tiles: int, resident: int, device: torch.device) -> int:
