@@ -1,0 +1,75 @@
+"""The strong competitor: no kernel of one's own, and still no B x K matrix.
+
+A product into a slab of at most 32 MB, pointwise work that torch.compile fuses, `torch.topk` of the
+slab, and a merge. A user can write this in an afternoon.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from benchmarks.eager import carry
+from psm_kernels.noise import keep_probability
+from psm_kernels.ops import BankPass
+
+SLAB = 32 << 20  # bytes
+
+
+@functools.cache
+def _weigh(selection: str):
+    def weigh(scores, s_pos, temperature, a, b):  # scores (B, S)
+        logits = scores / temperature
+        if selection == "bernoulli":
+            p = keep_probability(scores, s_pos[:, None], a, b)
+            logits = torch.where(torch.rand_like(p) < p, logits, -torch.inf)
+        top = logits.amax(1, keepdim=True).clamp_min(-1e30)
+        weights = torch.exp(logits - top)
+        kept = (weights > 0).sum(1).float()
+        return weights, top[:, 0], weights.sum(1), weights.square().sum(1), kept
+
+    return torch.compile(weigh, dynamic=False)
+
+
+def slab_pass(
+    query, key, bank, count, s_pos, *, temperature, selection="all", a=0.5, b=0.0, topk=0, **unused
+) -> BankPass:
+    with torch.no_grad():
+        seen, weigh = query.to(bank.dtype), _weigh(selection)
+        parts = []
+        for rows in bank.split(_rows(len(query))):
+            scores = (seen @ rows.T).float()
+            weights, *sums = weigh(scores, s_pos, temperature, a, b)
+            parts.append((*sums, (weights.to(bank.dtype) @ rows).float()))
+        top, total, squares, kept, mean = (torch.stack(part) for part in zip(*parts, strict=True))
+        shift = top.amax(0)
+        scale = torch.exp(top - shift)  # (slabs, B)
+        total = (total * scale).sum(0)
+        swept = BankPass(
+            shift + total.log(),
+            (mean * scale[..., None]).sum(0) / total[:, None],
+            2 * shift + (squares * scale.square()).sum(0).log(),
+            kept.sum(0),
+            *slab_topk(seen if key is None else key.to(bank.dtype), bank, topk),
+        )
+    return carry(query, swept, temperature)
+
+
+def slab_topk(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if k == 0:
+        empty = query.new_empty((len(query), 0), dtype=torch.float32)
+        return empty, empty.long()
+    start, best, where = 0, [], []
+    for rows in bank.split(_rows(len(query))):
+        found = (query @ rows.T).float().topk(min(k, len(rows)), 1)
+        best.append(found.values)
+        where.append(found.indices + start)
+        start += len(rows)
+    found = torch.cat(best, 1).topk(k, 1)
+    return found.values, torch.cat(where, 1).gather(1, found.indices)
+
+
+def _rows(batch: int) -> int:
+    return max(1, SLAB // (4 * batch))
