@@ -238,6 +238,7 @@ struct CellMax {
 template <Selection kSelection, int kOut>
 PSM_DEVICE void write_partial(const PassArgs& args, const Rows& rows, const float (&out)[kOut][4],
                               const int (&row)[2], int split) {
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float sum = quad_sum(rows.sum[r]), square = quad_sum(rows.square[r]);
         const float count = quad_sum(rows.count[r] + float(rows.kept[r]));

@@ -18,27 +18,26 @@ struct PassSm80 {
     }
     static_assert(kTileSlots % 16 == 0 && 64 % kTileSlots == 0);
 
-    // A fragments of 16 columns: row l % 16, chunk l / 16
-    static PSM_DEVICE uint32_t a_address(uint32_t tile, int warp, int lane, int step) {
-        return tile + chunk_offset<kRows>(16 * warp + lane % 16, 2 * step + lane / 16);
-    }
-
     // s = query . M, t = key . M over one bank tile
     template <bool kSum, bool kMine>
     static PSM_DEVICE void products(float (&s)[kTiles][4], float (&t)[kTiles][4], uint32_t query,
                                     uint32_t key, uint32_t bank, int warp, int lane) {
+        // A fragments: row l % 16, chunk l / 16; B: slots 0-7, 8-15 by chunks 0, 1
+        const int a_start = chunk_offset<kRows>(16 * warp + lane % 16, lane / 16);
+        const int b_start = chunk_offset<kTileSlots>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
+#pragma unroll
             for (int i = 0; i < 4; ++i) s[n][i] = t[n][i] = 0;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
             uint32_t a[4], ak[4], b[4];
-            if constexpr (kSum) load_matrices(a, a_address(query, warp, lane, step));
-            if constexpr (kMine) load_matrices(ak, a_address(key, warp, lane, step));
+            if constexpr (kSum) load_matrices(a, step_chunks<kRows>(query + a_start, 2 * step));
+            if constexpr (kMine) load_matrices(ak, step_chunks<kRows>(key + a_start, 2 * step));
 #pragma unroll
-            for (int n = 0; n < kTiles; n += 2) {  // matrices: slots 0-7, 8-15 by columns 0-7, 8-15
-                const int slot = 8 * n + lane % 8 + 8 * (lane / 16), chunk = 2 * step + lane / 8 % 2;
-                load_matrices(b, bank + chunk_offset<kTileSlots>(slot, chunk));
+            for (int n = 0; n < kTiles; n += 2) {
+                load_matrices(b, step_chunks<kTileSlots>(bank + b_start, 2 * step) +
+                                     8 * n * kRowBytes);
                 if constexpr (kSum) {
                     mma<T>(s[n], a, b[0], b[1]);
                     mma<T>(s[n + 1], a, b[2], b[3]);
@@ -54,15 +53,15 @@ struct PassSm80 {
     // out += P . M
     static PSM_DEVICE void accumulate(float (&out)[kOut][4], const float (&p)[kTiles][4],
                                       uint32_t bank, int lane) {
+        const uint32_t start = bank + chunk_offset<kTileSlots>(lane % 16, lane / 16);
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
             uint32_t a[4], b[4];
             pack_tile<T>(p[n], p[n + 1], a);
 #pragma unroll
             for (int chunk = 0; chunk < kOut; chunk += 2) {
-                const int slot = 8 * n + lane % 16;
                 load_matrices_transposed(
-                    b, bank + chunk_offset<kTileSlots>(slot, chunk + lane / 16));
+                    b, step_chunks<kTileSlots>(start, chunk) + 8 * n * kRowBytes);
                 mma<T>(out[chunk], a, b[0], b[1]);
                 mma<T>(out[chunk + 1], a, b[2], b[3]);
             }

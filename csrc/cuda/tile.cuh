@@ -14,6 +14,13 @@ PSM_HD int chunk_offset(int row, int chunk) {  // bytes from the tile's start
     return (chunk / 8) * kTileRows * kRowBytes + row * kRowBytes + ((chunk % 8) ^ (row % 8)) * 16;
 }
 
+// The same for a walk over the chunks of one row: step_chunks(start, n) is n chunks after `start`,
+// the address of chunk 0 or 1, for even n. The swizzle is an XOR of address bits 4 to 6.
+template <int kTileRows>
+PSM_HD uint32_t step_chunks(uint32_t start, int chunks) {
+    return (start ^ uint32_t(chunks % 8 * 16)) + uint32_t(chunks / 8 * kTileRows * kRowBytes);
+}
+
 // Eight elements from `column` on; columns past `dim` are zero. For rows that are not aligned.
 PSM_DEVICE Chunk gather_chunk(const uint16_t* row, int column, int dim) {
     uint16_t x[8];
