@@ -108,6 +108,12 @@ def bank_pass(
     return BankPass(*_run_bank_pass(*args))
 
 
+def check_backend(backend: str, bank: Tensor) -> None:
+    """Raise the ValueError that a pass over `bank` would raise for `backend`, before any work."""
+    if not torch.compiler.is_compiling():  # the table imports modules, which no graph can hold
+        backends.choose(backend, bank)
+
+
 def bank_topk(
     query: Tensor, bank: Tensor, k: int, *, count: Tensor | int | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -136,6 +142,22 @@ def bank_topk(
     return _run_bank_topk(*args)
 
 
+def bank_rows(bank: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows (B, k, D) of the slots index (B, k), zeros where it is -1.
+
+    Under torch.compile this is an opaque op: the partitioner would read a plain gather again in the
+    backward, when the enqueue has overwritten the slots.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.psm_kernels.bank_rows(bank, index).to(dtype)
+    return _bank_rows(bank, index).to(dtype)
+
+
+def snapshot(state: Tensor) -> Tensor:
+    """The value now of a state that moves on before the backward; opaque for the same reason."""
+    return torch.ops.psm_kernels.snapshot(state) if torch.compiler.is_compiling() else state
+
+
 def _check_queries(name: str, query: Tensor, bank: Tensor) -> None:
     checks.check_matrix(name, query, like="the bank", shape=(None, bank.shape[1]))
     checks.check_device(name, query, bank.device)
@@ -162,6 +184,10 @@ def _run_bank_topk(query, bank, k, count, backend) -> tuple[Tensor, Tensor]:
     implementation = backends.choose(backend, bank)
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
         return tuple(implementation.bank_topk(query.to(bank.dtype).contiguous(), bank, k, count))
+
+
+def _bank_rows(bank: Tensor, index: Tensor) -> Tensor:
+    return bank[index.clamp_min(0)].masked_fill((index < 0)[..., None], 0.0)
 
 
 def _query_gradient(grad_lse: Tensor, neg_mean: Tensor, temperature: float, dtype: torch.dtype):
@@ -202,6 +228,23 @@ _bank_topk_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor query, Tensor bank, int k, Tensor count, str backend) -> (Tensor, Tensor)",
 )
+
+
+_bank_rows_op = torch.library.custom_op(
+    "psm_kernels::bank_rows",
+    _bank_rows,
+    mutates_args=(),
+    schema="(Tensor bank, Tensor index) -> Tensor",
+)
+_snapshot_op = torch.library.custom_op(
+    "psm_kernels::snapshot", torch.clone, mutates_args=(), schema="(Tensor state) -> Tensor"
+)
+_snapshot_op.register_fake(torch.empty_like)
+
+
+@_bank_rows_op.register_fake
+def _(bank, index):
+    return bank.new_empty((*index.shape, bank.shape[1]))
 
 
 @_bank_pass_op.register_fake

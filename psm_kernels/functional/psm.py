@@ -1,4 +1,4 @@
-"""Losses without state: one pass over the bank, a finish on B x (1 + k) numbers in plain torch."""
+"""PSM without state: one pass over the bank, a finish on B x (1 + k) numbers in plain torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import noise
-from psm_kernels.memory_bank import unit_rows
-from psm_kernels.ops import SELECTIONS, bank_pass, bank_topk
+from psm_kernels.functional.common import REDUCTIONS, check_pair, reduce, unit
+from psm_kernels.ops import SELECTIONS, bank_pass, bank_rows, bank_topk, check_backend, snapshot
 from psm_kernels.stats import MiningStats, PSMOutput
 
 SOFT_WEIGHTS = ("attention", "uniform", "binary")
 NEGATIVES = ("bank", "neighbors")
-REDUCTIONS = ("mean", "sum", "none")
 
 _TAG_SOFT, _TAG_HARD = 1, 2  # noise streams of negatives="neighbors"
 _FALSE_NEGATIVE_SAMPLE = 1 << 20  # (row, slot) pairs looked at: some 50 ms on one core
@@ -116,17 +115,18 @@ def psm_loss(
         if value is not None:
             checks.check_vector(name, value, size, torch.int64)
             checks.check_device(name, value, bank.device)
+    check_backend(backend, bank)
     count = checks.as_count(count, bank)
     if rng_state is not None:
         checks.check_rng_state(rng_state, bank.device)
     elif selection == "bernoulli":
         rng_state = torch.randint(0, 1 << 62, (2,), device=bank.device)
 
-    draw = _Draw(selection, a, b, rng_state, row_offset)
+    draw = _Draw(selection, a, b, None if rng_state is None else snapshot(rng_state), row_offset)
 
     with torch.autocast(bank.device.type, enabled=False):
-        query, key = _unit(query, bank), _unit(key, bank)
-        projection = query if projection is None else _unit(projection, bank)
+        query, key = unit(query, bank), unit(key, bank)
+        projection = query if projection is None else unit(projection, bank)
         if negatives == "bank":
             pos, neg = _bank_sides(query, key, bank, count, draw, temperature, topk, backend)
             log_h = torch.logaddexp(pos.logits[:, 0], neg.log_sum)
@@ -167,25 +167,6 @@ def psm_loss(
                     ),
                 )
     return PSMOutput(loss, stats)
-
-
-# --- shared by all losses ------------------------------------------------------------------------
-
-
-def check_pair(query: Tensor, key: Tensor, bank: Tensor) -> None:
-    """query and key are (B, D) on the bank's device, D the bank's."""
-    checks.check_matrix("query", query, like="the bank", shape=(None, bank.shape[1]))
-    checks.check_matrix("key", key, like="query", shape=query.shape)
-    checks.check_device("query", query, bank.device)
-    checks.check_device("key", key, bank.device)
-
-
-def reduce(rows: Tensor, reduction: str) -> Tensor:
-    return rows if reduction == "none" else getattr(rows, reduction)()
-
-
-def _unit(x: Tensor, bank: Tensor) -> Tensor:
-    return unit_rows(x, torch.float64 if bank.dtype is torch.float64 else torch.float32)
 
 
 # --- PSM: settings, positives, negatives ---------------------------------------------------------
@@ -256,8 +237,7 @@ def _positives(
     query: Tensor, key: Tensor, bank: Tensor, index: Tensor, temperature: float
 ) -> _Positives:
     found = index >= 0
-    rows = bank[index.clamp_min(0)].to(query.dtype)  # (B, k, D)
-    rows = torch.where(found[..., None], rows, 0.0)
+    rows = bank_rows(bank, index, query.dtype)  # (B, k, D)
     seen = query + (query.to(bank.dtype).to(query.dtype) - query).detach()  # as the pass rounds it
     similarity = torch.cat(((query * key).sum(1, keepdim=True), (seen[:, None] * rows).sum(2)), 1)
     found = torch.nn.functional.pad(found, (1, 0), value=True)

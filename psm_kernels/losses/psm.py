@@ -1,4 +1,4 @@
-"""The losses as modules: check, call the functional twin, enqueue the keys."""
+"""PSM as a module, and what it shares with its kin: check, call the functional twin, enqueue."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ class BankLoss(nn.Module):
         backend: str,
     ):
         super().__init__()
+        checks.check_number("temperature", temperature, above=0)
+        checks.check_option("reduction", reduction, functional.REDUCTIONS)
+        checks.check_int("seed", seed, -(2**63), 2**63 - 1)
+        self.temperature, self.reduction, self.backend = temperature, reduction, backend
+        self.memory_bank = self._make_bank(memory_bank_size, bank_dtype)
+        self.register_buffer("rng_state", torch.tensor([seed, 0]))
+        self._register_load_state_dict_pre_hook(self._before_load)
+
+    def _make_bank(self, memory_bank_size: tuple[int, int], dtype: torch.dtype) -> MemoryBank:
         if not isinstance(memory_bank_size, (tuple, list)) or len(memory_bank_size) != 2:
             raise ValueError(
                 f"memory_bank_size: got {memory_bank_size!r}, wanted (rows, columns), such as "
@@ -38,13 +47,7 @@ class BankLoss(nn.Module):
         size, dim = memory_bank_size
         checks.check_int("memory_bank_size[0]", size, 1)
         checks.check_int("memory_bank_size[1]", dim, 1)
-        checks.check_number("temperature", temperature, above=0)
-        checks.check_option("reduction", reduction, functional.REDUCTIONS)
-        checks.check_int("seed", seed, -(2**63), 2**63 - 1)
-        self.temperature, self.reduction, self.backend = temperature, reduction, backend
-        self.memory_bank = MemoryBank(size, dim, dtype=bank_dtype)
-        self.register_buffer("rng_state", torch.tensor([seed, 0]))
-        self._register_load_state_dict_pre_hook(self._before_load)
+        return MemoryBank(size, dim, dtype=dtype)
 
     def enqueue(self, key: Tensor, labels: Tensor | None = None) -> None:
         """Write keys (B, D) into the bank: once per optimizer step when accumulating gradients."""

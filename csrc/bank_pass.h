@@ -1,0 +1,48 @@
+// The two operators in C++: plain pointers and sizes, no torch. All arrays are contiguous.
+#pragma once
+
+#include <stddef.h>
+
+#include <cstdint>
+
+namespace psm {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class Selection : int { kBernoulli = 0, kExpected = 1, kAll = 2 };
+
+constexpr int64_t kMaxDim = 4096;
+constexpr int64_t kMaxCount = 0xFFFFFFFFll;  // a slot is 32 bits in the mining heaps
+
+struct BankPassArgs {
+    const void* query;   // (B, D) in `dtype`
+    const void* key;     // (B, D) in `dtype`, null when topk = 0
+    const void* bank;    // (K, D) in `dtype`
+    const float* s_pos;  // (B,)
+    int64_t batch, count, dim;  // B, valid slots <= K, D
+    Dtype dtype;
+    Selection selection;
+    float temperature, a, b;
+    int64_t topk;
+    uint64_t seed, offset;           // of the canonical noise
+    int64_t row_offset, col_offset;  // global index of query row 0 and bank slot 0
+
+    float* neg_lse;       // (B,)
+    float* neg_mean;      // (B, D)
+    float* neg_sq_lse;    // (B,)
+    float* neg_count;     // (B,)
+    float* topk_sim;      // (B, topk)
+    int64_t* topk_index;  // (B, topk)
+};
+
+// bank_topk is the mining half of the pass: `query` in the place of `key`.
+struct BankTopkArgs {
+    const void* query;  // (B, D) in `dtype`
+    const void* bank;   // (K, D) in `dtype`
+    int64_t batch, count, dim;
+    Dtype dtype;
+    int64_t topk;
+    float* topk_sim;      // (B, topk)
+    int64_t* topk_index;  // (B, topk)
+};
+
+}  // namespace psm

@@ -1,0 +1,316 @@
+// Driver of the CPU backend: picks the instruction set, splits the work, starts the threads, merges
+// partial results in a fixed order. Compiled for the baseline processor.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "bank_pass_cpu.h"
+#include "task.h"
+
+namespace psm::cpu {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// ---- instruction sets ----
+
+std::vector<const Kernels*> available() {  // best first
+    std::vector<const Kernels*> found;
+#if PSM_X86
+    for (const Kernels* kernels : {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels()})
+        if (kernels) found.push_back(kernels);
+#endif
+    found.push_back(portable_kernels());
+    return found;
+}
+
+const Kernels& choose(const std::string& isa, Dtype dtype) {
+    for (const Kernels* kernels : available())
+        if (kernels->name == isa) {
+#if PSM_X86
+            // Only bf16 banks gain from the bf16 product; one compiled copy serves the rest.
+            if (kernels->pairs && dtype != Dtype::kBFloat16) return *avx512_kernels();
+#endif
+            return *kernels;
+        }
+    throw std::invalid_argument("isa: got '" + isa + "', which this machine lacks");
+}
+
+// ---- split ----
+
+constexpr int64_t kMaxChunks = 48;            // 2, 3, 4, 6, 8, 12, 16, 24 and 48 threads divide it
+constexpr int64_t kPartialBytes = 32 << 20;   // of all chunks together
+constexpr int64_t kGroupBytes = 384 << 10;    // queries and means of a group stay in a 1 MB L2
+constexpr int64_t kMinGroupBlocks = 16;       // rows that share the packing of a tile
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Chunks depend on the problem alone, because sums are merged by chunk; groups of rows may depend
+// on the number of threads, because rows never meet.
+void split(Task& t, int threads) {
+    t.padded = ceil_div(t.dim, kPad) * kPad;
+    t.lead = ((t.col_offset % 16) + 16) % 16;
+    t.tiles = t.count > 0 ? ceil_div(t.count + t.lead, kTile) : 0;
+    t.blocks = ceil_div(t.rows, kBlock);
+    const int64_t row_bytes = t.sums ? t.padded * 4 : t.topk * 8;
+    const int64_t affordable = kPartialBytes / std::max<int64_t>(t.rows * row_bytes, 1);
+    t.chunks = std::clamp<int64_t>(std::min(t.tiles / 2, affordable), 1, kMaxChunks);
+    const int64_t block_bytes = kBlock * t.padded * (t.sums ? 8 : 1);
+    t.group_blocks = std::max(kGroupBytes / block_bytes, kMinGroupBlocks);
+    while (ceil_div(t.blocks, t.group_blocks) * t.chunks < 3 * threads && t.group_blocks > 8)
+        t.group_blocks = ceil_div(t.group_blocks, 2);
+    t.groups = std::max<int64_t>(ceil_div(t.blocks, t.group_blocks), 1);
+    t.group_blocks = ceil_div(t.blocks, t.groups);
+    t.heap_sets = t.chunks > 1 ? threads : 1;  // with one chunk, a row has one thread
+}
+
+// ---- workspace ----
+
+// Carves aligned arrays out of one allocation; given null it only measures.
+class Arena {
+  public:
+    explicit Arena(void* base)
+        : base_(ceil_div(int64_t(uintptr_t(base)) + 1, kAlign) * kAlign) {}
+
+    template <class T>
+    void take(T*& array, int64_t count) {
+        array = reinterpret_cast<T*>(base_ + used_);
+        used_ += ceil_div(count * int64_t(sizeof(T)), kAlign) * kAlign;
+    }
+    size_t bytes() const { return size_t(used_ + kAlign); }
+
+  private:
+    static constexpr int64_t kAlign = 64;
+    int64_t base_, used_ = 0;
+};
+
+void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
+    const bool pairs = kernels.pairs && t.dtype == Dtype::kBFloat16;
+    const int64_t panel_rows = t.blocks * kBlock;
+    if (t.sums) {
+        if (pairs)
+            arena.take(t.query_pairs, panel_rows * t.padded / 2);
+        else
+            arena.take(t.query_panel, panel_rows * t.dim);
+        for (float** part : {&t.part_shift, &t.part_sq_shift, &t.part_sum, &t.part_sq,
+                             &t.part_count})
+            arena.take(*part, t.chunks * t.rows);
+        arena.take(t.part_mean, t.chunks * t.rows * t.padded);
+    }
+    if (t.topk) {
+        arena.take(t.key_rows, t.rows * t.padded);
+        if (kernels.quads)
+            arena.take(t.key_quads, panel_rows * t.padded / 4);
+        else
+            arena.take(t.key_panel, panel_rows * t.dim);
+        for (float** row : {&t.key_inverse, &t.key_norm, &t.key_residual}) arena.take(*row, t.rows);
+        arena.take(t.heaps, t.heap_sets * t.rows * t.topk);
+    }
+}
+
+void lay_out(Worker& w, const Task& t, const Kernels& kernels, Arena& arena) {
+    const int64_t group_rows = t.group_blocks * kBlock;
+    arena.take(w.rows, kTile * t.padded);
+    if (t.query_pairs) {
+        arena.take(w.pairs, kTile * t.padded / 2);
+        arena.take(w.row_pairs, kTile / 2 * t.padded);
+        arena.take(w.weight_pairs, kBlock * kTile / 2);
+    } else if (t.sums || !kernels.quads) {
+        arena.take(w.panel, kTile * t.dim);
+    }
+    if (kernels.quads && t.topk) {
+        arena.take(w.quads, kTile * t.padded / 4);
+        arena.take(w.bytes, kTile * t.padded);
+        arena.take(w.slot_step, kTile);
+        arena.take(w.slot_bias, kTile);
+    }
+    arena.take(w.scores, kBlock * kTile);
+    if (t.sums) {
+        arena.take(w.scratch, 2 * kTile);
+        arena.take(w.words, kTile);
+        arena.take(w.columns, 4 * kBatches);
+        arena.take(w.state, group_rows * 3 * kLanes);
+        arena.take(w.shift, group_rows);
+        arena.take(w.sq_shift, group_rows);
+    }
+}
+
+struct Layout {
+    Task task;
+    std::vector<Worker> workers;
+    size_t bytes;
+};
+
+Layout lay_out(Task task, const Kernels& kernels, int threads, void* workspace) {
+    // A thread takes some 30 us to start: give each at least as much to do.
+    constexpr double kThreadProducts = 4e6;
+    const double products = double(task.rows) * double(task.count) * double(task.dim);
+    threads = int(std::clamp<double>(products / kThreadProducts, 1, threads));
+    split(task, threads);
+    Arena arena(workspace);
+    lay_out(task, kernels, arena);
+    std::vector<Worker> workers(size_t(std::min<int64_t>(threads, task.groups * task.chunks)));
+    for (size_t i = 0; i < workers.size(); ++i) {
+        lay_out(workers[i], task, kernels, arena);
+        if (task.topk)
+            workers[i].heaps =
+                task.heaps + (task.heap_sets > 1 ? int64_t(i) : 0) * task.rows * task.topk;
+    }
+    return {task, std::move(workers), arena.bytes()};
+}
+
+// ---- threads ----
+
+// Runs job(worker) on `count` threads, this one included, and returns when all are done. Threads
+// live for one call: nothing to inherit across a fork. Jobs take items from a shared counter, so
+// that it does not matter how many threads the system really grants.
+template <class Job>
+void run_threads(size_t count, const Job& job) {
+    std::vector<std::thread> others;
+    try {
+        for (size_t i = 1; i < count; ++i) others.emplace_back(job, i);
+    } catch (const std::system_error&) {
+    }
+    job(0);
+    for (std::thread& thread : others) thread.join();
+}
+
+// ---- merge ----
+
+struct Outputs {
+    float *neg_lse, *neg_mean, *neg_sq_lse, *neg_count, *topk_sim;
+    int64_t* topk_index;
+};
+
+float log_of(double sum, float shift) {
+    return sum == 0.0 ? -kInfinity : float((std::log2(sum) + double(shift)) * kLn2);
+}
+
+void merge_sums(const Task& t, int64_t i, const Outputs& out, float* mean) {
+    float shift = -kInfinity, sq_shift = -kInfinity;
+    for (int64_t c = 0; c < t.chunks; ++c) {
+        shift = std::max(shift, t.part_shift[c * t.rows + i]);
+        sq_shift = std::max(sq_shift, t.part_sq_shift[c * t.rows + i]);
+    }
+    double sum = 0.0, squares = 0.0, count = 0.0;
+    std::fill(mean, mean + t.dim, 0.0f);
+    for (int64_t c = 0; c < t.chunks; ++c) {
+        const int64_t at = c * t.rows + i;
+        count += t.part_count[at];
+        // An empty part has shift -inf; a part spoiled by NaN must still be added.
+        if (t.part_shift[at] == -kInfinity && t.part_sum[at] == 0.0f) continue;
+        const float factor = std::exp2(t.part_shift[at] - shift);
+        sum += double(factor) * t.part_sum[at];
+        squares += double(std::exp2(t.part_sq_shift[at] - sq_shift)) * t.part_sq[at];
+        const float* part = t.part_mean + at * t.padded;
+        for (int64_t d = 0; d < t.dim; ++d) mean[d] += factor * part[d];
+    }
+    out.neg_lse[i] = log_of(sum, shift);
+    out.neg_sq_lse[i] = log_of(squares, sq_shift);
+    out.neg_count[i] = float(count);
+    const float inverse = sum == 0.0 ? 0.0f : float(1.0 / sum);
+    for (int64_t d = 0; d < t.dim; ++d) out.neg_mean[i * t.dim + d] = mean[d] * inverse;
+}
+
+void merge_heaps(const Task& t, int64_t i, const Outputs& out, std::vector<uint64_t>& entries) {
+    entries.clear();
+    for (int64_t s = 0; s < t.heap_sets; ++s) {
+        const uint64_t* heap = t.heaps + (s * t.rows + i) * t.topk;
+        entries.insert(entries.end(), heap, heap + t.topk);
+    }
+    std::partial_sort(entries.begin(), entries.begin() + t.topk, entries.end(),
+                      std::greater<uint64_t>());
+    for (int64_t n = 0; n < t.topk; ++n) {
+        float sim = -kInfinity;
+        int64_t index = -1;
+        if (const uint64_t entry = entries[size_t(n)]) {
+            const uint32_t ordered = uint32_t(entry >> 32);
+            const uint32_t bits = ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered;
+            std::memcpy(&sim, &bits, sizeof sim);
+            index = int64_t(0xFFFFFFFFu - uint32_t(entry));
+        }
+        out.topk_sim[i * t.topk + n] = sim;
+        out.topk_index[i * t.topk + n] = index;
+    }
+}
+
+void run_task(Task problem, const Kernels& kernels, int threads, void* workspace,
+              const Outputs& out) {
+    Layout layout = lay_out(problem, kernels, threads, workspace);
+    const Task& t = layout.task;
+    if (t.rows == 0) return;
+    if (t.topk) std::memset(t.heaps, 0, size_t(t.heap_sets * t.rows * t.topk) * sizeof(uint64_t));
+    kernels.prepare(t);
+
+    const int64_t items = t.groups * t.chunks;
+    std::atomic<int64_t> next_item{0}, next_rows{0};
+    run_threads(layout.workers.size(), [&](size_t i) {
+        for (int64_t item; (item = next_item.fetch_add(1)) < items;)
+            kernels.process(t, layout.workers[i], item);
+    });
+    constexpr int64_t kRows = 16;
+    run_threads(layout.workers.size(), [&](size_t) {
+        std::vector<float> mean(size_t(t.sums ? t.dim : 0));
+        std::vector<uint64_t> entries;
+        for (int64_t first; (first = next_rows.fetch_add(kRows)) < t.rows;)
+            for (int64_t i = first; i < std::min(first + kRows, t.rows); ++i) {
+                if (t.sums) merge_sums(t, i, out, mean.data());
+                if (t.topk) merge_heaps(t, i, out, entries);
+            }
+    });
+}
+
+Task make_task(const BankPassArgs& args) {
+    Task t{};
+    t.query = args.query, t.key = args.key, t.bank = args.bank, t.s_pos = args.s_pos;
+    t.rows = args.batch, t.count = args.count, t.dim = args.dim;
+    t.dtype = args.dtype, t.selection = args.selection, t.sums = true;
+    t.scale = float(kLog2e / args.temperature), t.slope = float(-args.a * kLog2e), t.b = args.b;
+    t.topk = args.topk, t.seed = args.seed, t.offset = args.offset;
+    t.row_offset = args.row_offset, t.col_offset = args.col_offset;
+    return t;
+}
+
+Task make_task(const BankTopkArgs& args) {
+    Task t{};
+    t.key = args.query, t.bank = args.bank;
+    t.rows = args.batch, t.count = args.count, t.dim = args.dim;
+    t.dtype = args.dtype, t.selection = Selection::kAll, t.topk = args.topk;
+    return t;
+}
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : available()) names.push_back(kernels->name);
+    return names;
+}
+
+size_t workspace_bytes(const BankPassArgs& args, const std::string& isa, int threads) {
+    return lay_out(make_task(args), choose(isa, args.dtype), threads, nullptr).bytes;
+}
+size_t workspace_bytes(const BankTopkArgs& args, const std::string& isa, int threads) {
+    return lay_out(make_task(args), choose(isa, args.dtype), threads, nullptr).bytes;
+}
+
+void run(const BankPassArgs& args, const std::string& isa, int threads, void* workspace) {
+    const Outputs out{args.neg_lse,   args.neg_mean, args.neg_sq_lse,
+                      args.neg_count, args.topk_sim, args.topk_index};
+    run_task(make_task(args), choose(isa, args.dtype), threads, workspace, out);
+}
+void run(const BankTopkArgs& args, const std::string& isa, int threads, void* workspace) {
+    const Outputs out{nullptr, nullptr, nullptr, nullptr, args.topk_sim, args.topk_index};
+    run_task(make_task(args), choose(isa, args.dtype), threads, workspace, out);
+}
+
+}  // namespace psm::cpu

@@ -1,0 +1,17 @@
+#include "../philox.h"
+#include "task.h"
+
+#define PSM_QUADS 0
+#define PSM_PAIRS 0
+
+namespace psm::cpu {
+namespace {
+#include "scalar.inl"
+#include "simd_portable.h"
+using namespace simd;
+#include "kernel.inl"
+constexpr Kernels kKernels{"portable", false, false, prepare, process};
+}  // namespace
+
+const Kernels* portable_kernels() { return &kKernels; }
+}  // namespace psm::cpu

@@ -1,0 +1,81 @@
+// What the driver (bank_pass.cpp) hands to the kernels of one instruction set. Plain data only:
+// a template or inline function shared with translation units built for another instruction set
+// could be merged by the linker into code that this machine cannot run.
+#pragma once
+
+#include "../bank_pass.h"
+
+namespace psm::cpu {
+
+constexpr int kTile = 128;     // bank slots that are packed at once
+constexpr int kSub = 64;       // slots of one packed panel: four AVX-512 registers
+constexpr int kBlock = 6;      // query rows per register block: 6 x 64 are 24 accumulators
+constexpr int kPad = 32;       // rows are padded to this many elements: 32 bf16 pairs a register
+constexpr int kLanes = 16;     // partial sums kept per row
+constexpr int kBatches = kTile / 4;  // Philox counters per row and tile
+
+struct Task {
+    const void *query, *key, *bank;
+    const float* s_pos;
+    int64_t rows, count, dim, padded;  // B, valid slots, D, D rounded up to kPad
+    Dtype dtype;
+    Selection selection;
+    bool sums;  // false: mining only
+    float scale, slope, b;  // log2(e) / tau, -a log2(e), b
+    int64_t topk;
+    uint64_t seed, offset;
+    int64_t row_offset, col_offset;
+    int64_t lead;  // tiles start at multiples of 16 global slots: empty slots before the first
+
+    int64_t tiles, chunks, blocks, group_blocks, groups;
+
+    // Packed queries and keys, written by `prepare`. Blocks of kBlock rows, interleaved.
+    float* query_panel;     // (blocks, D, kBlock)
+    uint32_t* query_pairs;  // (blocks, padded / 2, kBlock) bf16 pairs
+    float* key_rows;        // (B, padded)
+    float* key_panel;       // (blocks, D, kBlock)
+    uint32_t* key_quads;    // (blocks, padded / 4, kBlock) four bytes, biased by 128
+    float *key_inverse, *key_norm, *key_residual;  // (B,) 1 / step; norms of key and error, / step
+
+    // Partial results of chunk c, merged in the order of c.
+    float *part_shift, *part_sq_shift;       // (chunks, B) exponents are relative to 2^shift
+    float *part_sum, *part_sq, *part_count;  // (chunks, B)
+    float* part_mean;                        // (chunks, B, padded)
+    uint64_t* heaps;                         // (heap_sets, B, topk) min-heaps; 0 is a missing entry
+    int64_t heap_sets;
+};
+
+// Buffers of one thread.
+struct Worker {
+    float* rows;          // (kTile, padded) the tile in fp32, zeros where there is no slot
+    float* panel;         // (kTile / kSub, D, kSub)
+    uint32_t* pairs;      // (kTile / kSub, padded / 2, kSub) bf16 pairs along D
+    uint32_t* row_pairs;  // (kTile / 2, padded) bf16 pairs along slots
+    uint32_t* quads;      // (kTile / kSub, padded / 4, kSub) four signed bytes along D
+    int8_t* bytes;        // (kTile, padded)
+    float* slot_step;     // (kTile,)
+    int32_t* slot_bias;   // (kTile,) -128 * sum of the slot's bytes
+    float* scores;        // (kBlock, kTile), then the weights of the second product
+    float* scratch;       // (2, kTile)
+    uint32_t* weight_pairs;  // (kBlock, kTile / 2)
+    uint32_t* words;         // (kTile,)
+    uint64_t* columns;       // (4, kBatches) what Philox knows of a column before it sees a row
+    float* state;            // (rows of a group, 3, kLanes) sum, sum of squares, count
+    float *shift, *sq_shift; // (rows of a group,)
+    uint64_t* heaps;         // (B, topk)
+};
+
+struct Kernels {
+    const char* name;
+    bool quads, pairs;  // which packed forms the kernels read: bytes for mining, bf16 pairs
+    void (*prepare)(const Task&);
+    void (*process)(const Task&, Worker&, int64_t item);  // item = group * chunks + chunk
+};
+
+// Null where the build or the machine lacks the instruction set.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+
+}  // namespace psm::cpu

@@ -1,0 +1,160 @@
+"""The images of train.py: five data sets, their augmentations, and views that can be repeated.
+
+torchvision and scikit-learn are needed here and nowhere else in the package.
+"""
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms import v2
+
+MEAN_STD = {  # per channel of the training images
+    "digits": ((0.305,), (0.376,)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tinyimagenet": ((0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)),
+    "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+DATA_SETS = tuple(MEAN_STD)
+
+
+def load_images(
+    name: str, root: str | Path, *, train: bool, download: bool = False, limit: int = 0
+) -> Dataset:
+    """A map-style data set of (PIL image or uint8 tensor, label).
+
+    Args:
+        name: one of `DATA_SETS`.
+        root: folder that holds the data; digits come with scikit-learn and ignore it.
+        train: the training or the test images.
+        download: fetch a missing CIFAR or TinyImageNet; nothing is fetched otherwise.
+        limit: a fixed random subset of that many images, 0 for all.
+
+    Raises:
+        FileNotFoundError: the data are missing or damaged; names the folder that was looked for.
+        ValueError: unknown name.
+    """
+    root = Path(root)
+    if name == "digits":
+        data = _digits(train)
+    elif name in ("cifar10", "cifar100"):
+        kind = getattr(torchvision.datasets, name.upper())
+        try:
+            data = kind(root, train=train, download=download)
+        except RuntimeError as error:  # torchvision's for missing and for damaged files
+            raise FileNotFoundError(
+                f"{name} is missing or damaged: wanted the folder {root / kind.base_folder}; "
+                f"--download fetches it"
+            ) from error
+    elif name == "tinyimagenet":
+        data = _tiny_imagenet(root, train, download)
+    elif name == "imagefolder":
+        data = _image_folder(root / ("train" if train else "val"))
+    else:
+        raise ValueError(f"name: got {name!r}, wanted one of {', '.join(DATA_SETS)}")
+    if 0 < limit < len(data):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+        data = Subset(data, order[:limit].tolist())
+    return data
+
+
+def _digits(train: bool) -> list:
+    """1,797 grey 8x8 images inside scikit-learn's wheel; 360 of them for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = load_digits(return_X_y=True)
+    images = torch.tensor(x.reshape(-1, 1, 8, 8) * (255 / 16)).to(torch.uint8)
+    split = train_test_split(range(len(y)), test_size=360, stratify=y, random_state=0)
+    return [(torchvision.tv_tensors.Image(images[i]), int(y[i])) for i in split[not train]]
+
+
+def _image_folder(folder: Path, hint: str = "") -> torchvision.datasets.ImageFolder:
+    try:
+        return torchvision.datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"no images in {folder}: wanted one folder of images per class in it{hint}"
+        ) from error
+
+
+def _tiny_imagenet(root: Path, train: bool, download: bool) -> torchvision.datasets.ImageFolder:
+    """TinyImageNet as its archive unpacks: the labels of val/ stand in a text file."""
+    folder = root / "tiny-imagenet-200"
+    if download and not folder.exists():
+        torchvision.datasets.utils.download_and_extract_archive(
+            "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+            str(root),
+            md5="90528d7ca1a48142e341f4ef8d21d0de",
+        )
+    training = _image_folder(folder / "train", "; --download fetches it")
+    if train:
+        return training
+    data = _image_folder(folder / "val")
+    annotations = folder / "val" / "val_annotations.txt"
+    if annotations.exists():  # else val/ was sorted into one folder per class
+        rows = [line.split("\t") for line in annotations.read_text().splitlines()]
+        label = {image: training.class_to_idx[wnid] for image, wnid, *_ in rows}
+        data.samples = [(path, label[Path(path).name]) for path, _ in data.samples]
+    return data
+
+
+def transforms(name: str, size: int) -> tuple[v2.Transform, v2.Transform]:
+    """The random transform of a view, and the plain one for evaluation; both give (C, size, size).
+
+    The augmentations are those of the released code (dhkdhk/PSM, src/datasets.py); digits have
+    their own: a mirrored digit is no digit, and of 8 x 8 pixels a crop leaves too little.
+    """
+    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MEAN_STD[name])]
+    if name == "digits":
+        bilinear = v2.InterpolationMode.BILINEAR
+        affine = v2.RandomAffine(10, (0.1, 0.1), (0.9, 1.1), interpolation=bilinear)
+        augment = [v2.Resize(size), affine, v2.ColorJitter(0.2, 0.2)]
+        return v2.Compose(augment + finish), v2.Compose([v2.Resize(size), *finish])
+    augment = [
+        v2.RandomResizedCrop(size),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomHorizontalFlip(),
+    ]
+    if not name.startswith("cifar"):  # the recipe blurs larger images only
+        blur = v2.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0))  # a tenth of the image, odd
+        augment.append(v2.RandomApply([blur], p=0.5))
+    plain = [v2.Resize(size if size <= 64 else size * 8 // 7), v2.CenterCrop(size)]
+    return v2.Compose(augment + finish), v2.Compose(plain + finish)
+
+
+class Views(Dataset):
+    """Transformed copies of each image, then its label.
+
+    The random numbers of a view depend on (seed, epoch, index) alone: they are the same after a
+    resume and with any number of workers. The global generator is left as it was.
+    """
+
+    def __init__(self, images: Dataset, copies: list[v2.Transform], seed: int = 0):
+        self.images, self.copies, self.seed, self.epoch = images, copies, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple:
+        image, label = self.images[index]
+        number = (self.seed * 10_007 + self.epoch) * 10_000_019 + index
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(number % 2**32)  # its seeds have 32 bits
+            return *(transform(image) for transform in self.copies), label
+
+    def batches(self, size: int, *, epoch: int | None = None, workers: int = 0) -> DataLoader:
+        """Shuffled full batches of a training epoch; all images in order when epoch is None."""
+        self.epoch, train = epoch or 0, epoch is not None
+        return DataLoader(
+            self,
+            size,
+            shuffle=train,
+            drop_last=train,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed * 10_007 + self.epoch),
+        )

@@ -1,0 +1,192 @@
+"""How good are frozen features: weighted k-nearest-neighbors and a linear probe."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from psm_kernels import _checks as checks
+from psm_kernels.ops import bank_topk
+
+
+@torch.no_grad()
+def encode(
+    module: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of a module in evaluation mode; its mode is restored afterwards.
+
+    Args:
+        module: maps images (B, ...) to features (B, D).
+        batches: of (images, labels (B,)), such as a DataLoader.
+        device: where the module is.
+
+    Returns:
+        features (N, D) in fp32 and labels (N,), on the device.
+
+    Raises:
+        ValueError: no batches.
+    """
+    training = module.training
+    module.eval()
+    features, targets = [], []
+    for images, labels in batches:
+        features.append(module(images.to(device, non_blocking=True)).float())
+        targets.append(labels.to(device))
+    module.train(training)
+    if not features:
+        raise ValueError("batches: got none, wanted at least one")
+    return torch.cat(features), torch.cat(targets)
+
+
+def knn_accuracy(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+    num_classes: int | None = None,
+    chunk: int = 1024,
+    backend: str = "auto",
+) -> float:
+    """Share of test rows that the weighted vote of their nearest training rows labels rightly.
+
+    The protocol of Wu et al. (arXiv 1805.01978): a neighbor with cosine similarity s votes for its
+    class with weight exp(s / temperature). Features are normalized inside.
+
+    Args:
+        train_features: (N, D), any float dtype, on the device that does the work.
+        train_labels: (N,) integers in [0, num_classes).
+        test_features: (M, D).
+        test_labels: (M,) integers in [0, num_classes).
+        k: neighbors per vote; N of them when the training set is smaller.
+        temperature: of the votes, > 0.
+        num_classes: the largest label of either set plus one when None.
+        chunk: test rows searched at a time; memory is O(chunk * (k + num_classes)).
+        backend: of `bank_topk`.
+
+    Returns:
+        Accuracy in [0, 1].
+
+    Raises:
+        ValueError: shapes that do not agree, no rows, non-finite features, labels out of range,
+            k or chunk < 1, temperature not a positive finite number.
+    """
+    num_classes = _check_sets(
+        train_features, train_labels, test_features, test_labels, num_classes=num_classes
+    )
+    checks.check_int("k", k, 1)
+    checks.check_int("chunk", chunk, 1)
+    checks.check_number("temperature", temperature, above=0)
+
+    bank = F.normalize(train_features.detach().float(), dim=1)  # (N, D)
+    queries = F.normalize(test_features.detach().float(), dim=1)  # (M, D)
+    train_labels, test_labels = train_labels.long(), test_labels.long()
+    correct = torch.zeros((), dtype=torch.int64, device=bank.device)
+    for query, label in zip(queries.split(chunk), test_labels.split(chunk), strict=True):
+        similarity, index = bank_topk(query, bank, min(k, len(bank)), backend=backend)  # (C, k)
+        # exp(88) is infinite in fp32; a shift per row leaves the winner as it is.
+        weight = torch.exp((similarity - similarity[:, :1]) / temperature)
+        votes = torch.zeros(len(query), num_classes, device=bank.device)  # (C, classes)
+        votes.scatter_add_(1, train_labels[index], weight)
+        correct += (votes.argmax(dim=1) == label).sum()
+    return correct.item() / len(queries)
+
+
+def linear_probe(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    *,
+    labels_per_class: int | None = None,
+    draws: int = 5,
+    regularization: float = 1.0,
+    max_iter: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Test accuracy of a logistic regression on standardized, frozen features.
+
+    Args:
+        train_features: (N, D), any float dtype and device.
+        train_labels: (N,) integers >= 0.
+        test_features: (M, D).
+        test_labels: (M,) integers >= 0.
+        labels_per_class: train on that many random rows of each class (all of a class that has
+            fewer); None: on every row.
+        draws: with `labels_per_class`, the number of random subsets whose accuracies are averaged.
+        regularization: scikit-learn's C, > 0; larger fits the training set more closely.
+        max_iter: bound on the iterations of the solver.
+        seed: of the random subsets.
+
+    Returns:
+        Accuracy in [0, 1].
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: shapes that do not agree, no rows, non-finite features, negative labels, fewer
+            than two classes, labels_per_class, draws or max_iter < 1, regularization <= 0.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("linear_probe needs scikit-learn: pip install scikit-learn") from error
+
+    _check_sets(train_features, train_labels, test_features, test_labels)
+    if labels_per_class is not None:
+        checks.check_int("labels_per_class", labels_per_class, 1)
+    checks.check_int("draws", draws, 1)
+    checks.check_int("max_iter", max_iter, 1)
+    checks.check_number("regularization", regularization, above=0)
+    if len(train_labels.unique()) < 2:
+        raise ValueError("train_labels: got one class, wanted at least two")
+
+    train_labels = train_labels.detach().cpu()
+    x, y = train_features.detach().float().cpu().numpy(), train_labels.numpy()
+    x_test, y_test = test_features.detach().float().cpu().numpy(), test_labels.cpu().numpy()
+    generator = torch.Generator().manual_seed(seed)
+    scores = []
+    for _ in range(draws if labels_per_class else 1):
+        rows = slice(None)
+        if labels_per_class:
+            shuffled = torch.randperm(len(y), generator=generator)
+            groups = [shuffled[train_labels[shuffled] == c] for c in train_labels.unique()]
+            rows = torch.cat([group[:labels_per_class] for group in groups]).numpy()
+        solver = LogisticRegression(C=regularization, max_iter=max_iter)
+        probe = make_pipeline(StandardScaler(), solver).fit(x[rows], y[rows])
+        scores.append(probe.score(x_test, y_test))
+    return float(sum(scores) / len(scores))
+
+
+def _check_sets(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    *,
+    num_classes: int | None = None,
+) -> int:
+    """Raise ValueError on sets that do not fit together; return the number of classes."""
+    sets = {"train": (train_features, train_labels), "test": (test_features, test_labels)}
+    shape = (None, train_features.shape[-1])
+    for name, (features, labels) in sets.items():
+        checks.check_matrix(f"{name}_features", features, like="train_features", shape=shape)
+        checks.check_vector(f"{name}_labels", labels, len(features))
+        if labels.is_floating_point():
+            raise ValueError(f"{name}_labels: got {labels.dtype}, wanted integers")
+        if not features.isfinite().all():
+            raise ValueError(f"{name}_features: got NaN or inf, wanted finite numbers")
+    if num_classes is None:
+        num_classes = 1 + max(int(train_labels.max()), int(test_labels.max()))
+    for name, (_, labels) in sets.items():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            wanted = f"integers from 0 to {num_classes - 1}"
+            raise ValueError(f"{name}_labels: got {low} to {high}, wanted {wanted}")
+    return num_classes

@@ -1,0 +1,75 @@
+"""What every loss shares: argument checks, unit rows, the in-batch form, reductions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psm_kernels import _checks as checks
+from psm_kernels.memory_bank import unit_rows
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_pair(query: Tensor, key: Tensor, bank: Tensor | None) -> None:
+    """query and key are (B, D), on the bank's device and with its D where there is a bank."""
+    if bank is None:
+        checks.check_matrix("query", query)
+    else:
+        checks.check_bank(bank)
+        checks.check_matrix("query", query, like="the bank", shape=(None, bank.shape[1]))
+    checks.check_matrix("key", key, like="query", shape=query.shape)
+    for name, value in (("query", query), ("key", key)):
+        checks.check_device(name, value, (query if bank is None else bank).device)
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    return rows if reduction == "none" else getattr(rows, reduction)()
+
+
+def unit(x: Tensor, bank: Tensor | None) -> Tensor:
+    """Unit rows in the dtype of the sums: fp32, or fp64 as the bank (without one: as x)."""
+    like = x if bank is None else bank
+    return unit_rows(x, torch.float64 if like.dtype is torch.float64 else torch.float32)
+
+
+def contrast(log_pos: Tensor, log_neg: Tensor) -> Tensor:
+    """-log(pos / (pos + neg)), 0 where there is no negative."""
+    return torch.logaddexp(log_pos, log_neg) - log_pos
+
+
+class Views(NamedTuple):
+    """The in-batch form (SimCLR): 2B anchors, each against the 2B - 2 views of other samples."""
+
+    rows: Tensor  # (2B, D) queries, then keys; both carry gradient
+    similarity: Tensor  # (2B, 2B)
+    candidate: Tensor  # (2B, 2B) bool: a negative of the row
+    positive: Tensor  # (2B,) similarity to the sample's other view
+
+    @property
+    def count(self) -> int:
+        return len(self.rows) - 2
+
+    def fold(self, loss: Tensor) -> Tensor:
+        """(2B,) -> (B,): the mean of a sample's two anchors, so that means stay means."""
+        return loss.view(2, -1).mean(0)
+
+
+def views(query: Tensor, key: Tensor) -> Views:
+    rows = torch.cat((query, key))
+    other = ~torch.eye(len(query), dtype=torch.bool, device=query.device).repeat(2, 2)
+    return Views(rows, rows @ rows.T, other, (query * key).sum(1).repeat(2))
+
+
+def masked_lse(logits: Tensor, candidate: Tensor) -> Tensor:
+    """(R, S) -> (R,): log-sum-exp of the candidates, -inf when there are none."""
+    return torch.logsumexp(torch.where(candidate, logits, -torch.inf), 1)
+
+
+def log_sum(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b); where both are -inf the gradient is 0, not torch.logaddexp's NaN."""
+    nothing = (a == -torch.inf) & (b == -torch.inf)
+    a, b = torch.where(nothing, 0.0, a), torch.where(nothing, 0.0, b)
+    return torch.where(nothing, -torch.inf, torch.logaddexp(a, b))

@@ -1,0 +1,233 @@
+"""UnReMix without state: negatives weighed by similarity, uncertainty and representativeness."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psm_kernels import _checks as checks
+from psm_kernels.functional import common
+from psm_kernels.ops import bank_pass, bank_topk
+from psm_kernels.ops.affine import valid_slabs, weighted_pass
+
+_EQUAL = 1e-6  # indicators whose range is below this share of their size do not tell rows apart
+
+
+def unremix_loss(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor | None = None,
+    *,
+    count: Tensor | int | None = None,
+    temperature: float = 0.5,
+    similarity_weight: float = 1 / 3,
+    uncertainty_weight: float = 1 / 3,
+    representativeness_weight: float = 1 / 3,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """UnReMix: importance weights of three indicators (after arXiv 2206.01197).
+
+    That the importance of a negative interpolates anchor similarity, model uncertainty and
+    representativeness is the paper's. Every formula and coefficient below is INFERRED, because
+    neither its body nor its code could be read. Over the n negatives of anchor i, with x =
+    exp(s/tau), pi the softmax over positive and negatives, y its largest entry (the pseudo-label):
+
+        s_ij = cosine                                        anchor similarity
+        u_ij = |pi_ij - [j = y]|                             norm of the last layer's gradient
+        r_ij = mean over the other negatives l of 1 - cosine(m_j, m_l)
+        w_ij = sum of the three, each scaled to [0, 1] over the row's negatives, times its weight
+        R    = n sum_j w_ij x_ij / sum_j w_ij                w without gradient
+        loss = log(x+ + R) - log x+
+
+    An indicator that is equal for all negatives of a row counts 1 for each. Only the ratio of the
+    three weights matters.
+
+    Args:
+        query, key, bank, count: as in `info_nce_loss`; the paper has no bank.
+        temperature: tau > 0 (0.5, inferred: that of HCL and SSCL).
+        similarity_weight, uncertainty_weight, representativeness_weight: >= 0, not all 0 (1/3
+            each, inferred).
+        reduction, backend: as in `info_nce_loss`.
+
+    Returns:
+        The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
+
+    Raises:
+        ValueError: an argument is wrong (named in the message), or the backend cannot run here.
+    """
+    common.check_pair(query, key, bank)
+    check_unremix_settings(
+        temperature=temperature,
+        similarity_weight=similarity_weight,
+        uncertainty_weight=uncertainty_weight,
+        representativeness_weight=representativeness_weight,
+        reduction=reduction,
+    )
+    share = _Shares(similarity_weight, uncertainty_weight, representativeness_weight)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = common.unit(query, bank), common.unit(key, bank)
+        if bank is None:
+            views = common.views(query, key)
+            log_neg = _view_negatives(views, temperature, share)
+            loss = views.fold(common.contrast(views.positive / temperature, log_neg))
+        else:
+            count = checks.as_count(count, bank)
+            log_pos = (query * key).sum(1) / temperature
+            log_neg = _bank_negatives(query, log_pos, bank, count, temperature, share, backend)
+            loss = common.contrast(log_pos, log_neg)
+        return common.reduce(loss, reduction)
+
+
+def check_unremix_settings(
+    *,
+    temperature: float,
+    similarity_weight: float,
+    uncertainty_weight: float,
+    representativeness_weight: float,
+    reduction: str,
+) -> None:
+    """Raise the ValueError of the first wrong setting."""
+    checks.check_number("temperature", temperature, above=0)
+    checks.check_number("similarity_weight", similarity_weight, least=0)
+    checks.check_number("uncertainty_weight", uncertainty_weight, least=0)
+    checks.check_number("representativeness_weight", representativeness_weight, least=0)
+    if not similarity_weight + uncertainty_weight + representativeness_weight:
+        raise ValueError("similarity_weight: got 0 as for the two others, wanted one above 0")
+    checks.check_option("reduction", reduction, common.REDUCTIONS)
+
+
+class _Shares(NamedTuple):
+    similarity: float
+    uncertainty: float
+    representativeness: float
+
+
+class _Range(NamedTuple):
+    """An indicator's least value and 1 / (its range), per row; slope 0 where all are equal."""
+
+    least: Tensor
+    slope: Tensor
+    equal: Tensor  # 1 where all are equal, else 0
+
+    @classmethod
+    def of(cls, least: Tensor, most: Tensor, size: Tensor | float) -> _Range:
+        span = most - least
+        equal = ~(span > _EQUAL * size)  # NaN, as from inf - inf of an empty row, is equal too
+        slope = torch.where(equal, 0.0, 1 / torch.where(equal, 1.0, span))
+        return cls(torch.where(equal, 0.0, least), slope, equal.to(span.dtype))
+
+    def scale(self, value: Tensor) -> Tensor:
+        return (value - self.least) * self.slope + self.equal
+
+
+# --- within the batch ----------------------------------------------------------------------------
+
+
+def _view_negatives(views: common.Views, temperature: float, share: _Shares) -> Tensor:
+    """log R (2B,), the formulas as they stand: the matrix is 2B x 2B."""
+    logits = torch.where(views.candidate, views.similarity / temperature, -torch.inf)
+    with torch.no_grad():
+        log_z = torch.logaddexp(views.positive / temperature, torch.logsumexp(logits, 1))
+        pi = torch.exp(logits - log_z[:, None])  # 0 where not a negative
+        best, at = pi.max(1, keepdim=True)
+        pseudo = (best > torch.exp(views.positive / temperature - log_z)[:, None]).to(pi.dtype)
+        uncertainty = (pi - torch.zeros_like(pi).scatter_(1, at, pseudo)).abs()
+
+        # Negatives of anchor i: all views but itself and its other view, half the rows away.
+        inner = views.similarity
+        others = inner.sum(0) - inner - inner.roll(len(inner) // 2, 0) - inner.diagonal()
+        distance = 1 - others / max(views.count - 1, 1)
+
+        weight = torch.zeros_like(pi)
+        for part, value, size in (
+            (share.similarity, views.similarity, torch.ones_like(best)),
+            (share.uncertainty, uncertainty, uncertainty.amax(1, keepdim=True)),
+            (share.representativeness, distance, torch.ones_like(best)),
+        ):
+            least = value.masked_fill(~views.candidate, torch.inf).amin(1, keepdim=True)
+            most = value.masked_fill(~views.candidate, -torch.inf).amax(1, keepdim=True)
+            weight = weight + part * _Range.of(least, most, size).scale(value)
+        weight = torch.where(views.candidate, weight, 0.0)
+        weight = views.count * weight / weight.sum(1, keepdim=True).clamp_min(1e-30)
+    return torch.logsumexp(logits + weight.log(), 1)
+
+
+# --- against the bank ----------------------------------------------------------------------------
+
+
+def _bank_negatives(
+    query: Tensor,
+    log_pos: Tensor,
+    bank: Tensor,
+    count: Tensor,
+    temperature: float,
+    share: _Shares,
+    backend: str,
+) -> Tensor:
+    """log R (B,) in two passes: extremes and softmax of each row, then the weighted sum.
+
+    Scaled to [0, 1], u is affine in x for all but a negative that is the pseudo-label. Where that
+    one's pi exceeds its 1 - pi, u is x up to a cap; where not, what it lacks is added apart.
+    """
+    with torch.no_grad():
+        nearest, index = bank_topk(query, bank, 2, count=count, backend=backend)
+        swept = bank_pass(
+            query,
+            -query,
+            bank,
+            count,
+            log_pos * temperature,
+            temperature=temperature,
+            topk=1,
+            backend=backend,
+        )
+        empty = index[:, 0] < 0
+        top = torch.where(empty, 0.0, nearest[:, 0])  # (B,)
+        low = torch.where(empty, 0.0, -swept.topk_sim[:, 0])
+
+        # Range of u in units of the top's pi, so that no pi underflows.
+        log_z = torch.logaddexp(log_pos, swept.neg_lse)
+        u_low, u_next = (torch.exp((s - top) / temperature) for s in (low, nearest[:, 1]))
+        pseudo = (top / temperature > log_pos) & ~empty  # a negative is the pseudo-label
+        log_pi = torch.where(pseudo, top / temperature - log_z, 0.0)
+        u_most = torch.maximum(-torch.expm1(log_pi) / torch.exp(log_pi), u_next)
+        u_most = torch.where(pseudo, u_most, 1.0)
+        u_most = torch.where(index[:, 1] < 0, u_low, u_most)  # a single negative: nothing to tell
+        similar, uncertain = _Range.of(low, top, 1.0), _Range.of(u_low, u_most, u_most)
+        extra = share.uncertainty * (1 - uncertain.scale(torch.ones_like(top))).clamp_min(0)
+        extra = torch.where(pseudo, extra, 0.0)
+        alpha = share.similarity * similar.scale(torch.zeros_like(top))
+        alpha = alpha + share.uncertainty * uncertain.scale(torch.zeros_like(top))
+    swept = weighted_pass(
+        query,
+        bank,
+        count,
+        temperature=temperature,
+        alpha=alpha,
+        beta=share.similarity * similar.slope,
+        gamma=share.uncertainty * uncertain.slope,
+        top=top,
+        cap=u_most.clamp_max(1),
+        rho=share.representativeness * _representativeness(bank, count),
+        backend=backend,
+    )
+    label = torch.where(empty[:, None], 0.0, bank[index[:, 0].clamp_min(0)].to(query.dtype))
+    apart = (query * label).sum(1) / temperature + extra.log()
+    log_sum = common.log_sum(swept.log_sum, apart)
+    weight = (swept.weight + extra) / count.clamp_min(1)  # mean of w
+    return torch.where(empty, -torch.inf, log_sum - torch.where(empty, 1.0, weight).log())
+
+
+def _representativeness(bank: Tensor, count: Tensor) -> Tensor:
+    """r (K,) scaled to [0, 1]: 1 - m_j . (sum of the others) / (n - 1), in O(K D)."""
+    slabs = list(valid_slabs(bank, count, bank.shape[1]))
+    total = torch.stack([rows.sum(0) for _, _, rows in slabs]).sum(0)  # (D,)
+    others = torch.cat([rows @ total - rows.square().sum(1) for _, _, rows in slabs])
+    distance = 1 - others / (count - 1).clamp_min(1)
+    valid = torch.arange(len(bank), device=bank.device) < count
+    least = distance.masked_fill(~valid, torch.inf).amin()
+    most = distance.masked_fill(~valid, -torch.inf).amax()
+    return _Range.of(least, most, 1.0).scale(distance)

@@ -1,0 +1,144 @@
+"""Backend `cpp`: hands tensors to psm_kernels._C as addresses. The kernels are in csrc/cpu."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from psm_kernels import __version__
+from psm_kernels._csrc import source_id
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2}
+_REBUILD = "build it with `pip install -e .` in a checkout, or reinstall the package"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    try:
+        from psm_kernels import _C
+    except ImportError as error:
+        return _missing(error)
+    wanted = source_id(Path(__file__).parents[1], __version__)
+    if _C.source_id.partition("+")[0] != wanted.partition("+")[0] or (
+        "+" in wanted and _C.source_id != wanted
+    ):
+        return f"psm_kernels._C was built from other sources ({_C.source_id}, not {wanted}): {_REBUILD}"
+    return None
+
+
+def _missing(error: ImportError) -> str:
+    try:
+        from psm_kernels._build_info import MISSING
+    except ImportError:
+        return f"psm_kernels._C cannot be imported ({error}): {_REBUILD}"
+    return f"{MISSING}: install one and {_REBUILD}"
+
+
+def instruction_set() -> str:
+    """The best this machine runs, or PSM_CPU_ISA, which exists for tests."""
+    from psm_kernels import _C
+
+    return _forced(os.environ.get("PSM_CPU_ISA"), tuple(_C.instruction_sets()))
+
+
+@functools.cache
+def _forced(name: str | None, able: tuple[str, ...]) -> str:
+    if name is None or name in able:
+        return name or able[0]
+    raise ValueError(f"PSM_CPU_ISA: got {name!r}, wanted one that this machine runs: {able}")
+
+
+class _Workspace:
+    """Lends the kernels memory of torch for one call."""
+
+    def __call__(self, size: int) -> int:
+        self.buffer = torch.empty(size, dtype=torch.uint8)
+        return self.buffer.data_ptr()
+
+
+def bank_pass(
+    query: Tensor,  # (B, D)
+    key: Tensor | None,  # (B, D)
+    bank: Tensor,  # (K, D)
+    count: Tensor,  # ()
+    s_pos: Tensor,  # (B,)
+    temperature: float,
+    selection: str,
+    a: float,
+    b: float,
+    topk: int,
+    rng_state: Tensor | None,  # (2,)
+    row_offset: int,
+    col_offset: int,
+) -> tuple[Tensor, ...]:
+    """See `psm_kernels.ops.bank_pass`."""
+    from psm_kernels import _C
+
+    batch, dim = query.shape
+    neg_lse, neg_sq_lse, neg_count = (torch.empty(batch) for _ in range(3))
+    neg_mean = torch.empty(batch, dim)
+    topk_sim = torch.empty(batch, topk)
+    topk_index = torch.empty(batch, topk, dtype=torch.int64)
+    seed, offset = (0, 0) if rng_state is None else rng_state.tolist()
+    _C.bank_pass(
+        query=query.data_ptr(),
+        key=key.data_ptr() if topk else 0,
+        bank=bank.data_ptr(),
+        s_pos=s_pos.data_ptr(),
+        batch=batch,
+        count=_valid(count, bank),
+        dim=dim,
+        dtype=_DTYPES[bank.dtype],
+        selection=_SELECTIONS[selection],
+        temperature=temperature,
+        a=a,
+        b=b,
+        topk=topk,
+        seed=seed,
+        offset=offset,
+        row_offset=row_offset,
+        col_offset=col_offset,
+        neg_lse=neg_lse.data_ptr(),
+        neg_mean=neg_mean.data_ptr(),
+        neg_sq_lse=neg_sq_lse.data_ptr(),
+        neg_count=neg_count.data_ptr(),
+        topk_sim=topk_sim.data_ptr(),
+        topk_index=topk_index.data_ptr(),
+        isa=instruction_set(),
+        threads=torch.get_num_threads(),
+        allocate=_Workspace(),
+    )
+    return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+
+
+def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:
+    """See `psm_kernels.ops.bank_topk`."""
+    from psm_kernels import _C
+
+    batch, dim = query.shape
+    topk_sim = torch.empty(batch, k)
+    topk_index = torch.empty(batch, k, dtype=torch.int64)
+    _C.bank_topk(
+        query=query.data_ptr(),
+        bank=bank.data_ptr(),
+        batch=batch,
+        count=_valid(count, bank),
+        dim=dim,
+        dtype=_DTYPES[bank.dtype],
+        topk=k,
+        topk_sim=topk_sim.data_ptr(),
+        topk_index=topk_index.data_ptr(),
+        isa=instruction_set(),
+        threads=torch.get_num_threads(),
+        allocate=_Workspace(),
+    )
+    return topk_sim, topk_index
+
+
+def _valid(count: Tensor, bank: Tensor) -> int:
+    return min(max(int(count), 0), bank.shape[0])

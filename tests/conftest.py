@@ -1,0 +1,65 @@
+"""Shared by all tests: golden cases, random problems, the backends that can run here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from psm_kernels import backends
+from psm_kernels.memory_bank import unit_rows
+
+GOLDEN = sorted(Path(__file__).parent.glob("golden/*.npz"))
+
+
+class Golden:
+    """One float64 case of an independent program; fields as in the npz, `p` the parameters."""
+
+    def __init__(self, path: Path):
+        data = np.load(path)
+        self.p = json.loads(str(data["params"]))
+        for name in data.files:
+            value = data[name]
+            if name == "words":
+                value = value.astype(np.int64)
+            if name != "params":
+                setattr(self, name, torch.as_tensor(value))
+
+    @property
+    def rng_state(self) -> torch.Tensor:
+        return torch.tensor([self.p["seed"], self.p["offset"]])
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)
+def golden(request) -> Golden:
+    return Golden(request.param)
+
+
+def _able(name: str) -> bool:
+    return "cpu" in (backends.TABLE[name].devices or ("cpu",)) and not isinstance(
+        backends.load(name), str
+    )
+
+
+@pytest.fixture(params=[name for name in backends.TABLE if _able(name)])
+def backend(request) -> str:
+    return request.param
+
+
+def problem(batch=5, size=70, dim=20, *, seed=0, dtype=torch.float32, few_bits=False):
+    """Unit query, key (fp32), bank (dtype), s_pos. `few_bits`: entries +-1/sqrt(dim), dim a
+    power of 4, so that every product is exact in any dtype and order."""
+    g = torch.Generator().manual_seed(seed)
+    if few_bits:
+        query, key, bank = (
+            (torch.randint(0, 2, (n, dim), generator=g) * 2.0 - 1) / dim**0.5
+            for n in (batch, batch, size)
+        )
+    else:
+        query, key, bank = (
+            unit_rows(torch.randn(n, dim, generator=g)) for n in (batch, batch, size)
+        )
+    return query, key, bank.to(dtype), (query * key).sum(1)

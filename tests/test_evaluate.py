@@ -1,0 +1,139 @@
+"""kNN against a plain numpy vote, the probe on data whose answer is known, and bad input."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from psm_kernels.evaluate import encode, knn_accuracy, linear_probe
+
+
+def clusters(rows: int, dim: int = 20, classes: int = 5, noise: float = 1.5, seed: int = 0):
+    """Overlapping clusters around fixed centers; rows are not of unit length."""
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    return centers[labels] + noise * torch.randn(rows, dim, generator=generator), labels
+
+
+def knn_numpy(x, y, x_test, y_test, k, temperature) -> float:
+    x, x_test = (a.double().numpy() for a in (x, x_test))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    x_test /= np.linalg.norm(x_test, axis=1, keepdims=True)
+    right = 0
+    for query, label in zip(x_test, y_test.tolist(), strict=True):
+        similarity = x @ query
+        votes = np.zeros(int(y.max()) + 1)
+        for j in np.argsort(-similarity)[:k]:
+            votes[y[j]] += np.exp(similarity[j] / temperature)
+        right += int(votes.argmax() == label)
+    return right / len(y_test)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.1), (200, 0.1), (20, 1.0)])
+def test_knn_equals_the_plain_vote(k, temperature):
+    sets = (*clusters(150), *clusters(67, seed=1))  # 200 neighbors of 150 rows: all of them
+    got = knn_accuracy(*sets, k=k, temperature=temperature)
+    assert got == knn_numpy(*sets, k, temperature)
+    assert 0.4 < got < 1.0  # neither trivial nor chance, so that a wrong vote shows
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 67, 1000])
+def test_knn_does_not_depend_on_the_chunk(chunk):
+    sets = (*clusters(150), *clusters(67, seed=1))
+    assert knn_accuracy(*sets, k=9, chunk=chunk) == knn_accuracy(*sets, k=9)
+
+
+def test_knn_at_a_temperature_where_exp_overflows():
+    sets = (*clusters(150), *clusters(67, seed=1))
+    assert knn_accuracy(*sets, k=9, temperature=0.002) == knn_numpy(*sets, 9, 0.002)
+
+
+def test_knn_leaves_its_input_alone_and_takes_any_float():
+    sets = (*clusters(150), *clusters(67, seed=1))
+    before = [t.clone() for t in sets]
+    wide = [t.double() if t.is_floating_point() else t.int() for t in sets]
+    assert knn_accuracy(*sets, k=9) == knn_accuracy(*wide, k=9, num_classes=50)
+    assert all(torch.equal(a, b) for a, b in zip(sets, before, strict=True))
+
+
+def test_linear_probe_learns_what_is_linear():
+    sets = (*clusters(400, noise=0.3), *clusters(100, noise=0.3, seed=1))
+    assert linear_probe(*sets) == 1.0
+    shuffled = (sets[0], sets[1][torch.randperm(400)], *sets[2:])
+    assert linear_probe(*shuffled) < 0.6
+
+
+def test_linear_probe_with_few_labels():
+    sets = (*clusters(400), *clusters(200, seed=1))
+    few, many = linear_probe(*sets, labels_per_class=3), linear_probe(*sets)
+    assert 0.2 < few < many
+    assert linear_probe(*sets, labels_per_class=3) == few  # the seed decides the subsets
+    assert linear_probe(*sets, labels_per_class=3, seed=1) != few
+    assert linear_probe(*sets, labels_per_class=400, draws=1) == pytest.approx(many, abs=0.02)
+
+
+def test_linear_probe_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        linear_probe(*clusters(10), *clusters(10))
+
+
+def bad_sets():
+    x, y = clusters(30)
+    wrong = {
+        "test_features: .* wanted .* 20": (x, y, x[:, :19], y),
+        "train_features: got .*(30, 20, 1)": (x[..., None], y, x, y),
+        "train_features": (x[:0], y[:0], x, y),
+        "test_features: got dtype torch.int64": (x, y, x.long(), y),
+        "train_labels: got .*29": (x, y[:29], x, y),
+        "test_labels: got torch.float32": (x, y, x, y.float()),
+        "train_features: got NaN": (x.clone().index_fill_(0, torch.tensor([3]), np.nan), y, x, y),
+        "test_labels: got -1": (x, y, x, y - y.min() - 1),
+    }
+    return [pytest.param(sets, match, id=match) for match, sets in wrong.items()]
+
+
+@pytest.mark.parametrize(("sets", "match"), bad_sets())
+@pytest.mark.parametrize("function", [knn_accuracy, linear_probe])
+def test_bad_sets(function, sets, match):
+    with pytest.raises(ValueError, match=match.replace("(", r"\(").replace(")", r"\)")):
+        function(*sets)
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (knn_accuracy, {"k": 0}),
+        (knn_accuracy, {"chunk": 0}),
+        (knn_accuracy, {"temperature": 0.0}),
+        (knn_accuracy, {"temperature": float("nan")}),
+        (knn_accuracy, {"num_classes": 3}),
+        (linear_probe, {"labels_per_class": 0}),
+        (linear_probe, {"draws": 0}),
+        (linear_probe, {"max_iter": 0}),
+        (linear_probe, {"regularization": 0.0}),
+    ],
+)
+def test_bad_options(function, options):
+    name = {"num_classes": "train_labels"}.get(*options, *options)
+    with pytest.raises(ValueError, match=name):
+        function(*clusters(30), *clusters(30), **options)
+
+
+def test_linear_probe_wants_two_classes():
+    x, y = clusters(30)
+    with pytest.raises(ValueError, match="train_labels"):
+        linear_probe(x, y * 0, x, y)
+
+
+def test_encode():
+    module = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5))
+    x, y = torch.randn(10, 4), torch.arange(10)
+    features, labels = encode(module, [(x[:7], y[:7]), (x[7:], y[7:])])
+    assert torch.allclose(features, module[0](x), atol=1e-6)  # dropout was off
+    assert torch.equal(labels, y)
+    assert module.training
+    assert not features.requires_grad
+    with pytest.raises(ValueError, match="batches"):
+        encode(module, [])

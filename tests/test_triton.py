@@ -1,0 +1,270 @@
+"""The triton backend against `ops/reference.py`: natively on a GPU, elsewhere in the interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, so where there is no GPU a plain `pytest` runs
+this file once more, in a process that has it set."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from psm_kernels import ops
+from psm_kernels.ops import triton as backend
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GOLDEN = sorted(Path(__file__).parent.glob("golden/*.npz"))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_everything_below_passes_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="native process")),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(
+                    INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU"
+                ),
+            ],
+        ),
+    ]
+)
+def device(request) -> str:
+    return request.param
+
+
+def unit(generator, *shape):
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+
+def problem(device, batch=5, size=150, dim=20, dtype=torch.float32, exact=False, seed=0):
+    """query, key, bank, s_pos as the operators take them. `exact`: products with few bits."""
+    g = torch.Generator().manual_seed(seed)
+    if exact:  # entries 0, +-1/8: every sum of products is exact in fp32, whatever its order
+        query, key, bank = (
+            torch.randint(-1, 2, (n, dim), generator=g) / 8 for n in (batch, batch, size)
+        )
+    else:
+        query, key, bank = unit(g, batch, dim), unit(g, batch, dim), unit(g, size, dim)
+    s_pos = (query * key).sum(1)
+    return query.to(device), key.to(device), bank.to(device, dtype), s_pos.to(device)
+
+
+def both(query, key, bank, s_pos, **settings):
+    """The backend's result and the reference's, on one problem."""
+    settings = {"temperature": 0.2, "selection": "bernoulli", "a": 2.0, "topk": 5} | settings
+    settings.setdefault("count", None)
+    if settings["selection"] == "bernoulli":
+        settings.setdefault("rng_state", torch.tensor([11, 5], device=bank.device))
+    return tuple(
+        ops.bank_pass(query, key, bank, s_pos=s_pos, backend=name, **settings)
+        for name in ("triton", "reference")
+    )
+
+
+def check(got, want, dtype=torch.float32, exact=False):
+    """Sums agree to rounding, masks to the bit; weights of the mean are rounded to the dtype."""
+    mean = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+    torch.testing.assert_close(got.neg_count, want.neg_count, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.neg_lse, want.neg_lse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.neg_sq_lse, want.neg_sq_lse, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(got.neg_mean, want.neg_mean, rtol=mean, atol=mean)
+    torch.testing.assert_close(got.topk_sim, want.topk_sim, rtol=1e-5, atol=1e-6)
+    if exact:
+        assert torch.equal(got.topk_sim, want.topk_sim)
+        assert torch.equal(got.neg_count, want.neg_count)
+    assert torch.equal(got.topk_index, want.topk_index)
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_cases(device, path):
+    case = np.load(path)
+    p = json.loads(str(case["params"]))
+    query, key = (
+        torch.nn.functional.normalize(torch.tensor(case[name]).double(), dim=1).float().to(device)
+        for name in ("query", "key")
+    )
+    got = ops.bank_pass(
+        query, key, torch.tensor(case["bank"]).float().to(device), int(case["count"]),
+        torch.tensor(case["s_pos"]).float().to(device),
+        temperature=p["tau"], selection=p["selection"], a=p["a"], b=p["b"], topk=p["k"],
+        rng_state=torch.tensor([p["seed"], p["offset"]], device=device),
+        row_offset=p["row_offset"], backend="triton",
+    )  # fmt: skip
+    for name in ("neg_lse", "neg_mean", "neg_sq_lse", "neg_count", "topk_sim", "topk_index"):
+        want = torch.tensor(case[name])
+        have = getattr(got, name).cpu()
+        if name.startswith("topk"):
+            assert (have[:, want.shape[1] :] == (-1 if want.dtype == torch.int64 else -np.inf)).all()
+            have = have[:, : want.shape[1]]
+        torch.testing.assert_close(have, want.to(have.dtype), rtol=1e-5, atol=2e-6)
+
+
+# B = 1: less than a row of tensor-core tiles; 70: a second block of rows. K = 1, 63: less than a
+# cell; 64: one; 1000: an odd tail and more than one split. D = 8: padded to 16; 20, 200: padded,
+# unaligned; 128: not padded; 512: in column blocks.
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "topk", "selection", "dtype", "count"),
+    [
+        (1, 1, 8, 1, "bernoulli", torch.float32, None),
+        (3, 63, 20, 5, "expected", torch.float32, 50),
+        (70, 150, 64, 1, "bernoulli", torch.bfloat16, None),
+        (2, 1000, 20, 20, "bernoulli", torch.bfloat16, 903),
+        (3, 1000, 128, 5, "all", torch.float16, 64),
+        (3, 150, 200, 0, "bernoulli", torch.float16, 130),
+        (2, 150, 200, 3, "expected", torch.bfloat16, None),
+        (2, 100, 512, 5, "bernoulli", torch.bfloat16, None),
+        (2, 100, 512, 2, "expected", torch.float32, 99),
+        (4, 64, 128, 5, "all", torch.float32, None),
+        (2, 1000, 8, 40, "all", torch.float32, 999),
+    ],
+)
+def test_matches_reference(device, batch, size, dim, topk, selection, dtype, count):
+    tensors = problem(device, batch, size, dim, dtype)
+    check(*both(*tensors, topk=topk, selection=selection, count=count), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("col_offset", [0, 70_000_000_005])
+def test_exact_products_give_the_same_mask_and_ties(device, dtype, col_offset):
+    tensors = problem(device, 9, 700, 16, dtype, exact=True)
+    got, want = both(
+        *tensors, a=20.0, b=-0.1, topk=6, count=650, row_offset=2**33 + 3, col_offset=col_offset
+    )
+    check(got, want, dtype, exact=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_number_of_splits_changes_rounding_only(device, dtype, monkeypatch):
+    tensors = problem(device, 4, 700, 32, dtype)
+    results = []
+    for splits in (1, 2, 5, 40):  # 40: more than there are tiles
+        monkeypatch.setattr(backend, "_splits", lambda *args, splits=splits: splits)
+        results.append(both(*tensors)[0])
+    for other in results[1:]:
+        assert torch.equal(other.neg_count, results[0].neg_count)
+        assert torch.equal(other.topk_index, results[0].topk_index)
+        assert torch.equal(other.topk_sim, results[0].topk_sim)
+        check(other, results[0], dtype)
+
+
+def test_scratch_that_holds_nan_leaks_nowhere(device, monkeypatch):
+    tensors = problem(device, 5, 300, 20)
+    clean = both(*tensors, count=70)[0]
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(torch.nan if out.is_floating_point() else 2**62)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    got = both(*tensors, count=70)[0]
+    assert all(torch.equal(x, y) for x, y in zip(got, clean, strict=True))  # and repeats bit by bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+def test_slots_beyond_count_may_hold_anything(device, dtype, garbage):
+    query, key, bank, s_pos = problem(device, 3, 300, 20, dtype)
+    want = both(query, key, bank, s_pos, count=130)[0]
+    bank[130:] = garbage
+    got = both(query, key, bank, s_pos, count=130)[0]
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
+def test_empty_bank_and_nothing_kept(device, selection):
+    query, key, bank, s_pos = problem(device, 3, 70, 20)
+    got, want = both(query, key, bank, s_pos, count=0, selection=selection)
+    check(got, want)
+    assert (got.neg_lse == -torch.inf).all()
+    assert (got.topk_index == -1).all()
+    if selection != "all":
+        got, want = both(query, key, bank, s_pos, b=50.0, selection=selection)
+        check(got, want)
+        assert (got.neg_count == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("selection", ["bernoulli", "all"])
+def test_extreme_similarities_at_a_low_temperature(device, dtype, sign, selection):
+    # exp(2 s / tau) spans 2^+-144 here: neither end fits fp32 without a shift
+    query, key, bank, s_pos = problem(device, 3, 200, 16, dtype)
+    query = torch.nn.functional.one_hot(torch.arange(3), 16).float().to(device)
+    bank[:] = sign * query[0].to(dtype)
+    settings = {"temperature": 0.02, "selection": selection, "a": 0.1, "topk": 3}
+    check(*both(query, query.clone(), bank, s_pos, **settings), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_need_a_shift_beside_rows_that_do_not(device, dtype):
+    query, key, bank, s_pos = problem(device, 6, 300, 16, dtype)
+    query[1] *= 40  # not unit: exp(s / tau) overflows without a shift
+    check(*both(query, key, bank, s_pos, temperature=0.05, selection="all", topk=0), dtype)
+
+
+def test_duplicates_go_to_the_smaller_slot(device):
+    query, key, bank, s_pos = problem(device, 4, 400, 16)
+    bank[:] = bank[torch.arange(400) % 7]
+    got, want = both(query, key, bank, s_pos, topk=20)
+    assert torch.equal(got.topk_index, want.topk_index)
+    bank.zero_()
+    bank[::2] = -0.0  # a zero is a zero
+    got = both(query, key, bank, s_pos, topk=20)[0]
+    assert torch.equal(got.topk_index.cpu(), torch.arange(20).expand(4, 20))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_broken_row_spoils_itself_alone(device, value):
+    query, key, bank, s_pos = problem(device, 5, 200, 20)
+    clean = both(query, key, bank, s_pos)[0]
+    query[1, 3], key[2, 0], key[3, 1] = value, value, -value
+    got = both(query, key, bank, s_pos)[0]
+    whole = torch.tensor([0, 4], device=device)
+    for x, y in zip(got, clean, strict=True):
+        torch.testing.assert_close(x[whole], y[whole], rtol=1e-5, atol=1e-5)
+    assert ((got.topk_index >= -1) & (got.topk_index < 200)).all()
+
+
+def test_inputs_are_not_written(device):
+    tensors = problem(device, 5, 100, 20)
+    before = [x.clone() for x in tensors]
+    both(*tensors)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize(("k", "size", "count"), [(1, 70, None), (20, 500, 431), (200, 300, 280)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bank_topk(device, k, size, count, dtype):
+    query, _, bank, _ = problem(device, 2, size, 20, dtype)
+    got = ops.bank_topk(query, bank, k, count=count, backend="triton")
+    want = ops.bank_topk(query, bank, k, count=count, backend="reference")
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(got[1], want[1])
+
+
+def test_limits_are_said(device):
+    bank = torch.zeros(4, 513, device=device)
+    with pytest.raises(ValueError, match=r"512.*513"):
+        ops.bank_topk(bank, bank, 1, backend="triton")
+    with pytest.raises(ValueError, match=r"1025.*reference"):
+        ops.bank_topk(bank[:, :8], bank[:, :8].contiguous(), 1025, backend="triton")

@@ -1,0 +1,459 @@
+"""Train a ResNet without labels by PSM: python train.py
+
+    python train.py                                       digits: no download, minutes on two cores
+    python train.py --data cifar10 --download --amp bf16  the released recipe, for a GPU
+    python train.py --resume                              go on where an interrupted run stopped
+    python train.py --help                                every setting
+
+Each run leaves settings, metrics.jsonl, result.json, checkpoint.pt and pictures in runs/<name>/.
+Read from top to bottom: settings, model, training, checkpoint, evaluation, main. The images and
+their augmentations are in psm_kernels/data.py.
+"""
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from tqdm import tqdm
+
+from psm_kernels import PSMLoss, plots, rank_gradient_stats
+from psm_kernels.data import DATA_SETS, MEAN_STD, Views, load_images, transforms
+from psm_kernels.evaluate import encode, knn_accuracy, linear_probe
+
+
+def setting(default, help, *, choices=None, least=None, free=False):
+    """A field of Settings; a `free` one does not change the numbers and may change on --resume."""
+    metadata = {"help": help, "choices": choices, "least": least, "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Settings:
+    """The command line. Defaults: the recipe released with PSM; RECIPES: what differs by data."""
+
+    data: str = setting("digits", "data set", choices=DATA_SETS)
+    data_dir: str = setting("data", "folder of the data; imagefolder: of train/, val/", free=True)
+    download: bool = setting(False, "fetch a missing data set into data_dir", free=True)
+    workers: int = setting(0, "processes that load images", least=0, free=True)
+    limit: int = setting(0, "use that many training and test images, 0: all", least=0)
+    image_size: int = setting(32, "side of the training crops", least=1)
+    name: str = setting("", "run folder, default <data>-<method>", free=True)
+    runs: str = setting("runs", "folder of the run folders", free=True)
+    resume: bool = setting(False, "continue runs/<name> from its checkpoint", free=True)
+    device: str = setting("auto", "cpu, cuda, ...; auto: a GPU if there is one", free=True)
+    seed: int = setting(0, "of weights, augmentations and the noise of the loss", least=0)
+
+    arch: str = setting("resnet18", "encoder", choices=("resnet18", "resnet34", "resnet50"))
+    stem: str = setting("small", "first layers: 3x3 or ImageNet's", choices=("small", "large"))
+    dim: int = setting(128, "dimension of queries and keys", least=1)
+    ema: float = setting(0.99, "momentum of the key encoder", least=0)
+
+    method: str = setting("psm", "loss", choices=("psm",))
+    temperature: float = setting(0.5, "of the loss")
+    bank: int = setting(16384, "slots of the memory bank", least=1)
+    topk: int = setting(5, "mined positives per query")
+    a: float = setting(0.5, "negative selection: density")
+    b: float = setting(0.0, "negative selection: peak relative to the positive's similarity")
+    selection: str = setting("bernoulli", "bernoulli, expected or all negatives (PNSM off)")
+    soft_weights: str = setting("attention", "of mined positives: attention, uniform or binary")
+    hard_weight: float = setting(1.0, "of the augmented view's own loss")
+
+    epochs: int = setting(200, "passes over the training images", least=1)
+    batch_size: int = setting(256, "images per optimizer step", least=2)
+    accumulate: int = setting(1, "split a batch into that many passes to save memory", least=1)
+    lr: float = setting(0.1, "peak learning rate", least=0)
+    min_lr: float = setting(1e-4, "where warm-up starts and the cosine ends", least=0)
+    warmup: int = setting(20, "epochs of linear warm-up", least=0)
+    weight_decay: float = setting(1e-3, "of every parameter", least=0)
+    amp: str = setting("none", "autocast of the networks", choices=("none", "bf16", "fp16"))
+    compile: bool = setting(False, "torch.compile the networks")
+    probe: bool = setting(True, "end with linear probes and pictures", free=True)
+
+
+RECIPES = {
+    "digits": {
+        "image_size": 8,
+        "bank": 1024,
+        "epochs": 20,
+        "batch_size": 64,
+        "warmup": 1,
+        "ema": 0.97,
+    },
+    "tinyimagenet": {"image_size": 64, "stem": "large"},  # as released; small is 10 times the work
+    "imagefolder": {"image_size": 224, "stem": "large"},
+}
+STATISTICS = ("positive_purity", "kept", "grad_mean", "grad_var", "bank_fill")
+
+
+class UserError(Exception):
+    """Ends the run with one line on stderr and exit status 2."""
+
+
+def fail(message: str):
+    raise UserError(message)
+
+
+def command_line(argv: list[str] | None) -> dict:
+    """The settings given on the command line, those alone."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
+    parser.error = fail
+    for field in dataclasses.fields(Settings):
+        recipes = {data: recipe.get(field.name) for data, recipe in RECIPES.items()}
+        special = [f"{data}: {value}" for data, value in recipes.items() if value is not None]
+        text = "; ".join([f"{field.metadata['help']} [{field.default}", *special]) + "]"
+        kind = {"type": field.type, "choices": field.metadata["choices"]}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, help=text, default=argparse.SUPPRESS, **kind)
+    return vars(parser.parse_args(argv))
+
+
+def check(s: Settings) -> None:
+    for field in dataclasses.fields(s):
+        least, value = field.metadata["least"], getattr(s, field.name)
+        if least is not None and not value >= least:
+            raise UserError(f"{field.name}: got {value}, wanted at least {least}")
+    if s.ema > 1:
+        raise UserError(f"ema: got {s.ema}, wanted at most 1")
+    if s.batch_size % s.accumulate or s.batch_size < 2 * s.accumulate:
+        wanted = f"a multiple of accumulate ({s.accumulate}), with 2 images or more in each pass"
+        raise UserError(f"batch_size: got {s.batch_size}, wanted {wanted}")
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, 512, bias=False),
+        nn.BatchNorm1d(512),
+        nn.ReLU(inplace=True),
+        nn.Linear(512, outputs, bias=False),
+        nn.BatchNorm1d(outputs, affine=False),
+    )
+
+
+def make_encoder(s: Settings) -> nn.Sequential:
+    """Backbone and projector. The seed alone decides the weights."""
+    torch.manual_seed(s.seed)
+    backbone = torchvision.models.get_model(s.arch)
+    channels, features = len(MEAN_STD[s.data][0]), backbone.fc.in_features
+    if s.stem == "small":  # the released CIFAR stem: it keeps a max-pool, stride 1, no padding
+        backbone.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        backbone.maxpool = nn.MaxPool2d(3, stride=1)
+    elif channels != 3:
+        backbone.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    backbone.fc = nn.Identity()
+    return nn.Sequential(backbone, mlp(features, s.dim))
+
+
+def make_criterion(s: Settings) -> nn.Module:
+    """The loss with its bank. Another method is one more branch here and a choice of --method."""
+    names = ("topk", "a", "b", "selection", "soft_weights", "hard_weight", "seed")
+    options = {name: getattr(s, name) for name in names}
+    return PSMLoss(s.temperature, (s.bank, s.dim), **options)
+
+
+class Run:
+    """All that a training consists of; `parts` and a few numbers are what a checkpoint holds."""
+
+    def __init__(self, s: Settings):
+        gpu = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(gpu if s.device == "auto" else s.device)
+        self.settings, self.folder = s, Path(s.runs) / s.name
+        self.epoch, self.history = 0, []
+        self.encoder = make_encoder(s).to(self.device)
+        self.predictor = mlp(s.dim, s.dim).to(self.device)
+        self.momentum = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.criterion = make_criterion(s).to(self.device)
+        moved = [*self.encoder.parameters(), *self.predictor.parameters()]
+        self.optimizer = torch.optim.SGD(moved, s.lr, momentum=0.9, weight_decay=s.weight_decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=s.amp == "fp16")
+        if s.compile:
+            for module in (self.encoder, self.predictor, self.momentum):
+                module.compile()
+
+    def parts(self) -> dict:
+        names = ("encoder", "predictor", "momentum", "criterion", "optimizer", "scaler")
+        return {name: getattr(self, name) for name in names}
+
+    def autocast(self):
+        dtype = torch.float16 if self.settings.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.settings.amp != "none")
+
+    def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [t.to(self.device, non_blocking=True) for t in tensors]
+
+
+def learning_rate(s: Settings, epoch: float) -> float:
+    if epoch < s.warmup:
+        return s.min_lr + (s.lr - s.min_lr) * epoch / s.warmup
+    progress = (epoch - s.warmup) / max(1, s.epochs - s.warmup)
+    return s.min_lr + (s.lr - s.min_lr) * (1 + math.cos(math.pi * min(1, progress))) / 2
+
+
+@torch.no_grad()
+def fill_bank(run: Run, views: Views) -> None:
+    """Keys of the untrained encoder: with a bank that still fills, the loss would rise at first."""
+    s = run.settings
+    batches = views.batches(s.batch_size, epoch=0, workers=s.workers)
+    for _, view, label in itertools.islice(batches, math.ceil(s.bank / s.batch_size)):
+        view, label = run.to_device(view, label)
+        with run.autocast():
+            key = run.momentum(view)
+        run.criterion.enqueue(key, label)
+
+
+def train_epoch(run: Run, views: Views, bar: tqdm) -> dict:
+    """One pass over the images; returns the epoch's means, learning rate and speed."""
+    s = run.settings
+    loader = views.batches(s.batch_size, epoch=run.epoch + 1, workers=s.workers)
+    rows, start = [], time.perf_counter()
+    for step, batch in enumerate(loader):
+        lr = learning_rate(s, run.epoch + step / len(loader))
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        with torch.no_grad():  # as in the released code, the key encoder moves before it is used
+            for slow, fast in zip(run.momentum.parameters(), run.encoder.parameters(), strict=True):
+                slow.lerp_(fast, 1 - s.ema)
+
+        view1, view2, label = run.to_device(*batch)  # (B, C, H, W) twice, (B,)
+        keys = []
+        for x1, x2, y in zip(*(t.chunk(s.accumulate) for t in (view1, view2, label)), strict=True):
+            with run.autocast():
+                z1, z2 = run.encoder(x1), run.encoder(x2)  # (B / accumulate, D)
+                q1, q2 = run.predictor(z1), run.predictor(z2)
+                with torch.no_grad():
+                    key1, key2 = run.momentum(x1), run.momentum(x2)
+            # Both directions of every pass see the bank as it was before this step.
+            options = {"labels": y, "return_stats": True, "update": False}
+            out1 = run.criterion(q1, key2, projection=z1, **options)
+            out2 = run.criterion(q2, key1, projection=z2, **options)
+            loss = (out1.loss + out2.loss) / 2
+            run.scaler.scale(loss / s.accumulate).backward()
+            keys.append(key2)
+            rows += [statistics(out1), statistics(out2)]  # on the device: no wait in a step
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad()
+        run.criterion.enqueue(torch.cat(keys), label)  # one view's keys, once a step
+        if step % 10 == 0:
+            bar.set_postfix(epoch=run.epoch + 1, loss=f"{loss.item():.3f}", refresh=False)
+        bar.update(len(label))
+    means = dict(zip(("loss", *STATISTICS), torch.stack(rows).mean(0).tolist(), strict=True))
+    if not math.isfinite(means["loss"]):
+        raise UserError(f"the loss became {means['loss']} in epoch {run.epoch + 1}: lower --lr?")
+    seconds = time.perf_counter() - start
+    return means | {"lr": lr, "images_per_s": len(loader) * s.batch_size / seconds}
+
+
+def statistics(out) -> torch.Tensor:
+    """Loss and STATISTICS of one call as a vector; NaN where there is none, as purity at topk 0."""
+    values = (out.loss, *(getattr(out.stats, name) for name in STATISTICS))
+    missing = torch.full_like(out.loss, math.nan)
+    return torch.stack([(missing if v is None else v).detach().float().mean() for v in values])
+
+
+def save(run: Run) -> None:
+    """Everything needed to go on exactly; os.replace keeps the old file until the new is whole."""
+    state = {name: part.state_dict() for name, part in run.parts().items()}
+    state |= {"settings": dataclasses.asdict(run.settings), "history": run.history}
+    state |= {"python_rng": random.getstate(), "torch_rng": torch.get_rng_state()}
+    state["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    temporary = run.folder / "checkpoint.tmp"
+    torch.save(state, temporary)
+    os.replace(temporary, run.folder / "checkpoint.pt")
+
+
+def load(path: Path, given: dict) -> tuple[dict, Settings]:
+    """The saved state and its settings; those given on the command line must not contradict."""
+    if not path.exists():
+        raise UserError(f"nothing to resume: there is no {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        saved = Settings(**state["settings"])
+    except Exception as error:  # of zip, pickle, keys or types: all mean the same
+        raise UserError(f"{path} is damaged or not of this script") from error
+    free = {f.name for f in dataclasses.fields(Settings) if f.metadata["free"]}
+    other = [
+        f"{name} (saved {getattr(saved, name)}, given {value})"
+        for name, value in given.items()
+        if name not in free and value != getattr(saved, name)
+    ]
+    if other:
+        raise UserError(f"{path} has other settings: {', '.join(other)}")
+    return state, dataclasses.replace(saved, **{k: v for k, v in given.items() if k in free})
+
+
+def restore(run: Run, state: dict) -> None:
+    try:
+        for name, part in run.parts().items():
+            part.load_state_dict(state[name])
+        run.history, run.epoch = state["history"], len(state["history"])
+        random.setstate(state["python_rng"])
+        torch.set_rng_state(state["torch_rng"])
+        if len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{run.folder / 'checkpoint.pt'} is damaged") from error
+
+
+def features(run: Run, module: nn.Module, views: Views) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = views.batches(run.settings.batch_size, workers=run.settings.workers)
+    with run.autocast():
+        return encode(module, batches, run.device)
+
+
+def compare(run: Run, train: Views, test: Views) -> dict:
+    """kNN and linear probes on the trained encoder, on an untrained one and on the pixels."""
+    side = min(32, run.settings.image_size)
+    modules = {
+        "trained encoder": run.encoder[0],
+        "random-initialized encoder": make_encoder(run.settings)[0].to(run.device),
+        "raw pixels": nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten()),
+    }
+    result = {}
+    print(f"{'':28}{'kNN':>8}{'linear':>8}{'linear, 10 labels per class':>30}")
+    for name, module in modules.items():
+        sets = (*features(run, module, train), *features(run, module, test))
+        scores = {
+            "knn": knn_accuracy(*sets),
+            "linear": linear_probe(*sets),
+            "linear_10": linear_probe(*sets, labels_per_class=10),
+        }
+        print("{:28}{:8.2%}{:8.2%}{:30.2%}".format(name, *scores.values()))
+        result[name] = scores
+    return result
+
+
+@torch.no_grad()
+def draw(run: Run, random_knn: float, views: Views, train: Views, test: Views) -> dict:
+    """curves.png, gradient.png and mined.png; returns the numbers behind the second."""
+    s, folder = run.settings, run.folder
+    plots.draw_curves(run.history, folder / "curves.png", random_knn=random_knn)
+
+    rows = min(1024, len(views))  # queries whose gradient is looked at
+    view1, view2, _ = run.to_device(*next(iter(views.batches(rows, epoch=s.epochs))))
+    for module in (run.encoder, run.predictor, run.momentum):
+        module.eval()
+    query, key = run.predictor(run.encoder(view1)), run.momentum(view2)
+    memory = run.criterion.memory_bank
+    options = {"count": memory.count, "temperature": s.temperature}
+    gradient = rank_gradient_stats(query, key, memory.bank, **options)
+    plots.draw_gradient(*gradient, folder / "gradient.png")
+
+    query, _ = features(run, nn.Sequential(run.encoder, run.predictor), test)
+    key, bank = features(run, run.momentum, test)[0], features(run, run.momentum, train)[0]
+    keep = None if s.selection == "all" else (s.a, s.b)
+    rows = (query[:8], key[:8], bank[: s.bank])
+    options = {"topk": s.topk, "keep": keep, "mean_std": MEAN_STD[s.data]}
+    plots.draw_mined(test, train, *rows, folder / "mined.png", **options)
+    return {name: value.tolist() for name, value in gradient._asdict().items()}
+
+
+def write_json(path: Path, *rows: dict) -> None:
+    """One object a line; NaN, which JSON has not, as null."""
+    plain = [json.loads(json.dumps(row), parse_constant=lambda _: None) for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in plain))
+
+
+def log(run: Run, bar: tqdm, writer) -> None:
+    """The last epoch: a line for the eye, metrics.jsonl, TensorBoard."""
+    row = run.history[-1]
+    write_json(run.folder / "metrics.jsonl", *run.history)
+    if writer:
+        for name, value in row.items():
+            writer.add_scalar(name, value, row["epoch"])
+    bar.write(
+        "epoch {epoch:3}  loss {loss:.4f}  kNN {knn:.2%}  purity {positive_purity:.1%}  kept "
+        "{kept:.1%}  gradient {grad_mean:.2e}, variance {grad_var:.2e}  bank {bank_fill:.0%}  "
+        "lr {lr:.4f}".format(**row)
+    )
+
+
+def start(given: dict) -> tuple[Run, Views, Views, Views]:
+    """A new or a resumed run, and its images: two random views; plain training and test images.
+    Nothing is written before everything is known to fit."""
+    s = Settings(**(RECIPES.get(given.get("data", Settings.data), {}) | given))
+    s.name = s.name or f"{s.data}-{s.method}"
+    folder, state = Path(s.runs) / s.name, None
+    if s.resume:
+        state, s = load(folder / "checkpoint.pt", given | {"name": s.name, "runs": s.runs})
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists: --resume continues it, --name NAME makes another")
+    check(s)
+    options = {"download": s.download, "limit": s.limit}
+    images = [load_images(s.data, s.data_dir, train=part, **options) for part in (True, False)]
+    if len(images[0]) < s.batch_size:
+        raise UserError(f"batch_size: got {s.batch_size} for {len(images[0])} training images")
+    augment, plain = transforms(s.data, s.image_size)
+    views = Views(images[0], [augment, augment], s.seed)
+    try:
+        run = Run(s)
+    except (ValueError, RuntimeError) as error:  # of the loss or of the device
+        raise UserError(str(error).splitlines()[0]) from error
+    if state:
+        restore(run, state)
+    else:
+        fill_bank(run, views)
+        folder.mkdir(parents=True, exist_ok=True)
+        save(run)
+        write_json(folder / "settings.json", dataclasses.asdict(s))
+    return run, views, Views(images[0], [plain]), Views(images[1], [plain])
+
+
+def train(run: Run, views: Views, train: Views, test: Views) -> None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run.folder, purge_step=run.epoch + 1)
+    except ImportError:
+        writer = None
+    s, backbone, begin = run.settings, run.encoder[0], time.perf_counter()
+    images = len(views) // s.batch_size * s.batch_size  # in an epoch of full batches
+    size = {"total": s.epochs * images, "initial": run.epoch * images}
+    with tqdm(**size, unit="img", unit_scale=True, disable=None) as bar:  # no bar into a file
+        while run.epoch < s.epochs:
+            means = train_epoch(run, views, bar)
+            knn = knn_accuracy(*features(run, backbone, train), *features(run, backbone, test))
+            run.epoch += 1
+            run.history.append({"epoch": run.epoch, "knn": knn, **means})
+            save(run)
+            log(run, bar, writer)
+    result = {**run.history[-1], "settings": dataclasses.asdict(s)}
+    if s.probe:
+        result["accuracy"] = compare(run, train, test)
+        random_knn = result["accuracy"]["random-initialized encoder"]["knn"]
+        result["gradient"] = draw(run, random_knn, views, train, test)
+    write_json(run.folder / "result.json", result)
+    print(f"{time.perf_counter() - begin:.0f} s; everything is in {run.folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        train(*start(command_line(argv)))
+    except (UserError, FileNotFoundError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+        print(
+            f"\nstopped; to continue after the last full epoch: {again} --resume", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
