@@ -6,6 +6,7 @@
 
 #include "pass_fp32.cuh"
 #include "pass_sm80.cuh"
+#include "pass_sm90.cuh"
 
 namespace psm::cuda {
 
@@ -25,6 +26,13 @@ struct Sm80<float> {
     using Dim128 = PassFp32<128, 4, 32, 3>;
     using Dim256 = PassFp32<256, 4, 32, 2>;
     using Dim512 = PassFp32<512, 4, 16, 2>;
+};
+
+template <class T>
+struct Sm90 {  // slots of a tile, stages: up to 224 KB of the 227 KB of an sm_90 block
+    using Dim64 = PassSm90<T, 64, 128, 6>;
+    using Dim128 = PassSm90<T, 128, 128, 4>;
+    using Dim256 = PassSm90<T, 256, 64, 3>;
 };
 
 // Calls visit(Type<configuration>) for the smallest padded D that holds `dim`.

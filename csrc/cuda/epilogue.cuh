@@ -42,9 +42,8 @@ PSM_DEVICE void tile_max(const float (&s)[kTiles][4], float (&top)[2]) {
 // Slots of a tile that are not there become -inf.
 template <int kTiles>
 PSM_DEVICE void mask_slots(float (&s)[kTiles][4], const Walk& walk, int tile) {
-    const int start = walk.start(tile);
-    if (start >= walk.lead && start + 8 * kTiles <= walk.end) return;
-    const int own = start + 2 * (thread_index() % 4);
+    if (walk.whole(tile)) return;
+    const int own = walk.start(tile) + 2 * (thread_index() % 4);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -212,23 +211,31 @@ PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const Pas
     }
 }
 
-// Running maximum of the open cell of each of the two rows; the cell's last unit writes it.
+// Running maximum of the open cell of each of the two rows, written when the cell is through.
 struct CellMax {
     float top[2] = {-INFINITY, -INFINITY};
 
     template <int kTiles>
     PSM_DEVICE void take(const float (&s)[kTiles][4], const PassArgs& args, const int (&row)[2],
                          const Walk& walk, int tile) {
-        float best[2];
-        tile_max(s, best);
-        for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], best[r]);
-        const int after = walk.start(tile + 1), cell = (after - 1) >> args.cell_log2;
-        if (after >> args.cell_log2 == cell && tile + 1 != walk.tiles) return;
-        for (int r = 0; r < 2; ++r) {
-            top[r] = quad_max(top[r]);
-            if (thread_index() % 4 == 0 && row[r] < args.batch)
-                args.cell_max[int64_t(row[r]) * args.cells + cell] = top[r];
-            top[r] = -INFINITY;
+        constexpr int kUnit = kTiles < 8 ? kTiles : 8;  // n8 tiles of the smallest cell
+#pragma unroll
+        for (int unit = 0; unit < kTiles; unit += kUnit) {
+            const int after = walk.start(tile) + 8 * (unit + kUnit);
+            if (after - 8 * kUnit >= walk.end) return;
+#pragma unroll
+            for (int n = unit; n < unit + kUnit; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n][i]);
+            if ((after & ((1 << args.cell_log2) - 1)) != 0 && after < walk.end) continue;
+            const int cell = (after - 1) >> args.cell_log2;
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const float best = quad_max(top[r]);
+                if (thread_index() % 4 == 0 && row[r] < args.batch)
+                    args.cell_max[int64_t(row[r]) * args.cells + cell] = best;
+                top[r] = -INFINITY;
+            }
         }
     }
 };

@@ -4,12 +4,12 @@
 
 #include <cmath>
 
+#include "../bank_pass.h"
 #include "../philox.h"
 #include "primitives.cuh"
 
 namespace psm::cuda {
 
-enum class Selection : int { kBernoulli = 0, kExpected = 1, kAll = 2 };
 enum class Work : int {
     kPass,      // sums over query . M, and cell maxima of key . M when asked to mine
     kProducts,  // the same products with a null epilogue: the floor of a kernel
@@ -69,15 +69,20 @@ struct Walk {
     int lead, tile_slots, first_tile, tiles;
     int end;  // of the valid slots
     PSM_DEVICE int start(int tile) const { return (first_tile + tile) * tile_slots; }
+    PSM_DEVICE bool whole(int tile) const {  // all of its slots are there
+        return start(tile) >= lead && start(tile) + tile_slots <= end;
+    }
 };
+// Splits begin at whole tiles and whole cells.
 PSM_DEVICE Walk walk_of(const PassArgs& args, int tile_slots, int split) {
     const int lead = lead_slots(args.col_offset), count = valid_slots(args);
-    const int cells = cell_count(count, lead, args.cell_log2);
-    const int cell_tiles = (1 << args.cell_log2) / tile_slots;
-    const int tiles = (count + lead + tile_slots - 1) / tile_slots;
-    const int first = split_begin(cells, split, args.splits) * cell_tiles;
-    const int last = split_begin(cells, split + 1, args.splits) * cell_tiles;
-    return {lead, tile_slots, first, (last < tiles ? last : tiles) - first, count + lead};
+    const int cell_slots = 1 << args.cell_log2, end = count + lead;
+    const int grain = cell_slots > tile_slots ? cell_slots : tile_slots;
+    const int grains = count > 0 ? (end - 1) / grain + 1 : 0, grain_tiles = grain / tile_slots;
+    const int tiles = count > 0 ? (end - 1) / tile_slots + 1 : 0;
+    const int first = split_begin(grains, split, args.splits) * grain_tiles;
+    const int last = split_begin(grains, split + 1, args.splits) * grain_tiles;
+    return {lead, tile_slots, first, (last < tiles ? last : tiles) - first, end};
 }
 
 template <class T>

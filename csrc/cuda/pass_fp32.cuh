@@ -6,8 +6,9 @@
 
 namespace psm::cuda {
 
-template <int kDim, int kWarps, int kTileSlots, int kStages>
+template <int kDim, int kWarps, int kSlots, int kStages>
 struct PassFp32 {
+    static constexpr int kTileSlots = kSlots;
     static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
     static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8;
     static constexpr int kPitch = kDim + 4;  // 16 bytes more: slots 2 c fall into different banks

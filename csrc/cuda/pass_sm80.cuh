@@ -8,8 +8,9 @@
 
 namespace psm::cuda {
 
-template <class T, int kDim, int kWarps, int kTileSlots, int kStages>
+template <class T, int kDim, int kWarps, int kSlots, int kStages>
 struct PassSm80 {
+    static constexpr int kTileSlots = kSlots;
     static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
     static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8, kSteps = kDim / 16;
     static constexpr int kRowTileBytes = kRows * kDim * 2, kStageBytes = kTileSlots * kDim * 2;

@@ -21,8 +21,9 @@ PSM_HD uint32_t step_chunks(uint32_t start, int chunks) {
     return (start ^ uint32_t(chunks % 8 * 16)) + uint32_t(chunks / 8 * kTileRows * kRowBytes);
 }
 
-// Eight elements from `column` on; columns past `dim` are zero. For rows that are not aligned.
-PSM_DEVICE Chunk gather_chunk(const uint16_t* row, int column, int dim) {
+// Eight elements from `column` on; columns past `dim` are zero.
+PSM_DEVICE Chunk gather_chunk(const uint16_t* row, int column, int dim, bool aligned) {
+    if (aligned) return *reinterpret_cast<const Chunk*>(row + column);
     uint16_t x[8];
     for (int i = 0; i < 8; ++i) x[i] = column + i < dim ? row[column + i] : 0;
     Chunk chunk;
@@ -30,9 +31,9 @@ PSM_DEVICE Chunk gather_chunk(const uint16_t* row, int column, int dim) {
     return chunk;
 }
 
-// Starts copying kTileRows rows from row `first` on, with `threads` threads. Rows outside
-// [begin, end) and columns past `dim` become zero and are never read, whatever memory holds there.
-template <int kTileRows, int kDim>
+// Starts copying kTileRows rows from row `first` on, with `threads` threads; ordinary stores unless
+// kAsync and rows are aligned to 16 bytes. Rows outside [begin, end) and columns past `dim` become zero and are never read, whatever memory holds there.
+template <int kTileRows, int kDim, bool kAsync = true>
 PSM_DEVICE void load_tile(uint32_t tile, const void* matrix, int64_t first, int64_t begin,
                           int64_t end, int dim, bool aligned, int thread, int threads) {
     constexpr int kRowChunks = kDim / kChunkColumns;
@@ -42,10 +43,10 @@ PSM_DEVICE void load_tile(uint32_t tile, const void* matrix, int64_t first, int6
         const uint32_t target = tile + chunk_offset<kTileRows>(row, chunk);
         const bool inside = first + row >= begin && first + row < end && column < dim;
         const uint16_t* from = source + (inside ? (first + row) * dim : 0);
-        if (aligned) {
+        if (aligned && kAsync) {
             copy_async(target, inside ? from + column : source, inside ? 16 : 0);
         } else {
-            store_shared(target, inside ? gather_chunk(from, column, dim) : Chunk{});
+            store_shared(target, inside ? gather_chunk(from, column, dim, aligned) : Chunk{});
         }
     }
 }

@@ -41,6 +41,26 @@ void run_sm80(PassArgs& args, int grid) {
 }
 
 template <class T>
+void run_sm90(PassArgs& args, int grid) {
+    visit_pass<Sm90<T>>(args.dim, [&](auto config) {
+        using Config = typename decltype(config)::type;
+        args.row_blocks = (args.batch + Config::kRows - 1) / Config::kRows;
+        const TensorMaps maps = {
+            emulated_map(args.query, args.batch, args.dim, Config::kRows),
+            emulated_map(args.key, args.batch, args.dim, Config::kRows),
+            emulated_map(args.bank, args.slots, args.dim, Config::kTileSlots),
+        };
+        visit_selection(args.selection, [&](auto selection) {
+            emulator::launch(grid, Config::kThreads, Config::shared_bytes(Work::kPass),
+                             [&](char* shared) {
+                                 Config::template run<decltype(selection)::value, Work::kPass>(
+                                     args, maps, shared);
+                             });
+        });
+    });
+}
+
+template <class T>
 void run_merge(const MergeArgs& args, int grid) {
     emulator::launch(grid, kMergeThreads, sizeof(MergeShared), [&](char* shared) {
         merge_rows<T>(args, *reinterpret_cast<MergeShared*>(shared));
@@ -66,6 +86,19 @@ int psm_bank_pass_sm80(MergeArgs* args, int dtype, int work, int grid) {
             run_merge<T>(*args, grid);
         };
         if (dtype == 0) run(Type<float>{});
+        if (dtype == 1) run(Type<BFloat16>{});
+        if (dtype == 2) run(Type<Float16>{});
+    });
+}
+
+// dtype: 1 bf16, 2 fp16; rows aligned to 16 bytes
+int psm_bank_pass_sm90(MergeArgs* args, int dtype, int, int grid) {
+    return guarded([&] {
+        const auto run = [&](auto type) {
+            using T = typename decltype(type)::type;
+            run_sm90<T>(args->pass, grid);
+            run_merge<T>(*args, grid);
+        };
         if (dtype == 1) run(Type<BFloat16>{});
         if (dtype == 2) run(Type<Float16>{});
     });
