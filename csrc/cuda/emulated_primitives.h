@@ -40,6 +40,10 @@ inline uint32_t to_uint32(float x) {
     if (!(x > 0)) return 0;
     return x >= 4294967296.0f ? 0xFFFFFFFFu : uint32_t(x);
 }
+inline void keep_below(uint32_t word, uint32_t threshold, float& x, int& kept) {
+    kept += word < threshold;
+    x = word < threshold ? x : -INFINITY;
+}
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
 inline float to_float(Float16 x) {

@@ -10,7 +10,20 @@
 
 namespace psm::cuda {
 
-constexpr float kRescaleAbove = 8.0f;  // 2^8 keeps P exact in fp16 and its square far from overflow
+// A weight above this moves the row's shift: P stays exact in fp16, its square far from overflow.
+constexpr float kWeightMax = 4096.0f;
+
+// P as the product with the bank takes it: A fragments of 16 slots, or fp32 as it is.
+template <class T, int kTiles>
+struct Weights {
+    uint32_t p[kTiles / 2][4];
+    PSM_DEVICE void set(int n, int row, float x, float y) { p[n / 2][n % 2 * 2 + row] = pack<T>(x, y); }
+};
+template <int kTiles>
+struct Weights<float, kTiles> {
+    float p[kTiles][4];
+    PSM_DEVICE void set(int n, int row, float x, float y) { p[n][2 * row] = x, p[n][2 * row + 1] = y; }
+};
 
 // The two rows of a thread.
 struct Rows {
@@ -28,15 +41,6 @@ PSM_DEVICE float quad_max(float x) {
 PSM_DEVICE float quad_sum(float x) {
     x += shuffle_xor(x, 1);
     return x + shuffle_xor(x, 2);
-}
-
-template <int kTiles>
-PSM_DEVICE void tile_max(const float (&s)[kTiles][4], float (&top)[2]) {
-    for (int row = 0; row < 2; ++row) top[row] = -INFINITY;
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n][i]);
 }
 
 // Slots of a tile that are not there become -inf.
@@ -59,41 +63,42 @@ PSM_DEVICE float keep_log2(const PassArgs& args, float s, float center) {
     return fminf(-d * d, kKeepMaxLog2);
 }
 
-// Dropped elements become -inf. `column` is the Philox counter of the tile's first 16 slots.
+// Dropped elements of two n8 tiles become -inf. `column` is the Philox counter of their 16 slots.
 template <int kTiles>
-PSM_DEVICE void draw(float (&s)[kTiles][4], const PassArgs& args, Rows& rows, const NoiseKey& key,
-                     uint32_t column) {
+PSM_DEVICE void draw(float (&s)[kTiles][4], int n, const PassArgs& args, Rows& rows,
+                     const NoiseKey& key, uint32_t column) {
+    const NoiseColumn at = noise_column(key, column);
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-        const NoiseColumn at = noise_column(key, column + 2 * n);
+    for (int row = 0; row < 2; ++row) {
+        const Philox4 noise = noise_words(key, rows.noise[row], at);
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            const Philox4 noise = noise_words(key, rows.noise[row], at);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float& x = s[n + i / 2][2 * row + i % 2];
-                const float d = fmaf(x, args.sharpness, rows.center[row]);
-                // floor(p 2^32), the comparison word < floor(p 2^32) in integers; NaN keeps nothing
-                const float p = exp2_fast(min_nan(fmaf(-d, d, 32.0f), 32.0f + kKeepMaxLog2));
-                const bool keep = noise.word[i] < to_uint32(p);
-                rows.kept[row] += keep;
-                x = keep ? x : -INFINITY;
-            }
+        for (int i = 0; i < 4; ++i) {
+            float& x = s[n + i / 2][2 * row + i % 2];
+            const float d = fmaf(x, args.sharpness, rows.center[row]);
+            // word < floor(p 2^32), compared as integers; NaN keeps nothing
+            const float p = exp2_fast(min_nan(fmaf(-d, d, 32.0f), 32.0f + kKeepMaxLog2));
+            keep_below(noise.word[i], to_uint32(p), x, rows.kept[row]);
         }
     }
 }
 
-// Moves the shift of a row to its largest logit, but only if that grew by more than kRescaleAbove.
-// Returns whether any row of the warp moved; then `factor` is what old sums are multiplied by.
-PSM_DEVICE bool move_shift(float (&shift)[2], const float (&top)[2], float (&factor)[2]) {
-    bool moves[2];
-    for (int row = 0; row < 2; ++row) moves[row] = top[row] > shift[row] + kRescaleAbove;
-    if (!warp_any(moves[0] || moves[1])) return false;
-    for (int row = 0; row < 2; ++row) {
-        factor[row] = moves[row] ? exp2_fast(shift[row] - top[row]) : 1.0f;
-        shift[row] = moves[row] ? top[row] : shift[row];
-    }
-    return true;
+// Weights 2^(s scale - shift) of two n8 tiles and their sums.
+template <class T, int kTiles>
+PSM_DEVICE void exponentiate(const float (&s)[kTiles][4], int n, float scale, const Rows& rows,
+                             Weights<T, kTiles>& weights, float (&sum)[2], float (&square)[2]) {
+#pragma unroll
+    for (int tile = n; tile < n + 2; ++tile)
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            float e[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                e[i] = exp2_fast(fmaf(s[tile][2 * row + i], scale, -rows.shift[row]));
+                sum[row] += e[i];
+                square[row] = fmaf(e[i], e[i], square[row]);
+            }
+            weights.set(tile, row, e[0], e[1]);
+        }
 }
 
 template <int kOut>
@@ -105,75 +110,94 @@ PSM_DEVICE void rescale(float (&out)[kOut][4], Rows& rows, const float (&factor)
         for (int i = 0; i < 4; ++i) out[n][i] *= factor[i / 2];
 }
 
-// Packs two n8 accumulator tiles as one A fragment, the layout of P for the product with the bank.
-template <class T>
-PSM_DEVICE void pack_tile(const float (&low)[4], const float (&high)[4], uint32_t (&p)[4]) {
-    p[0] = pack<T>(low[0], low[1]);
-    p[1] = pack<T>(low[2], low[3]);
-    p[2] = pack<T>(high[0], high[1]);
-    p[3] = pack<T>(high[2], high[3]);
+// Moves the shift of the rows that need it to their largest logit. Rare: the first tile of a row,
+// and whenever a logit is 12 above all before. `s` still holds the similarities.
+template <class T, int kTiles, int kOut>
+PSM_DEVICE void move_shift(const float (&s)[kTiles][4], float (&out)[kOut][4], float scale,
+                           Rows& rows, Weights<T, kTiles>& weights, float (&sum)[2],
+                           float (&square)[2]) {
+    float factor[2];
+    for (int row = 0; row < 2; ++row) {
+        float top = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+            top = fmaxf(top, fmaxf(s[n][2 * row], s[n][2 * row + 1]));
+        const bool moves = quad_max(sum[row]) > kWeightMax;
+        top = quad_max(top) * scale;
+        factor[row] = moves ? exp2_fast(rows.shift[row] - top) : 1.0f;
+        rows.shift[row] = moves ? top : rows.shift[row];
+        rows.square[row] *= factor[row] * factor[row];
+        sum[row] = square[row] = 0;
+    }
+    rescale(out, rows, factor);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) exponentiate(s, n, scale, rows, weights, sum, square);
 }
 
-// "bernoulli" and "all": every element that is left weighs 1. s becomes the weights of P.
-template <int kTiles, int kOut>
-PSM_DEVICE void exponentiate(float (&s)[kTiles][4], float (&out)[kOut][4], const PassArgs& args,
-                             Rows& rows) {
-    float top[2], factor[2];
-    tile_max(s, top);
-    for (int row = 0; row < 2; ++row) top[row] = quad_max(top[row]) * args.scale;
-    if (move_shift(rows.shift, top, factor)) {
-        rescale(out, rows, factor);
-        for (int row = 0; row < 2; ++row) rows.square[row] *= factor[row] * factor[row];
+// "bernoulli" and "all": every element that is left weighs 1.
+template <Selection kSelection, class T, int kTiles, int kOut>
+PSM_DEVICE void weigh(float (&s)[kTiles][4], float (&out)[kOut][4], const PassArgs& args,
+                      Rows& rows, const NoiseKey& key, uint32_t column,
+                      Weights<T, kTiles>& weights) {
+    float sum[2] = {}, square[2] = {};
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+        if constexpr (kSelection == Selection::kBernoulli)
+            draw(s, n, args, rows, key, column + 2 * n);
+        exponentiate(s, n, args.scale, rows, weights, sum, square);
     }
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = i / 2;
-            const float e = exp2_fast(fmaf(s[n][i], args.scale, -rows.shift[row]));
-            rows.sum[row] += e;
-            rows.square[row] = fmaf(e, e, rows.square[row]);
-            s[n][i] = e;
-        }
+    if (warp_any(fmaxf(sum[0], sum[1]) > kWeightMax))
+        move_shift(s, out, args.scale, rows, weights, sum, square);
+    for (int row = 0; row < 2; ++row) {
+        rows.sum[row] += sum[row];
+        rows.square[row] += square[row];
+    }
 }
 
 // "expected": weight p. Its logit is s / tau + log p, and the sum of squares has a shift of its own,
 // because p exp(2 s / tau) can be large where p exp(s / tau) is negligible.
-template <int kTiles, int kOut>
-PSM_DEVICE void exponentiate_expected(float (&s)[kTiles][4], float (&out)[kOut][4],
-                                      const PassArgs& args, Rows& rows) {
-    float top[2] = {-INFINITY, -INFINITY}, square_top[2] = {-INFINITY, -INFINITY}, factor[2];
+template <class T, int kTiles, int kOut>
+PSM_DEVICE void weigh_expected(float (&s)[kTiles][4], float (&out)[kOut][4], const PassArgs& args,
+                               Rows& rows, Weights<T, kTiles>& weights) {
+    float factor[2];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = i / 2;
-            const float log_p = keep_log2(args, s[n][i], rows.center[row]);
-            const float p = exp2_subnormal(log_p);
-            rows.count[row] += p;
-            if (p == 0) s[n][i] = -INFINITY;
-            const float logit = fmaf(s[n][i], args.scale, log_p);
-            top[row] = fmaxf(top[row], logit);
-            square_top[row] = fmaxf(square_top[row], fmaf(s[n][i], args.scale, logit));
-        }
     for (int row = 0; row < 2; ++row) {
-        top[row] = quad_max(top[row]);
-        square_top[row] = quad_max(square_top[row]);
+        float top = -INFINITY, square_top = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int i = 2 * row; i < 2 * row + 2; ++i) {
+                const float log_p = keep_log2(args, s[n][i], rows.center[row]);
+                const float p = exp2_subnormal(log_p);
+                rows.count[row] += p;
+                if (p == 0) s[n][i] = -INFINITY;
+                const float logit = fmaf(s[n][i], args.scale, log_p);
+                top = fmaxf(top, logit);
+                square_top = fmaxf(square_top, fmaf(s[n][i], args.scale, logit));
+            }
+        top = fmaxf(rows.shift[row], quad_max(top));
+        square_top = fmaxf(rows.square_shift[row], quad_max(square_top));
+        factor[row] = exp2_fast(rows.shift[row] - top);
+        rows.square[row] *= exp2_fast(rows.square_shift[row] - square_top);
+        rows.shift[row] = top;
+        rows.square_shift[row] = square_top;
     }
-    if (move_shift(rows.shift, top, factor)) rescale(out, rows, factor);
-    if (move_shift(rows.square_shift, square_top, factor))
-        for (int row = 0; row < 2; ++row) rows.square[row] *= factor[row];
+    rescale(out, rows, factor);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int row = i / 2;
-            const float log_p = keep_log2(args, s[n][i], rows.center[row]);
-            const float logit = fmaf(s[n][i], args.scale, log_p);
-            rows.square[row] +=
-                exp2_fast(fmaf(s[n][i], args.scale, logit) - rows.square_shift[row]);
-            s[n][i] = exp2_fast(logit - rows.shift[row]);
-            rows.sum[row] += s[n][i];
+        for (int row = 0; row < 2; ++row) {
+            float e[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float x = s[n][2 * row + i];
+                const float logit = fmaf(x, args.scale, keep_log2(args, x, rows.center[row]));
+                rows.square[row] +=
+                    exp2_fast(fmaf(x, args.scale, logit) - rows.square_shift[row]);
+                e[i] = exp2_fast(logit - rows.shift[row]);
+                rows.sum[row] += e[i];
+            }
+            weights.set(n, row, e[0], e[1]);
         }
 }
 
@@ -188,8 +212,7 @@ PSM_DEVICE void start_rows(const PassArgs& args, const int (&row)[2], Rows& rows
     }
     if constexpr (kSelection == Selection::kBernoulli) {
         const auto seed = uint64_t(args.rng_state[0]), offset = uint64_t(args.rng_state[1]);
-        key = {warp_uniform(uint32_t(seed)), warp_uniform(uint32_t(seed >> 32)),
-               warp_uniform(uint32_t(offset)), warp_uniform(uint32_t(offset >> 32))};
+        key = noise_key(seed, offset);
         for (int r = 0; r < 2; ++r)
             rows.noise[r] = noise_row(key, uint32_t(args.row_offset + row[r]));
         const int64_t start = args.col_offset - lead_slots(args.col_offset);
@@ -198,16 +221,20 @@ PSM_DEVICE void start_rows(const PassArgs& args, const int (&row)[2], Rows& rows
 }
 
 // Similarities in, weights of P out, sums and `out` kept up to date.
-template <Selection kSelection, Work kWork, int kTiles, int kOut>
+template <Selection kSelection, Work kWork, class T, int kTiles, int kOut>
 PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const PassArgs& args,
-                         Rows& rows, const NoiseKey& key, uint32_t column) {
+                         Rows& rows, const NoiseKey& key, uint32_t column,
+                         Weights<T, kTiles>& weights) {
     if constexpr (kWork == Work::kProducts) {
-        return;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+            for (int row = 0; row < 2; ++row)
+                weights.set(n, row, s[n][2 * row], s[n][2 * row + 1]);
     } else if constexpr (kSelection == Selection::kExpected) {
-        exponentiate_expected(s, out, args, rows);
+        weigh_expected(s, out, args, rows, weights);
     } else {
-        if constexpr (kSelection == Selection::kBernoulli) draw(s, args, rows, key, column);
-        exponentiate(s, out, args, rows);
+        weigh<kSelection>(s, out, args, rows, key, column, weights);
     }
 }
 

@@ -148,9 +148,10 @@ struct PassFp32 {
             if constexpr (kSum) {
                 product(s, args.query, row, args, bank, lane);
                 mask_slots(s, walk, tile);
+                Weights<float, kTiles> weights;
                 epilogue<kSelection, kWork>(s, out, args, rows, noise,
-                                                column + uint32_t(walk.start(tile) / 16) * 4);
-                accumulate(out, s, bank, lane);
+                                            column + uint32_t(walk.start(tile) / 4), weights);
+                accumulate(out, weights.p, bank, lane);
             }
         }
         copy_wait<0>();

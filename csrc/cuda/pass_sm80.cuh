@@ -52,19 +52,18 @@ struct PassSm80 {
     }
 
     // out += P . M
-    static PSM_DEVICE void accumulate(float (&out)[kOut][4], const float (&p)[kTiles][4],
+    static PSM_DEVICE void accumulate(float (&out)[kOut][4], const Weights<T, kTiles>& weights,
                                       uint32_t bank, int lane) {
         const uint32_t start = bank + chunk_offset<kTileSlots>(lane % 16, lane / 16);
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
-            uint32_t a[4], b[4];
-            pack_tile<T>(p[n], p[n + 1], a);
+            uint32_t b[4];
 #pragma unroll
             for (int chunk = 0; chunk < kOut; chunk += 2) {
                 load_matrices_transposed(
                     b, step_chunks<kTileSlots>(start, chunk) + 8 * n * kRowBytes);
-                mma<T>(out[chunk], a, b[0], b[1]);
-                mma<T>(out[chunk + 1], a, b[2], b[3]);
+                mma<T>(out[chunk], weights.p[n / 2], b[0], b[1]);
+                mma<T>(out[chunk + 1], weights.p[n / 2], b[2], b[3]);
             }
         }
     }
@@ -131,9 +130,10 @@ struct PassSm80 {
             }
             if constexpr (kSum) {
                 mask_slots(s, walk, tile);
+                Weights<T, kTiles> weights;
                 epilogue<kSelection, kWork>(s, out, args, rows, noise,
-                                                column + uint32_t(walk.start(tile) / 16) * 4);
-                accumulate(out, s, bank, lane);
+                                            column + uint32_t(walk.start(tile) / 4), weights);
+                accumulate(out, weights, bank, lane);
             }
         }
         copy_wait<0>();

@@ -119,14 +119,14 @@ struct PassSm90 {
 
     // s = rows . M
     static PSM_DEVICE void similarities(float (&s)[kTiles][4], uint32_t rows, uint32_t bank) {
+        const Descriptor a(rows, 16, 8 * kRowBytes), b(bank, 16, 8 * kRowBytes);
         hold_accumulators(s);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {  // 32 bytes of a panel row per step
             const int panel = step / 4, within = step % 4 * 32;
-            wgmma<T>(s, wgmma_descriptor(rows + panel * kRows * kRowBytes + within, 16, 1024),
-                     wgmma_descriptor(bank + panel * kTileSlots * kRowBytes + within, 16, 1024),
-                     step > 0);
+            wgmma<T>(s, a.at(panel * kRows * kRowBytes + within),
+                     b.at(panel * kTileSlots * kRowBytes + within), step > 0);
         }
         wgmma_commit();
         wgmma_wait<0>();
@@ -134,15 +134,14 @@ struct PassSm90 {
     }
 
     // out += P . M, not waited for
-    static PSM_DEVICE void accumulate(float (&out)[kOut][4], const uint32_t (&p)[kTiles / 2][4],
+    static PSM_DEVICE void accumulate(float (&out)[kOut][4], const Weights<T, kTiles>& weights,
                                       uint32_t bank) {
+        const Descriptor b(bank, kTileSlots * kRowBytes, 8 * kRowBytes);
         hold_accumulators(out);
         wgmma_fence();
 #pragma unroll
         for (int n = 0; n < kTiles / 2; ++n)
-            wgmma_transposed<T>(out, p[n],
-                                wgmma_descriptor(bank + n * 16 * kRowBytes,
-                                                 kTileSlots * kRowBytes, 8 * kRowBytes));
+            wgmma_transposed<T>(out, weights.p[n], b.at(n * 16 * kRowBytes));
         wgmma_commit();
     }
 
@@ -163,7 +162,7 @@ struct PassSm90 {
             uint32_t column = 0;
             start_rows<kSelection>(args, row, rows, noise, column);
             float out[kOut][4] = {};
-            uint32_t p[kTiles / 2][4];
+            Weights<T, kTiles> weights;
             CellMax best;
             int held = -1;  // stage that P . M of the tile before may still read
 
@@ -184,10 +183,8 @@ struct PassSm90 {
                 held = ring.stage;
                 mask_slots(s, walk, tile);
                 epilogue<kSelection, kWork>(s, out, args, rows, noise,
-                                            column + uint32_t(walk.start(tile) / 16) * 4);
-#pragma unroll
-                for (int n = 0; n < kTiles / 2; ++n) pack_tile<T>(s[2 * n], s[2 * n + 1], p[n]);
-                accumulate(out, p, bank);
+                                            column + uint32_t(walk.start(tile) / 4), weights);
+                accumulate(out, weights, bank);
                 ring.advance();
             }
             wgmma_wait<0>();

@@ -62,6 +62,17 @@ PSM_DEVICE uint32_t to_uint32(float x) {  // truncates, saturates, NaN gives 0
     asm("cvt.rzi.u32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return y;
 }
+// x and one more kept if word < threshold, else -inf. By hand: the compiler spends a move per count.
+PSM_DEVICE void keep_below(uint32_t word, uint32_t threshold, float& x, int& kept) {
+    asm("{\n"
+        ".reg .pred keep;\n"
+        "setp.lt.u32 keep, %2, %3;\n"
+        "@keep add.s32 %1, %1, 1;\n"
+        "selp.f32 %0, %0, 0fFF800000, keep;\n"
+        "}"
+        : "+f"(x), "+r"(kept)
+        : "r"(word), "r"(threshold));
+}
 PSM_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 PSM_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 PSM_DEVICE float to_float(float x) { return x; }

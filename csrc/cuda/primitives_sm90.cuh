@@ -14,11 +14,14 @@ struct alignas(64) TensorMap {
 // 8 x 128 bytes. K-major (similarities: columns are summed over): `stride` between groups of 8 rows,
 // `leading` unused. MN-major (P . M: slots are summed over): `leading` between panels of 64 columns,
 // `stride` between groups of 8 slots (PTX ISA, "Matrix descriptor"; CUTLASS, mma_traits_sm90_gmma).
-PSM_HD uint64_t wgmma_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-    const uint64_t swizzle_128 = 1;
-    return (address & 0x3FFFFu) >> 4 | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
-           swizzle_128 << 62;
-}
+struct Descriptor {
+    uint32_t low, high;
+    PSM_DEVICE Descriptor(uint32_t address, uint32_t leading, uint32_t stride)
+        : low(address >> 4 | leading >> 4 << 16), high(stride >> 4 | 1u << 30) {}  // 1: 128 bytes
+    PSM_DEVICE uint64_t at(uint32_t offset) const {
+        return uint64_t(high) << 32 | (low + (offset >> 4));
+    }
+};
 
 }  // namespace psm::cuda
 
