@@ -156,6 +156,7 @@ inline int atomic_add(int* address, int value) {
     return old;
 }
 inline void fence_device() {}
+inline float square_root(float x) { return std::sqrt(x); }
 
 // --- shared memory and asynchronous copies of sm_80 ---
 

@@ -9,10 +9,6 @@
 
 namespace psm::cuda {
 
-struct TensorMaps {
-    TensorMap query, key, bank;
-};
-
 // A place in a ring of stages and the parity of its current phase.
 template <int kStages>
 struct Ring {

@@ -116,6 +116,7 @@ PSM_DEVICE void named_barrier_sync(int id, int threads) {
 }
 PSM_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 PSM_DEVICE void fence_device() { __threadfence(); }
+PSM_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 
 // --- shared memory and asynchronous copies of sm_80 ---
 

@@ -9,6 +9,9 @@ namespace psm::cuda {
 struct alignas(64) TensorMap {
     uint64_t opaque[16];
 };
+struct TensorMaps {
+    TensorMap query, key, bank;
+};
 
 // Descriptor of a 16-bit operand in shared memory, 128-byte swizzle, 1024-byte aligned atoms of
 // 8 x 128 bytes. K-major (similarities: columns are summed over): `stride` between groups of 8 rows,

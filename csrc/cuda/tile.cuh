@@ -38,7 +38,7 @@ PSM_DEVICE void load_tile(uint32_t tile, const void* matrix, int64_t first, int6
                           int64_t end, int dim, bool aligned, int thread, int threads) {
     constexpr int kRowChunks = kDim / kChunkColumns;
     const auto* source = static_cast<const uint16_t*>(matrix);
-#pragma unroll(kAsync ? 4 : 1)
+#pragma unroll(kAsync ? 2 : 1)
     for (int at = thread; at < kTileRows * kRowChunks; at += threads) {
         const int row = at / kRowChunks, chunk = at % kRowChunks, column = chunk * kChunkColumns;
         const uint32_t target = tile + chunk_offset<kTileRows>(row, chunk);
