@@ -11,6 +11,7 @@ their augmentations are in psm_kernels/data.py.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -94,6 +95,7 @@ RECIPES = {
     "tinyimagenet": {"image_size": 64, "stem": "large"},  # as released; small is 10 times the work
     "imagefolder": {"image_size": 224, "stem": "large"},
 }
+PARTS = ("encoder", "predictor", "momentum", "criterion", "optimizer", "scaler")  # of a checkpoint
 STATISTICS = ("positive_purity", "kept", "grad_mean", "grad_var", "bank_fill")
 
 
@@ -111,8 +113,7 @@ def command_line(argv: list[str] | None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.error = fail
     for field in dataclasses.fields(Settings):
-        recipes = {data: recipe.get(field.name) for data, recipe in RECIPES.items()}
-        special = [f"{data}: {value}" for data, value in recipes.items() if value is not None]
+        special = [f"{d}: {r[field.name]}" for d, r in RECIPES.items() if field.name in r]
         text = "; ".join([f"{field.metadata['help']} [{field.default}", *special]) + "]"
         kind = {"type": field.type, "choices": field.metadata["choices"]}
         if field.type is bool:
@@ -166,7 +167,7 @@ def make_criterion(s: Settings) -> nn.Module:
 
 
 class Run:
-    """All that a training consists of; `parts` and a few numbers are what a checkpoint holds."""
+    """All that a training consists of; a checkpoint holds its PARTS and its history."""
 
     def __init__(self, s: Settings):
         gpu = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,10 +184,6 @@ class Run:
         if s.compile:
             for module in (self.encoder, self.predictor, self.momentum):
                 module.compile()
-
-    def parts(self) -> dict:
-        names = ("encoder", "predictor", "momentum", "criterion", "optimizer", "scaler")
-        return {name: getattr(self, name) for name in names}
 
     def autocast(self):
         dtype = torch.float16 if self.settings.amp == "fp16" else torch.bfloat16
@@ -267,7 +264,7 @@ def statistics(out) -> torch.Tensor:
 
 def save(run: Run) -> None:
     """Everything needed to go on exactly; os.replace keeps the old file until the new is whole."""
-    state = {name: part.state_dict() for name, part in run.parts().items()}
+    state = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"settings": dataclasses.asdict(run.settings), "history": run.history}
     state |= {"python_rng": random.getstate(), "torch_rng": torch.get_rng_state()}
     state["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -286,20 +283,17 @@ def load(path: Path, given: dict) -> tuple[dict, Settings]:
     except Exception as error:  # of zip, pickle, keys or types: all mean the same
         raise UserError(f"{path} is damaged or not of this script") from error
     free = {f.name for f in dataclasses.fields(Settings) if f.metadata["free"]}
-    other = [
-        f"{name} (saved {getattr(saved, name)}, given {value})"
-        for name, value in given.items()
-        if name not in free and value != getattr(saved, name)
-    ]
+    other = [k for k, value in given.items() if k not in free and value != getattr(saved, k)]
     if other:
-        raise UserError(f"{path} has other settings: {', '.join(other)}")
+        text = ", ".join(f"{k} (saved {getattr(saved, k)}, given {given[k]})" for k in other)
+        raise UserError(f"{path} has other settings: {text}")
     return state, dataclasses.replace(saved, **{k: v for k, v in given.items() if k in free})
 
 
 def restore(run: Run, state: dict) -> None:
     try:
-        for name, part in run.parts().items():
-            part.load_state_dict(state[name])
+        for name in PARTS:
+            getattr(run, name).load_state_dict(state[name])
         run.history, run.epoch = state["history"], len(state["history"])
         random.setstate(state["python_rng"])
         torch.set_rng_state(state["torch_rng"])
@@ -327,11 +321,8 @@ def compare(run: Run, train: Views, test: Views) -> dict:
     print(f"{'':28}{'kNN':>8}{'linear':>8}{'linear, 10 labels per class':>30}")
     for name, module in modules.items():
         sets = (*features(run, module, train), *features(run, module, test))
-        scores = {
-            "knn": knn_accuracy(*sets),
-            "linear": linear_probe(*sets),
-            "linear_10": linear_probe(*sets, labels_per_class=10),
-        }
+        scores = {"knn": knn_accuracy(*sets), "linear": linear_probe(*sets)}
+        scores["linear_10"] = linear_probe(*sets, labels_per_class=10)
         print("{:28}{:8.2%}{:8.2%}{:30.2%}".format(name, *scores.values()))
         result[name] = scores
     return result
@@ -343,8 +334,8 @@ def draw(run: Run, random_knn: float, views: Views, train: Views, test: Views) -
     s, folder = run.settings, run.folder
     plots.draw_curves(run.history, folder / "curves.png", random_knn=random_knn)
 
-    rows = min(1024, len(views))  # queries whose gradient is looked at
-    view1, view2, _ = run.to_device(*next(iter(views.batches(rows, epoch=s.epochs))))
+    batches = views.batches(min(1024, len(views)), epoch=s.epochs)
+    view1, view2, _ = run.to_device(*next(iter(batches)))
     for module in (run.encoder, run.predictor, run.momentum):
         module.eval()
     query, key = run.predictor(run.encoder(view1)), run.momentum(view2)
@@ -383,8 +374,8 @@ def log(run: Run, bar: tqdm, writer) -> None:
 
 
 def start(given: dict) -> tuple[Run, Views, Views, Views]:
-    """A new or a resumed run, and its images: two random views; plain training and test images.
-    Nothing is written before everything is known to fit."""
+    """A new or resumed run, its random views, plain training and test images. Nothing is written
+    before all is known to fit."""
     s = Settings(**(RECIPES.get(given.get("data", Settings.data), {}) | given))
     s.name = s.name or f"{s.data}-{s.method}"
     folder, state = Path(s.runs) / s.name, None
@@ -414,12 +405,11 @@ def start(given: dict) -> tuple[Run, Views, Views, Views]:
 
 
 def train(run: Run, views: Views, train: Views, test: Views) -> None:
-    try:
+    writer = None
+    with contextlib.suppress(ImportError):  # TensorBoard is optional
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(run.folder, purge_step=run.epoch + 1)
-    except ImportError:
-        writer = None
     s, backbone, begin = run.settings, run.encoder[0], time.perf_counter()
     images = len(views) // s.batch_size * s.batch_size  # in an epoch of full batches
     size = {"total": s.epochs * images, "initial": run.epoch * images}

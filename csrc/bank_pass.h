@@ -8,7 +8,7 @@
 namespace psm {
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum class Selection : int { kBernoulli = 0, kExpected = 1, kAll = 2 };
+enum class Selection : int { kBernoulli = 0, kExpected = 1, kAll = 2, kAffine = 3 };
 
 constexpr int64_t kMaxDim = 4096;
 constexpr int64_t kMaxCount = 0xFFFFFFFFll;  // a slot is 32 bits in the mining heaps
@@ -25,11 +25,14 @@ struct BankPassArgs {
     int64_t topk;
     uint64_t seed, offset;           // of the canonical noise
     int64_t row_offset, col_offset;  // global index of query row 0 and bank slot 0
+    // Of kAffine alone: w = max(alpha + beta s + gamma min(e, cap) + rho, 0), e = exp((s - top)/tau).
+    const float* affine;  // (5, B): alpha, beta, gamma, top, cap
+    const float* rho;     // (K,)
 
     float* neg_lse;       // (B,)
-    float* neg_mean;      // (B, D)
+    float* neg_mean;      // (B, D), or null: not wanted, which saves the second product
     float* neg_sq_lse;    // (B,)
-    float* neg_count;     // (B,)
+    float* neg_count;     // (B,)  kAffine: the sum of w
     float* topk_sim;      // (B, topk)
     int64_t* topk_index;  // (B, topk)
 };

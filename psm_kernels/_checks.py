@@ -70,7 +70,9 @@ def check_number(
         if bound is not None
     ]
     wanted = " and ".join(["a finite number", *bounds])
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Not math.isfinite: torch.compile has no symbolic form of it.
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    ok = ok and -math.inf < value < math.inf
     ok = ok and (above is None or value > above) and (least is None or value >= least)
     if not (ok and (below is None or value < below)):
         raise ValueError(f"{name}: got {value!r}, wanted {wanted}")

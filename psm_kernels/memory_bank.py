@@ -50,11 +50,14 @@ class MemoryBank(nn.Module):
         checks.check_int("dim", dim, 1)
         if dtype not in checks.BANK_DTYPES:
             raise ValueError(f"dtype: got {dtype}, wanted one of {checks.BANK_DTYPES}")
-        self.register_buffer("bank", torch.zeros(size, dim, dtype=dtype, device=device))
-        self.register_buffer("labels", torch.full((size,), -1, device=device))
+        self._allocate(size, dim, dtype, device)
         self.register_buffer("ptr", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
         self._register_load_state_dict_pre_hook(self._before_load)
+
+    def _allocate(self, size: int, dim: int, dtype: torch.dtype, device) -> None:
+        self.register_buffer("bank", torch.zeros(size, dim, dtype=dtype, device=device))
+        self.register_buffer("labels", torch.full((size,), -1, device=device))
 
     @property
     def size(self) -> int:
@@ -87,7 +90,7 @@ class MemoryBank(nn.Module):
         self.check(keys, labels)
         batch = keys.shape[0]
         if labels is None:
-            labels = self.labels.new_full((batch,), -1)
+            labels = torch.full((batch,), -1, device=self.ptr.device)
         last = keys.detach()[-self.size :]
         wide = torch.float64 if self.bank.dtype is torch.float64 else torch.float32
         with torch.autocast(keys.device.type, enabled=False):
@@ -95,10 +98,13 @@ class MemoryBank(nn.Module):
         rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)
         slots = torch.arange(batch - rows.shape[0], batch, device=self.ptr.device)
         slots = (self.ptr + slots) % self.size
-        self.bank.index_copy_(0, slots, rows.to(self.bank.dtype))
-        self.labels.index_copy_(0, slots, labels[-self.size :])
+        self._write(slots, rows.to(self.bank.dtype), labels[-self.size :])
         self.ptr.copy_((self.ptr + batch) % self.size)
         self.count.copy_((self.count + batch).clamp_max(self.size))
+
+    def _write(self, slots: Tensor, rows: Tensor, labels: Tensor) -> None:
+        self.bank.index_copy_(0, slots, rows)
+        self.labels.index_copy_(0, slots, labels)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -125,7 +131,7 @@ class MemoryBank(nn.Module):
         loaded = state_dict.get(prefix + "bank")
         if loaded is None:
             return
-        if loaded.shape != self.bank.shape:
-            got, wanted = tuple(loaded.shape), tuple(self.bank.shape)
+        got, wanted = tuple(loaded.shape), (self.size, self.dim)
+        if got != wanted:
             raise ValueError(f"bank: the checkpoint has (K, D) = {got}, this bank {wanted}")
         state_dict.setdefault(prefix + "labels", torch.full((self.size,), -1))

@@ -68,7 +68,7 @@ def test_gradcheck(soft_weights, selection, negatives):
             reduction="none",
         )
 
-    assert torch.autograd.gradcheck(loss, (query, key, projection))
+    assert torch.autograd.gradcheck(loss, (query, key, projection), fast_mode=True)
 
 
 def naive_neighbors(query, key, bank, tau, k, a, b, lam, rng_state, row_offset):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import problem
 
 from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, UnReMixLoss, noise
 from psm_kernels.functional import (
@@ -14,6 +15,7 @@ from psm_kernels.functional import (
     sscl_loss,
     unremix_loss,
 )
+from psm_kernels.ops.affine import row_ranges, weighted_pass
 
 LOSSES = {
     "info_nce": (InfoNCELoss, info_nce_loss, {}),
@@ -361,8 +363,8 @@ def test_a_batch_of_one_has_no_negatives(name):
 def test_low_precision(name, dtype):
     query, key, bank = data(batch=16, size=100, dim=32, dtype=dtype)
     _, loss, settings = LOSSES[name]
-    if name == "sscl":
-        settings = {**settings, "rng_state": torch.tensor([1, 2])}
+    if name == "sscl":  # which rows are the hardest depends on rounding, but for the first
+        settings = {"num_hard": 1, "rng_state": torch.tensor([1, 2])}
     wide = [x.detach().double().requires_grad_() for x in (query, key)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = loss(query, key, bank, temperature=0.2, **settings)
@@ -450,14 +452,83 @@ def test_compiles_without_a_graph_break(name, form):
     query, key, _ = data(dtype=torch.float32)
     eager = make(name, (20, 8) if form == "bank" else 0)
     if form == "bank":
-        eager.enqueue(torch.randn(9, 8))
+        eager.enqueue(data(batch=9, seed=1)[0])
     compiled = copy.deepcopy(eager)
     step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
+    for _ in range(2):  # the bank fills: count changes between forward and backward
         got, wanted = step(query, key), eager(query, key)
         assert_same(got, wanted, query, key, rtol=1e-5)
     for a, b in zip(compiled.buffers(), eager.buffers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+# --- UnReMix's two passes on every backend -------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "count"),
+    [(1, 1, 8, 1), (3, 63, 20, 63), (257, 130, 128, 99), (5, 4097, 200, 4000), (2, 9, 33, 0)],
+)
+def test_unremix_passes_agree(backend, batch, size, dim, count, dtype):
+    query, _, bank, _ = problem(batch, size, dim, dtype=dtype)
+    bank[count:] = torch.nan
+    generator = torch.Generator().manual_seed(1)
+    alpha, beta, gamma, top, cap = torch.rand(5, batch, generator=generator) - 0.3
+    rho = torch.rand(size, generator=generator)
+    rho[count:] = torch.nan
+    settings = {"alpha": alpha, "beta": beta, "gamma": gamma, "top": top, "cap": cap, "rho": rho}
+    got, wanted = (
+        (
+            row_ranges(q, m, count, temperature=0.2, backend=name),
+            weighted_pass(
+                q, m, count, temperature=0.2, backend=name,
+                **{k: v.to(sums) for k, v in settings.items()},
+            ),
+        )
+        for q, m, name, sums in (
+            (query, bank, backend, torch.float32),
+            (query.to(dtype).double(), bank.double(), "reference", torch.float64),
+        )
+    )  # fmt: skip
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-3  # the second product has the bank's dtype
+    for field in ("lse", "lowest", "top"):
+        a, b = getattr(got[0], field), getattr(wanted[0], field)
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    for field in ("log_sum", "mean", "weight"):
+        a, b = getattr(got[1], field), getattr(wanted[1], field)
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=tolerance)
+
+
+def test_weighted_pass_by_hand(backend):
+    """Three rows, weights 0.5 + s, capped and clamped ones among them."""
+    bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    query = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    one = torch.ones(1)
+    swept = weighted_pass(
+        query, bank, None, temperature=1.0, alpha=0.2 * one, beta=one, gamma=one, top=one,
+        cap=0.5 * one, rho=torch.tensor([0.0, 0.1, 0.3]), backend=backend,
+    )  # fmt: skip
+    e = [1, math.exp(-1), math.exp(-2)]
+    weight = [0.2 + 1 + 0.5, 0.2 + 0 + e[1] + 0.1, max(0.2 - 1 + e[2] + 0.3, 0)]
+    total = sum(w * x for w, x in zip(weight, e, strict=True))
+    torch.testing.assert_close(swept.log_sum, torch.tensor([1 + math.log(total)]))
+    torch.testing.assert_close(swept.weight, torch.tensor([sum(weight)]))
+    mean = torch.tensor([[weight[0] * e[0], weight[1] * e[1]]]) / total
+    torch.testing.assert_close(swept.mean, mean)
+    torch.testing.assert_close(torch.autograd.grad(swept.log_sum.sum(), query)[0], mean)
+
+
+def test_unremix_passes_pass_opcheck():
+    query, _, bank, _ = problem(3, 9, 8)
+    rows = [torch.rand(3) for _ in range(5)]
+    query.requires_grad_()
+    count = torch.tensor(7)
+    ops = torch.ops.psm_kernels
+    torch.library.opcheck(ops.row_ranges.default, (query.detach(), bank, count, 0.2, "reference"))
+    torch.library.opcheck(
+        ops.weighted_pass.default, (query, bank, count, 0.2, *rows, torch.rand(9), "reference")
+    )
 
 
 # --- bad input -----------------------------------------------------------------------------------

@@ -113,7 +113,9 @@ def test_golden_cases(device, path):
         want = torch.tensor(case[name])
         have = getattr(got, name).cpu()
         if name.startswith("topk"):
-            assert (have[:, want.shape[1] :] == (-1 if want.dtype == torch.int64 else -np.inf)).all()
+            assert (
+                have[:, want.shape[1] :] == (-1 if want.dtype == torch.int64 else -np.inf)
+            ).all()
             have = have[:, : want.shape[1]]
         torch.testing.assert_close(have, want.to(have.dtype), rtol=1e-5, atol=2e-6)
 
@@ -208,7 +210,7 @@ def test_empty_bank_and_nothing_kept(device, selection):
 @pytest.mark.parametrize("selection", ["bernoulli", "all"])
 def test_extreme_similarities_at_a_low_temperature(device, dtype, sign, selection):
     # exp(2 s / tau) spans 2^+-144 here: neither end fits fp32 without a shift
-    query, key, bank, s_pos = problem(device, 3, 200, 16, dtype)
+    query, _, bank, s_pos = problem(device, 3, 200, 16, dtype)
     query = torch.nn.functional.one_hot(torch.arange(3), 16).float().to(device)
     bank[:] = sign * query[0].to(dtype)
     settings = {"temperature": 0.02, "selection": selection, "a": 0.1, "topk": 3}

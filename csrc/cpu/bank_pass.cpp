@@ -47,7 +47,7 @@ const Kernels& choose(const std::string& isa, Dtype dtype) {
 
 // ---- split ----
 
-constexpr int64_t kMaxChunks = 48;            // 2, 3, 4, 6, 8, 12, 16, 24 and 48 threads divide it
+constexpr int64_t kMaxChunks = 24;            // 2, 3, 4, 6, 8, 12 and 24 threads divide it
 constexpr int64_t kPartialBytes = 32 << 20;   // of all chunks together
 constexpr int64_t kGroupBytes = 384 << 10;    // queries and means of a group stay in a 1 MB L2
 constexpr int64_t kMinGroupBlocks = 16;       // rows that share the packing of a tile
@@ -59,11 +59,13 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 void split(Task& t, int threads) {
     t.padded = ceil_div(t.dim, kPad) * kPad;
     t.lead = ((t.col_offset % 16) + 16) % 16;
-    t.tiles = t.count > 0 ? ceil_div(t.count + t.lead, kTile) : 0;
+    // A tile, packed twice, and the queries share a 1 MB L2; more slots use the registers better.
+    t.tile = t.padded <= 192 ? kTile : t.padded <= 1024 ? kTile / 2 : kTile / 4;
+    t.tiles = t.count > 0 ? ceil_div(t.count + t.lead, t.tile) : 0;
     t.blocks = ceil_div(t.rows, kBlock);
     const int64_t row_bytes = t.sums ? t.padded * 4 : t.topk * 8;
     const int64_t affordable = kPartialBytes / std::max<int64_t>(t.rows * row_bytes, 1);
-    t.chunks = std::clamp<int64_t>(std::min(t.tiles / 2, affordable), 1, kMaxChunks);
+    t.chunks = std::clamp<int64_t>(std::min(t.tiles * t.tile / 256, affordable), 1, kMaxChunks);
     const int64_t block_bytes = kBlock * t.padded * (t.sums ? 8 : 1);
     t.group_blocks = std::max(kGroupBytes / block_bytes, kMinGroupBlocks);
     while (ceil_div(t.blocks, t.group_blocks) * t.chunks < 3 * threads && t.group_blocks > 8)
@@ -104,7 +106,7 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
         for (float** part : {&t.part_shift, &t.part_sq_shift, &t.part_sum, &t.part_sq,
                              &t.part_count})
             arena.take(*part, t.chunks * t.rows);
-        arena.take(t.part_mean, t.chunks * t.rows * t.padded);
+        arena.take(t.part_mean, t.mean ? t.chunks * t.rows * t.padded : 0);
     }
     if (t.topk) {
         arena.take(t.key_rows, t.rows * t.padded);
@@ -114,22 +116,23 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
             arena.take(t.key_panel, panel_rows * t.dim);
         for (float** row : {&t.key_inverse, &t.key_norm, &t.key_residual}) arena.take(*row, t.rows);
         arena.take(t.heaps, t.heap_sets * t.rows * t.topk);
+        arena.take(t.bars, t.heap_sets * t.rows);
     }
 }
 
 void lay_out(Worker& w, const Task& t, const Kernels& kernels, Arena& arena) {
     const int64_t group_rows = t.group_blocks * kBlock;
-    arena.take(w.rows, kTile * t.padded);
+    arena.take(w.rows, t.tile * t.padded);
     if (t.query_pairs) {
-        arena.take(w.pairs, kTile * t.padded / 2);
-        arena.take(w.row_pairs, kTile / 2 * t.padded);
+        arena.take(w.pairs, t.tile * t.padded / 2);
+        arena.take(w.row_pairs, t.tile / 2 * t.padded);
         arena.take(w.weight_pairs, kBlock * kTile / 2);
     } else if (t.sums || !kernels.quads) {
-        arena.take(w.panel, kTile * t.dim);
+        arena.take(w.panel, t.tile * t.dim);
     }
     if (kernels.quads && t.topk) {
-        arena.take(w.quads, kTile * t.padded / 4);
-        arena.take(w.bytes, kTile * t.padded);
+        arena.take(w.quads, t.tile * t.padded / 4);
+        arena.take(w.bytes, t.tile * t.padded);
         arena.take(w.slot_step, kTile);
         arena.take(w.slot_bias, kTile);
     }
@@ -137,6 +140,7 @@ void lay_out(Worker& w, const Task& t, const Kernels& kernels, Arena& arena) {
     if (t.sums) {
         arena.take(w.scratch, 2 * kTile);
         arena.take(w.words, kTile);
+        arena.take(w.rho, kTile);
         arena.take(w.columns, 4 * kBatches);
         arena.take(w.state, group_rows * 3 * kLanes);
         arena.take(w.shift, group_rows);
@@ -161,9 +165,9 @@ Layout lay_out(Task task, const Kernels& kernels, int threads, void* workspace) 
     std::vector<Worker> workers(size_t(std::min<int64_t>(threads, task.groups * task.chunks)));
     for (size_t i = 0; i < workers.size(); ++i) {
         lay_out(workers[i], task, kernels, arena);
-        if (task.topk)
-            workers[i].heaps =
-                task.heaps + (task.heap_sets > 1 ? int64_t(i) : 0) * task.rows * task.topk;
+        const int64_t set_row = (task.heap_sets > 1 ? int64_t(i) : 0) * task.rows;
+        workers[i].heaps = task.heaps + set_row * task.topk;
+        workers[i].bars = task.bars + set_row;
     }
     return {task, std::move(workers), arena.bytes()};
 }
@@ -212,13 +216,13 @@ void merge_sums(const Task& t, int64_t i, const Outputs& out, float* mean) {
         sum += double(factor) * t.part_sum[at];
         squares += double(std::exp2(t.part_sq_shift[at] - sq_shift)) * t.part_sq[at];
         const float* part = t.part_mean + at * t.padded;
-        for (int64_t d = 0; d < t.dim; ++d) mean[d] += factor * part[d];
+        for (int64_t d = 0; t.mean && d < t.dim; ++d) mean[d] += factor * part[d];
     }
     out.neg_lse[i] = log_of(sum, shift);
     out.neg_sq_lse[i] = log_of(squares, sq_shift);
     out.neg_count[i] = float(count);
     const float inverse = sum == 0.0 ? 0.0f : float(1.0 / sum);
-    for (int64_t d = 0; d < t.dim; ++d) out.neg_mean[i * t.dim + d] = mean[d] * inverse;
+    for (int64_t d = 0; t.mean && d < t.dim; ++d) out.neg_mean[i * t.dim + d] = mean[d] * inverse;
 }
 
 void merge_heaps(const Task& t, int64_t i, const Outputs& out, std::vector<uint64_t>& entries) {
@@ -274,9 +278,11 @@ Task make_task(const BankPassArgs& args) {
     t.query = args.query, t.key = args.key, t.bank = args.bank, t.s_pos = args.s_pos;
     t.rows = args.batch, t.count = args.count, t.dim = args.dim;
     t.dtype = args.dtype, t.selection = args.selection, t.sums = true;
+    t.mean = args.neg_mean != nullptr;
     t.scale = float(kLog2e / args.temperature), t.slope = float(-args.a * kLog2e), t.b = args.b;
     t.topk = args.topk, t.seed = args.seed, t.offset = args.offset;
     t.row_offset = args.row_offset, t.col_offset = args.col_offset;
+    t.affine = args.affine, t.rho = args.rho;
     return t;
 }
 

@@ -71,6 +71,16 @@ INLINE float norm_of(const float* row, int64_t padded) {
     return square_root(sum(norm));
 }
 
+void set_bound(const Task& t, int64_t i, float inverse, float norm, float residual) {
+    const bool finite = norm < kInfinity;
+    const float slack = 1.0001f * inverse;  // the norms are rounded as well
+    t.key_inverse[i] = inverse;
+    t.key_norm[i] = finite ? larger(slack * norm, 1e-30f) : 0.0f;  // not 0: 0 * inf is NaN
+    t.key_residual[i] = finite ? larger(slack * residual, 1e-30f) : 0.0f;
+    for (int64_t set = 0; set < t.heap_sets; ++set)  // NaN or inf in a key: it finds nothing
+        t.bars[set * t.rows + i] = finite ? -kInfinity : kInfinity;
+}
+
 uint32_t bf16_bits(float x) { return float_to_bits(x) >> 16; }  // x is a bf16 already
 
 void prepare(const Task& t) {
@@ -100,14 +110,11 @@ void prepare(const Task& t) {
             __builtin_memcpy(&quad, bytes + 4 * d, 4);
             panel[d * kBlock] = quad ^ 0x80808080u;  // byte + 128 as an unsigned byte
         }
-        const float inverse = 1.0f / q.step, slack = 1.0001f * inverse;  // norms are rounded too
-        t.key_inverse[i] = inverse;
-        t.key_norm[i] = slack * q.norm, t.key_residual[i] = slack * q.residual;
+        set_bound(t, i, 1.0f / q.step, q.norm, q.residual);
 #else
         float* panel = t.key_panel + block * t.dim * kBlock + r;
         for (int64_t d = 0; d < t.dim; ++d) panel[d * kBlock] = key[d];
-        t.key_inverse[i] = 1.0f, t.key_residual[i] = 0.0f;
-        t.key_norm[i] = 1.0001f * norm_of(key, t.padded);
+        set_bound(t, i, 1.0f, norm_of(key, t.padded), 0.0f);
 #endif
     }
 }
@@ -133,9 +140,9 @@ void pack_philox_columns(const Task& t, const Tile& tile, uint64_t* columns);
 
 Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     Tile tile{};
-    tile.slot = index * kTile - t.lead;
+    tile.slot = index * t.tile - t.lead;
     tile.low = tile.slot < 0 ? int(-tile.slot) : 0;
-    tile.high = int(smaller(t.count - tile.slot, kTile));
+    tile.high = int(smaller(t.count - tile.slot, t.tile));
     tile.width = (tile.high + kSub - 1) / kSub * kSub;
     const int64_t ld = t.padded;
     for (int j = 0; j < tile.width; ++j) {
@@ -189,6 +196,9 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
         }
     }
     if (t.sums && t.selection == Selection::kBernoulli) pack_philox_columns(t, tile, w.columns);
+    if (t.sums && t.selection == Selection::kAffine)
+        for (int j = 0; j < tile.width; ++j)
+            w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
     return tile;
 }
 
@@ -369,8 +379,9 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
     const int64_t first_row = block * kBlock;
     // fp32 rounding of the exact product and of the steps below: D + 16 roundings, doubled.
     const float rounding = float(t.padded + 16) * 1.2e-7f;
-    const float from_norm = tile.residual + rounding * tile.norm;
-    const float from_residual = tile.norm + tile.residual;
+    float from_norm = tile.residual + rounding * tile.norm;
+    float from_residual = tile.norm + tile.residual;
+    if (!(from_norm < kInfinity)) from_norm = from_residual = kInfinity;  // no bound: take all
     for (int panel = 0; panel < tile.width / kSub; ++panel) {
         float floor[kRows];
         uint64_t masks[kRows];
@@ -378,10 +389,7 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
             const int64_t i = first_row + r;
             // |k.m - k'.m'| <= |k| |m - m'| + |k - k'| |m'|
             const float error = t.key_norm[i] * from_norm + t.key_residual[i] * from_residual;
-            const float worst = heap_similarity(w.heaps[i * t.topk]);
-            floor[r] = worst * t.key_inverse[i] - error;
-            if (!(t.key_norm[i] < kInfinity)) floor[r] = kInfinity;  // NaN or inf: nothing
-            else if (!(floor[r] > -kInfinity)) floor[r] = -kInfinity;  // no bound: everything
+            floor[r] = w.bars[i] - error;
         }
         screen<kRows>(t, w, block, panel, floor, masks);
         const int low = tile.low - panel * kSub, high = tile.high - panel * kSub;
@@ -393,9 +401,11 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
             for (uint64_t mask = masks[r] & valid; mask; mask &= mask - 1) {
                 const int j = panel * kSub + __builtin_ctzll(mask);
                 const float similarity = dot(key, w.rows + j * t.padded, t.padded);
-                if (!(similarity >= heap_similarity(heap[0]))) continue;
+                if (similarity != similarity) continue;
                 const uint64_t entry = heap_entry(similarity, tile.slot + j);
-                if (entry > heap[0]) heap_replace_root(heap, t.topk, entry);
+                if (entry <= heap[0]) continue;
+                heap_replace_root(heap, t.topk, entry);
+                w.bars[first_row + r] = heap_similarity(heap[0]) * t.key_inverse[first_row + r];
             }
         }
     }
@@ -495,7 +505,7 @@ INLINE void scale_lanes(float* x, int64_t n, float factor) {
 NOINLINE void move_shift(const Task& t, const RowSums& row, V top) {
     const float shift = largest(top), factor = power_of_two(*row.shift - shift);
     scale_lanes(row.sum, kLanes, factor);
-    scale_lanes(row.mean, t.padded, factor);
+    if (t.mean) scale_lanes(row.mean, t.padded, factor);
     if (t.selection != Selection::kExpected) scale_lanes(row.squares, kLanes, factor * factor);
     *row.shift = shift;
 }
@@ -583,6 +593,35 @@ void weigh<Selection::kExpected>(const Task& t, const Worker& w, const Tile& til
     }
 }
 
+// Weights that are affine in s and e = exp((s - top)/tau). The row's top is given, so it is the
+// shift from the first tile on.
+template <>
+void weigh<Selection::kAffine>(const Task& t, const Worker& w, const Tile& tile, int64_t i,
+                               const RowSums& row, float* scores) {
+    const float* affine = t.affine + i;
+    const V alpha = set1(affine[0]), beta = set1(affine[t.rows]), gamma = set1(affine[2 * t.rows]);
+    const V scale = set1(t.scale), cap = set1(affine[4 * t.rows]), zero = set1(0.0f);
+    *row.shift = affine[3 * t.rows] * t.scale;
+    const V shift = set1(-*row.shift);
+    float* weights = w.scratch;
+    for (int j = 0; j < tile.width; j += kWidth) {
+        const V s = load(scores + j), e = exp2<0>(fma(s, scale, shift));
+        const V line = fma(beta, s, add(alpha, load(w.rho + j)));
+        const V weight = max(zero, fma(gamma, min(cap, e), line));  // NaN stays NaN
+        store(weights + j, weight);
+        store(scores + j, mul(weight, e));
+    }
+    for (int j = 0; j < tile.width; ++j)
+        if (j < tile.low || j >= tile.high) scores[j] = weights[j] = 0.0f;
+    V total = load(row.sum), count = load(row.count);
+    for (int j = 0; j < tile.width; j += kWidth) {
+        total = add(total, load(scores + j));
+        count = add(count, load(weights + j));
+    }
+    store(row.sum, total);
+    store(row.count, count);
+}
+
 // The next tile on its way from memory to L2, a slice per row block.
 struct Upcoming {
     const char* rows;
@@ -591,7 +630,7 @@ struct Upcoming {
 
 Upcoming upcoming(const Task& t, int64_t slot, int64_t blocks) {
     const int64_t row_bytes = t.dim * (t.dtype == Dtype::kFloat32 ? 4 : 2);
-    const int64_t lines = smaller(kTile, t.count - slot) * row_bytes / 64;
+    const int64_t lines = smaller(t.tile, t.count - slot) * row_bytes / 64;
     return {(const char*)t.bank + slot * row_bytes, lines, lines / blocks + 1};
 }
 
@@ -632,6 +671,8 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
             weigh<Selection::kBernoulli>(t, w, tile, i, row, scores);
         else if (t.selection == Selection::kExpected)
             weigh<Selection::kExpected>(t, w, tile, i, row, scores);
+        else if (t.selection == Selection::kAffine)
+            weigh<Selection::kAffine>(t, w, tile, i, row, scores);
         else
             weigh<Selection::kAll>(t, w, tile, i, row, scores);
 #if PSM_PAIRS
@@ -641,7 +682,7 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
                             load(scores + j + kWidth));
 #endif
     }
-    accumulate_rows<kRows>(t, w, tile, mean);
+    if (t.mean) accumulate_rows<kRows>(t, w, tile, mean);
 }
 
 void process(const Task& t, Worker& w, int64_t item) {
@@ -656,14 +697,16 @@ void process(const Task& t, Worker& w, int64_t item) {
     float* mean = nullptr;
     if (t.sums) {
         mean = t.part_mean + chunk * t.rows * t.padded;
-        __builtin_memset(mean + first_row * t.padded, 0, size_t(rows * t.padded) * sizeof(float));
+        if (t.mean)
+            __builtin_memset(mean + first_row * t.padded, 0,
+                             size_t(rows * t.padded) * sizeof(float));
         __builtin_memset(w.state, 0, size_t(rows * 3 * kLanes) * sizeof(float));
         for (int64_t r = 0; r < rows; ++r) w.shift[r] = w.sq_shift[r] = -kInfinity;
     }
     const int64_t last_tile = (chunk + 1) * t.tiles / t.chunks;
     for (int64_t index = chunk * t.tiles / t.chunks; index < last_tile; ++index) {
         const Tile tile = pack_tile(t, w, index);
-        const Upcoming next = upcoming(t, index + 1 < last_tile ? tile.slot + kTile : t.count,
+        const Upcoming next = upcoming(t, index + 1 < last_tile ? tile.slot + t.tile : t.count,
                                        last_block - first_block);
         for (int64_t block = first_block; block < last_block; ++block) {
             prefetch(next, block - first_block);

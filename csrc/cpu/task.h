@@ -7,7 +7,7 @@
 
 namespace psm::cpu {
 
-constexpr int kTile = 128;     // bank slots that are packed at once
+constexpr int kTile = 256;     // bank slots that are packed at once, at most
 constexpr int kSub = 64;       // slots of one packed panel: four AVX-512 registers
 constexpr int kBlock = 6;      // query rows per register block: 6 x 64 are 24 accumulators
 constexpr int kPad = 32;       // rows are padded to this many elements: 32 bf16 pairs a register
@@ -17,16 +17,18 @@ constexpr int kBatches = kTile / 4;  // Philox counters per row and tile
 struct Task {
     const void *query, *key, *bank;
     const float* s_pos;
+    const float *affine, *rho;
     int64_t rows, count, dim, padded;  // B, valid slots, D, D rounded up to kPad
     Dtype dtype;
     Selection selection;
-    bool sums;  // false: mining only
+    bool sums, mean;  // without sums: mining only; without mean: no second product
     float scale, slope, b;  // log2(e) / tau, -a log2(e), b
     int64_t topk;
     uint64_t seed, offset;
     int64_t row_offset, col_offset;
     int64_t lead;  // tiles start at multiples of 16 global slots: empty slots before the first
 
+    int64_t tile;  // slots of a tile, at most kTile, a multiple of kSub
     int64_t tiles, chunks, blocks, group_blocks, groups;
 
     // Packed queries and keys, written by `prepare`. Blocks of kBlock rows, interleaved.
@@ -42,27 +44,30 @@ struct Task {
     float *part_sum, *part_sq, *part_count;  // (chunks, B)
     float* part_mean;                        // (chunks, B, padded)
     uint64_t* heaps;                         // (heap_sets, B, topk) min-heaps; 0 is a missing entry
+    float* bars;      // (heap_sets, B) what a similarity, divided by the step, must reach
     int64_t heap_sets;
 };
 
 // Buffers of one thread.
 struct Worker {
-    float* rows;          // (kTile, padded) the tile in fp32, zeros where there is no slot
-    float* panel;         // (kTile / kSub, D, kSub)
-    uint32_t* pairs;      // (kTile / kSub, padded / 2, kSub) bf16 pairs along D
-    uint32_t* row_pairs;  // (kTile / 2, padded) bf16 pairs along slots
-    uint32_t* quads;      // (kTile / kSub, padded / 4, kSub) four signed bytes along D
-    int8_t* bytes;        // (kTile, padded)
+    float* rows;          // (tile, padded) the tile in fp32, zeros where there is no slot
+    float* panel;         // (tile / kSub, D, kSub)
+    uint32_t* pairs;      // (tile / kSub, padded / 2, kSub) bf16 pairs along D
+    uint32_t* row_pairs;  // (tile / 2, padded) bf16 pairs along slots
+    uint32_t* quads;      // (tile / kSub, padded / 4, kSub) four signed bytes along D
+    int8_t* bytes;        // (tile, padded)
     float* slot_step;     // (kTile,)
     int32_t* slot_bias;   // (kTile,) -128 * sum of the slot's bytes
     float* scores;        // (kBlock, kTile), then the weights of the second product
     float* scratch;       // (2, kTile)
     uint32_t* weight_pairs;  // (kBlock, kTile / 2)
     uint32_t* words;         // (kTile,)
+    float* rho;              // (kTile,)
     uint64_t* columns;       // (4, kBatches) what Philox knows of a column before it sees a row
     float* state;            // (rows of a group, 3, kLanes) sum, sum of squares, count
     float *shift, *sq_shift; // (rows of a group,)
     uint64_t* heaps;         // (B, topk)
+    float* bars;             // (B,)
 };
 
 struct Kernels {

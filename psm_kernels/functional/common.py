@@ -13,15 +13,21 @@ from psm_kernels.memory_bank import unit_rows
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_pair(query: Tensor, key: Tensor, bank: Tensor | None) -> None:
-    """query and key are (B, D), on the bank's device and with its D where there is a bank."""
+def check_pair(
+    query: Tensor, key: Tensor, bank: Tensor | None, projection: Tensor | None = None
+) -> None:
+    """query, key, projection are (B, D), on the bank's device and with its D where there is one."""
     if bank is None:
         checks.check_matrix("query", query)
     else:
-        checks.check_bank(bank)
+        checks.check_bank(getattr(bank, "rows", bank))  # of a Shard: this rank's rows
         checks.check_matrix("query", query, like="the bank", shape=(None, bank.shape[1]))
     checks.check_matrix("key", key, like="query", shape=query.shape)
-    for name, value in (("query", query), ("key", key)):
+    rows = {"query": query, "key": key}
+    if projection is not None:
+        checks.check_matrix("projection", projection, like="query", shape=query.shape)
+        rows["projection"] = projection
+    for name, value in rows.items():
         checks.check_device(name, value, (query if bank is None else bank).device)
 
 

@@ -16,7 +16,7 @@ from psm_kernels import _checks as checks
 from psm_kernels import noise
 from psm_kernels.functional import common
 from psm_kernels.memory_bank import unit_rows
-from psm_kernels.ops import bank_pass
+from psm_kernels.ops import bank_pass, bank_rows, snapshot
 
 MIXES = ("pair", "query", "none")
 
@@ -217,7 +217,7 @@ def _bank_sums(
     mixer: _Mixer | None,
     backend: str,
 ) -> _Sums:
-    count = checks.as_count(count, bank)
+    count = snapshot(checks.as_count(count, bank))
     s_pos = (query * key).sum(1)
     mined = {} if mixer is None else {"topk": mixer.num_hard}
     swept = bank_pass(
@@ -312,13 +312,13 @@ class _Mixer(NamedTuple):
         batch, made = len(index), self.num_synthetic
         row = torch.arange(batch, device=index.device) + self.row_offset
         word = torch.arange(3 * made, device=index.device)
-        words = noise.philox_words(row, word, noise.tagged(self.rng_state, _TAG_MIX))
+        state = noise.tagged(snapshot(self.rng_state), _TAG_MIX)
+        words = noise.philox_words(row, word, state)
         words = words.view(batch, made, 3)
         found = (index >= 0).sum(1)[:, None, None]  # below num_hard while the bank fills
         drawn = ((words[..., :2] * found) >> 32).flatten(1)  # uniform in [0, found)
         slots = index.gather(1, drawn)  # (R, 2 made)
-        mined = torch.where((slots >= 0)[..., None], rows[slots.clamp_min(0)], 0.0)
-        mined = mined.to(anchors.dtype).view(batch, made, 2, -1)
+        mined = bank_rows(rows, slots, anchors.dtype).view(batch, made, 2, -1)
         first, second = mined[:, :, 0], mined[:, :, 1]  # (R, made, D)
         if self.mix == "none":
             return first

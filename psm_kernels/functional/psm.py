@@ -11,8 +11,9 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import noise
+from psm_kernels.distributed import Shard, bank_pass, bank_rows, bank_topk
 from psm_kernels.functional.common import REDUCTIONS, check_pair, reduce, unit
-from psm_kernels.ops import SELECTIONS, bank_pass, bank_rows, bank_topk, check_backend, snapshot
+from psm_kernels.ops import SELECTIONS, check_backend, snapshot
 from psm_kernels.stats import MiningStats, PSMOutput
 
 SOFT_WEIGHTS = ("attention", "uniform", "binary")
@@ -25,7 +26,7 @@ _FALSE_NEGATIVE_SAMPLE = 1 << 20  # (row, slot) pairs looked at: some 50 ms on o
 def psm_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor,
+    bank: Tensor | Shard,
     *,
     count: Tensor | int | None = None,
     temperature: float = 0.5,
@@ -61,7 +62,8 @@ def psm_loss(
     Args:
         query: (B, D), the online network's output; carries gradient.
         key: (B, D), the momentum network's output for the other view.
-        bank: (K, D) unit rows, contiguous, fp32 / bf16 / fp16 (fp64 on "reference").
+        bank: (K, D) unit rows, contiguous, fp32 / bf16 / fp16 (fp64 on "reference"); or this
+            rank's `psm_kernels.distributed.Shard` of it, which makes the call collective.
         count: valid slots [0, count): 0-d int64 tensor on the device, int, or None for K. With an
             empty bank the loss is 0.
         temperature: tau > 0 (0.5: dhkdhk/PSM, config.conf).
@@ -92,7 +94,7 @@ def psm_loss(
     Raises:
         ValueError: an argument is wrong (named in the message), or the backend cannot run here.
     """
-    checks.check_bank(bank)
+    checks.check_bank(getattr(bank, "rows", bank))  # of a Shard: this rank's rows
     check_psm_settings(
         temperature=temperature,
         topk=topk,
@@ -106,13 +108,10 @@ def psm_loss(
         reduction=reduction,
         size=bank.shape[0],
     )
-    check_pair(query, key, bank)
+    check_pair(query, key, bank, projection)
     batch = query.shape[0]
-    if projection is not None:
-        checks.check_matrix("projection", projection, like="query", shape=query.shape)
-        checks.check_device("projection", projection, bank.device)
     for name, value, size in (("labels", labels, batch), ("bank_labels", bank_labels, len(bank))):
-        if value is not None:
+        if value is not None and not isinstance(value, Shard):
             checks.check_vector(name, value, size, torch.int64)
             checks.check_device(name, value, bank.device)
     check_backend(backend, bank)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels.functional import common
-from psm_kernels.ops import bank_pass, bank_topk
-from psm_kernels.ops.affine import valid_slabs, weighted_pass
+from psm_kernels.ops import bank_pass, bank_rows, snapshot
+from psm_kernels.ops.affine import row_ranges, weighted_pass
 
 _EQUAL = 1e-6  # indicators whose range is below this share of their size do not tell rows apart
 
@@ -74,7 +74,7 @@ def unremix_loss(
             log_neg = _view_negatives(views, temperature, share)
             loss = views.fold(common.contrast(views.positive / temperature, log_neg))
         else:
-            count = checks.as_count(count, bank)
+            count = snapshot(checks.as_count(count, bank))
             log_pos = (query * key).sum(1) / temperature
             log_neg = _bank_negatives(query, log_pos, bank, count, temperature, share, backend)
             loss = common.contrast(log_pos, log_neg)
@@ -173,29 +173,21 @@ def _bank_negatives(
     one's pi exceeds its 1 - pi, u is x up to a cap; where not, what it lacks is added apart.
     """
     with torch.no_grad():
-        nearest, index = bank_topk(query, bank, 2, count=count, backend=backend)
-        swept = bank_pass(
-            query,
-            -query,
-            bank,
-            count,
-            log_pos * temperature,
-            temperature=temperature,
-            topk=1,
-            backend=backend,
-        )
-        empty = index[:, 0] < 0
-        top = torch.where(empty, 0.0, nearest[:, 0])  # (B,)
-        low = torch.where(empty, 0.0, -swept.topk_sim[:, 0])
+        ranges = row_ranges(query, bank, count, temperature=temperature, backend=backend)
+        empty = ranges.index[:, 0] < 0
+        top = torch.where(empty, 0.0, ranges.top[:, 0])  # (B,)
+        low = torch.where(empty, 0.0, ranges.lowest)
 
         # Range of u in units of the top's pi, so that no pi underflows.
-        log_z = torch.logaddexp(log_pos, swept.neg_lse)
-        u_low, u_next = (torch.exp((s - top) / temperature) for s in (low, nearest[:, 1]))
+        log_z = torch.logaddexp(log_pos, ranges.lse)
+        u_low, u_next = (torch.exp((s - top) / temperature) for s in (low, ranges.top[:, 1]))
         pseudo = (top / temperature > log_pos) & ~empty  # a negative is the pseudo-label
         log_pi = torch.where(pseudo, top / temperature - log_z, 0.0)
         u_most = torch.maximum(-torch.expm1(log_pi) / torch.exp(log_pi), u_next)
         u_most = torch.where(pseudo, u_most, 1.0)
-        u_most = torch.where(index[:, 1] < 0, u_low, u_most)  # a single negative: nothing to tell
+        u_most = torch.where(
+            ranges.index[:, 1] < 0, u_low, u_most
+        )  # a single negative: nothing to tell
         similar, uncertain = _Range.of(low, top, 1.0), _Range.of(u_low, u_most, u_most)
         extra = share.uncertainty * (1 - uncertain.scale(torch.ones_like(top))).clamp_min(0)
         extra = torch.where(pseudo, extra, 0.0)
@@ -211,23 +203,26 @@ def _bank_negatives(
         gamma=share.uncertainty * uncertain.slope,
         top=top,
         cap=u_most.clamp_max(1),
-        rho=share.representativeness * _representativeness(bank, count),
+        rho=share.representativeness * _representativeness(bank, count, backend),
         backend=backend,
     )
-    label = torch.where(empty[:, None], 0.0, bank[index[:, 0].clamp_min(0)].to(query.dtype))
+    label = bank_rows(bank, ranges.index[:, :1], query.dtype)[:, 0]  # (B, D)
     apart = (query * label).sum(1) / temperature + extra.log()
     log_sum = common.log_sum(swept.log_sum, apart)
     weight = (swept.weight + extra) / count.clamp_min(1)  # mean of w
     return torch.where(empty, -torch.inf, log_sum - torch.where(empty, 1.0, weight).log())
 
 
-def _representativeness(bank: Tensor, count: Tensor) -> Tensor:
+def _representativeness(bank: Tensor, count: Tensor, backend: str) -> Tensor:
     """r (K,) scaled to [0, 1]: 1 - m_j . (sum of the others) / (n - 1), in O(K D)."""
-    slabs = list(valid_slabs(bank, count, bank.shape[1]))
-    total = torch.stack([rows.sum(0) for _, _, rows in slabs]).sum(0)  # (D,)
-    others = torch.cat([rows @ total - rows.square().sum(1) for _, _, rows in slabs])
-    distance = 1 - others / (count - 1).clamp_min(1)
+    origin = torch.zeros_like(bank[:1])  # similarity 0 to all: its mean is that of the valid rows
+    mean = bank_pass(
+        origin, None, bank, count, origin[:, 0], temperature=1.0, backend=backend
+    ).neg_mean[0]
+    square = torch.linalg.vector_norm(bank, dim=1, dtype=mean.dtype).square()
+    others = bank.to(mean.dtype) @ (count * mean) - square
     valid = torch.arange(len(bank), device=bank.device) < count
+    distance = 1 - torch.where(valid, others, 0.0) / (count - 1).clamp_min(1)
     least = distance.masked_fill(~valid, torch.inf).amin()
     most = distance.masked_fill(~valid, -torch.inf).amax()
     return _Range.of(least, most, 1.0).scale(distance)

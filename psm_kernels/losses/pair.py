@@ -44,9 +44,9 @@ class PairLoss(BankLoss):
         Returns:
             The loss, fp32: 0-d, or (B,) for reduction="none".
         """
-        bank = self.memory_bank
+        bank, row_offset = self.memory_bank, 0
         if bank is not None:
-            bank.check(key, labels)
+            update, row_offset = self._start(query, key, labels, update)
         elif update:
             raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
         loss = self._twin(
@@ -58,9 +58,9 @@ class PairLoss(BankLoss):
             reduction=self.reduction,
             backend=self.backend,
             **self.settings,
-            **self._noise(),
+            **self._noise(row_offset),
         )
-        self._finish(key, labels, False if bank is None else update)
+        self._finish(key, labels, bank is not None and update)
         return loss
 
     def enqueue(self, key: Tensor, labels: Tensor | None = None) -> None:
@@ -68,12 +68,12 @@ class PairLoss(BankLoss):
             raise ValueError("memory_bank_size: got 0, wanted (rows, columns), for a bank to write")
         super().enqueue(key, labels)
 
-    def _noise(self) -> dict[str, Tensor]:
+    def _noise(self, row_offset: int) -> dict[str, Any]:
         """Arguments of the twin that draws noise."""
         return {}
 
-    def _make_bank(self, memory_bank_size, dtype: torch.dtype) -> MemoryBank | None:
-        return None if memory_bank_size == 0 else super()._make_bank(memory_bank_size, dtype)
+    def _make_bank(self, memory_bank_size, *options) -> MemoryBank | None:
+        return None if memory_bank_size == 0 else super()._make_bank(memory_bank_size, *options)
 
     def _before_load(self, state_dict, prefix, *unused) -> None:
         if self.memory_bank is not None:
@@ -231,8 +231,8 @@ class SSCLLoss(PairLoss):
             size=None if bank is None else bank.size,
         )
 
-    def _noise(self) -> dict[str, Tensor]:
-        return {"rng_state": self.rng_state}
+    def _noise(self, row_offset: int) -> dict[str, Any]:
+        return {"rng_state": self.rng_state, "row_offset": row_offset}
 
 
 class UnReMixLoss(PairLoss):

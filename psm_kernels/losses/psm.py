@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from psm_kernels import _checks as checks
 from psm_kernels import functional
+from psm_kernels.distributed import ShardedBank, agree, gather, rank_and_world
 from psm_kernels.memory_bank import MemoryBank
+from psm_kernels.ops import check_backend
 from psm_kernels.stats import PSMOutput
 
 
@@ -28,17 +31,26 @@ class BankLoss(nn.Module):
         bank_dtype: torch.dtype,
         seed: int,
         backend: str,
+        gather_distributed: bool = False,
+        shard_bank: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ):
         super().__init__()
         checks.check_number("temperature", temperature, above=0)
         checks.check_option("reduction", reduction, functional.REDUCTIONS)
         checks.check_int("seed", seed, -(2**63), 2**63 - 1)
         self.temperature, self.reduction, self.backend = temperature, reduction, backend
-        self.memory_bank = self._make_bank(memory_bank_size, bank_dtype)
+        self.seed, self.process_group = seed, process_group
+        self.collective = gather_distributed or shard_bank
+        if self.collective:
+            rank_and_world(process_group)  # refuses a group that this rank is not in
+        self.memory_bank = self._make_bank(memory_bank_size, bank_dtype, shard_bank)
         self.register_buffer("rng_state", torch.tensor([seed, 0]))
         self._register_load_state_dict_pre_hook(self._before_load)
 
-    def _make_bank(self, memory_bank_size: tuple[int, int], dtype: torch.dtype) -> MemoryBank:
+    def _make_bank(
+        self, memory_bank_size: tuple[int, int], dtype: torch.dtype, shard_bank: bool = False
+    ) -> MemoryBank:
         if not isinstance(memory_bank_size, (tuple, list)) or len(memory_bank_size) != 2:
             raise ValueError(
                 f"memory_bank_size: got {memory_bank_size!r}, wanted (rows, columns), such as "
@@ -47,18 +59,69 @@ class BankLoss(nn.Module):
         size, dim = memory_bank_size
         checks.check_int("memory_bank_size[0]", size, 1)
         checks.check_int("memory_bank_size[1]", dim, 1)
+        if shard_bank:
+            return ShardedBank(size, dim, dtype=dtype, process_group=self.process_group)
         return MemoryBank(size, dim, dtype=dtype)
 
     def enqueue(self, key: Tensor, labels: Tensor | None = None) -> None:
-        """Write keys (B, D) into the bank: once per optimizer step when accumulating gradients."""
-        self.memory_bank.enqueue(key, labels)
+        """Write keys (B, D) into the bank: once per optimizer step when accumulating gradients.
+        With `gather_distributed` or `shard_bank`, on every rank: all ranks' keys in rank order."""
+        if self.collective:
+            agree(self.process_group, lambda: self._facts(key, labels))
+        self._write(key, labels)
 
-    def _finish(self, key: Tensor, labels: Tensor | None, update: bool | None) -> None:
+    def _start(
+        self,
+        query: Tensor,
+        key: Tensor,
+        labels: Tensor | None,
+        update: bool | None,
+        projection: Tensor | None = None,
+        **flags: bool,
+    ) -> tuple[bool, int]:
+        """Before a forward: check, together with the other ranks where they will exchange rows.
+        Returns whether to enqueue afterwards, and the global index of this rank's first row."""
+        bank, process_group = self.memory_bank, self.process_group
+        update = self.training and torch.is_grad_enabled() if update is None else update
+        if not self.collective:
+            bank.check(key, labels)
+            return update, 0
+
+        def facts() -> dict[str, object]:
+            functional.check_pair(query, key, bank.bank, projection)
+            check_backend(self.backend, bank.bank)
+            mine = {"query dtype": str(query.dtype), "update": update, "seed": self.seed}
+            return self._facts(key, labels) | mine | flags
+
+        if update or isinstance(bank, ShardedBank):
+            agree(process_group, facts)
+        else:
+            facts()
+        return update, rank_and_world(process_group)[0] * len(key)
+
+    def _finish(self, key: Tensor, labels: Tensor | None, update: bool) -> None:
         """After a successful forward: the next noise offset, and the keys into the bank."""
         with torch.no_grad():
             self.rng_state[1] += 1
-        if self.training and torch.is_grad_enabled() if update is None else update:
-            self.enqueue(key, labels)
+        if update:
+            self._write(key, labels)
+
+    def _facts(self, key: Tensor, labels: Tensor | None) -> dict[str, object]:
+        """Check what will be enqueued; what must be equal on all ranks."""
+        self.memory_bank.check(key, labels)
+        return {
+            "batch size": len(key),
+            "key dtype": str(key.dtype),
+            "labels given": labels is not None,
+            "memory_bank": self.memory_bank.extra_repr(),
+            "settings": self.extra_repr(),
+        }
+
+    def _write(self, key: Tensor, labels: Tensor | None) -> None:
+        if self.collective:
+            key = gather(key, self.process_group)
+            labels = None if labels is None else gather(labels, self.process_group)
+        self.memory_bank.enqueue(key, labels)
 
     def _before_load(self, state_dict, prefix, *unused) -> None:
         """A MoCo checkpoint has `queue` and `queue_ptr` on the model: hand them to the bank. Sizes
@@ -84,7 +147,15 @@ class PSMLoss(BankLoss):
         topk, a, b, selection, soft_weights, weight_temperature, hard_weight, negatives: see there.
         reduction: "mean" | "sum" | "none".
         bank_dtype: fp32, bf16 or fp16; bf16 halves the bank and its reading time. Sums are fp32.
-        seed: of the canonical noise; the state [seed, offset] is the buffer `rng_state`.
+        gather_distributed: enqueue the keys of all ranks in rank order; every rank holds the same
+            bank. Calls that enqueue need the same batch size everywhere (drop_last=True). DDP's
+            mean of the gradients is that of the whole batch's mean loss: scale nothing.
+        shard_bank: each rank holds 1/world of the slots and all search all of them, so that every
+            call runs on all ranks. Loss and gradient are those of one process with the whole batch.
+        process_group: of both, None for the default group. Without torch.distributed
+            `gather_distributed` does nothing, `shard_bank` is refused.
+        seed: of the canonical noise, the same on all ranks; the state [seed, offset] is the buffer
+            `rng_state`.
         backend: "auto" or a name of `python -m psm_kernels`.
 
     Example:
@@ -110,6 +181,9 @@ class PSMLoss(BankLoss):
         negatives: str = "bank",
         reduction: str = "mean",
         bank_dtype: torch.dtype = torch.float32,
+        gather_distributed: bool = False,
+        shard_bank: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         backend: str = "auto",
     ):
@@ -118,6 +192,9 @@ class PSMLoss(BankLoss):
             memory_bank_size,
             reduction=reduction,
             bank_dtype=bank_dtype,
+            gather_distributed=gather_distributed,
+            shard_bank=shard_bank,
+            process_group=process_group,
             seed=seed,
             backend=backend,
         )
@@ -160,7 +237,9 @@ class PSMLoss(BankLoss):
         Returns:
             The loss, fp32: 0-d, or (B,) for reduction="none".
         """
-        self.memory_bank.check(key, labels)
+        update, row_offset = self._start(
+            query, key, labels, update, projection, return_stats=return_stats
+        )
         result = functional.psm_loss(
             query,
             key,
@@ -169,6 +248,7 @@ class PSMLoss(BankLoss):
             temperature=self.temperature,
             projection=projection,
             rng_state=self.rng_state,
+            row_offset=row_offset,
             reduction=self.reduction,
             labels=labels,
             bank_labels=self.memory_bank.labels if return_stats else None,
@@ -177,7 +257,8 @@ class PSMLoss(BankLoss):
             **self.settings,
         )
         if return_stats:
-            age = self.memory_bank.count.float() / len(key)
+            _, world = rank_and_world(self.process_group) if self.collective else (0, 1)
+            age = self.memory_bank.count.float() / (world * len(key))
             result = result._replace(stats=dataclasses.replace(result.stats, bank_age=age))
         self._finish(key, labels, update)
         return result

@@ -1,8 +1,8 @@
-"""A bank pass whose weights are affine in the similarity and its exponential: UnReMix's second."""
+"""The two passes of UnReMix: what each row's similarities range over, then sums whose weights are
+affine in the similarity and its exponential."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,16 +10,41 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import backends
+from psm_kernels.ops import bank_pass, bank_topk
 
 _SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cache
 
 
-class AffinePass(NamedTuple):
+class RowRanges(NamedTuple):
+    """All of it without gradient."""
+
+    lse: Tensor  # (B,) log sum_j exp(s/tau), -inf in an empty bank
+    lowest: Tensor  # (B,) the smallest similarity, +inf in an empty bank
+    top: Tensor  # (B, 2) the two largest, descending; missing: -inf
+    index: Tensor  # (B, 2) their slots; missing: -1
+
+
+class WeightedPass(NamedTuple):
     """Only `log_sum` carries a gradient, to `query`; the weights are constants."""
 
     log_sum: Tensor  # (B,) log sum_j w exp(s/tau), -inf when nothing weighs
     mean: Tensor  # (B, D) mean of the rows under w exp(s/tau), 0 when nothing weighs
     weight: Tensor  # (B,) sum_j w
+
+
+def row_ranges(
+    query: Tensor,
+    bank: Tensor,
+    count: Tensor | int | None,
+    *,
+    temperature: float,
+    backend: str = "auto",
+) -> RowRanges:
+    """Log-sum-exp and extremes of each row's similarities; arguments as in `weighted_pass`."""
+    _check(query, bank, temperature)
+    count = checks.as_count(count, bank)
+    args = (query.detach(), bank.detach(), count, float(temperature), backend)
+    return RowRanges(*torch.ops.psm_kernels.row_ranges(*args))
 
 
 def weighted_pass(
@@ -35,7 +60,7 @@ def weighted_pass(
     cap: Tensor,
     rho: Tensor,
     backend: str = "auto",
-) -> AffinePass:
+) -> WeightedPass:
     """Weighted log-sum-exp over the bank, its gradient and the sum of the weights, in one read.
 
         e_ij = exp((s_ij - top_i)/tau)
@@ -56,13 +81,10 @@ def weighted_pass(
     Raises:
         ValueError: an argument is wrong, or the named backend cannot run here.
     """
-    checks.check_bank(bank)
-    checks.check_matrix("query", query, like="the bank", shape=(None, bank.shape[1]))
-    checks.check_number("temperature", temperature, above=0)
+    _check(query, bank, temperature)
     rows = {"alpha": alpha, "beta": beta, "gamma": gamma, "top": top, "cap": cap}
-    for name, value in (("query", query), *rows.items(), ("rho", rho)):
-        if name != "query":
-            checks.check_vector(name, value, len(bank if name == "rho" else query))
+    for name, value in (*rows.items(), ("rho", rho)):
+        checks.check_vector(name, value, len(bank if name == "rho" else query))
         checks.check_device(name, value, bank.device)
     args = (
         query,
@@ -74,35 +96,33 @@ def weighted_pass(
         backend,
     )
     log_sum, mean, weight = torch.ops.psm_kernels.weighted_pass(*args)
-    return AffinePass(log_sum, mean.detach(), weight.detach())
+    return WeightedPass(log_sum, mean.detach(), weight.detach())
 
 
-def valid_slabs(bank: Tensor, count: Tensor, columns: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first slot, valid (S,), rows (S, D)) of parts of the bank that give at most _SLAB numbers
-    with `columns` columns; rows in fp32 (fp64 stays), zeros where slots hold nothing."""
-    step = max(1, _SLAB // columns)
-    wide = torch.float64 if bank.dtype is torch.float64 else torch.float32
-    for start in range(0, len(bank), step):
-        rows = bank[start : start + step].to(wide)
-        valid = torch.arange(start, start + len(rows), device=bank.device) < count
-        yield start, valid, torch.where(valid[:, None], rows, 0.0)
+def _check(query: Tensor, bank: Tensor, temperature: float) -> None:
+    checks.check_bank(bank)
+    checks.check_matrix("query", query, like="the bank", shape=(None, bank.shape[1]))
+    checks.check_device("query", query, bank.device)
+    checks.check_number("temperature", temperature, above=0)
 
 
-def _slabs(query, bank, count, temperature, *vectors) -> tuple[Tensor, ...]:
-    """The pass in plain torch, never a (B, K) matrix."""
-    *rows, rho = vectors
-    alpha, beta, gamma, top, cap = (value[:, None] for value in rows)
+def _slabs(query, bank, count, temperature, affine, rho) -> tuple[Tensor, ...]:
+    """The weighted pass in plain torch, never a (B, K) matrix; `affine` is (5, B)."""
+    alpha, beta, gamma, top, cap = affine[:, :, None]
     total, weight = rho.new_zeros(len(query)), rho.new_zeros(len(query))
     mean = rho.new_zeros(query.shape)
-    for start, valid, rows in valid_slabs(bank, count, len(query)):
-        similarity = query.to(rows.dtype) @ rows.T  # (B, S)
+    step = max(1, _SLAB // len(query))
+    for start in range(0, len(bank), step):
+        rows = bank[start : start + step].to(rho.dtype)
+        valid = torch.arange(start, start + len(rows), device=bank.device) < count
+        rows = torch.where(valid[:, None], rows, 0.0)
+        similarity = query.to(rho.dtype) @ rows.T  # (B, S)
         pull = torch.exp((similarity - top) / temperature)
-        share = rho[start : start + len(rows)]
-        bent = gamma * torch.minimum(pull, cap)
-        w = (alpha + beta * similarity + bent + share).clamp_min(0)
+        line = alpha + beta * similarity + rho[start : start + step]
+        w = (line + gamma * torch.minimum(pull, cap)).clamp_min(0)
         w = torch.where(valid, w, 0.0)
         weight += w.sum(1)
-        w *= pull
+        w = w * pull
         total += w.sum(1)
         mean.addmm_(w, rows)
     some = torch.where(total == 0, 1.0, total)
@@ -110,6 +130,31 @@ def _slabs(query, bank, count, temperature, *vectors) -> tuple[Tensor, ...]:
 
 
 # --- registration --------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("psm_kernels::row_ranges", mutates_args=())
+def _row_ranges(
+    query: Tensor, bank: Tensor, count: Tensor, temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    own = getattr(backends.choose(backend, bank), "row_ranges", None)
+    with torch.autocast(bank.device.type, enabled=False):
+        query = query.to(bank.dtype).contiguous()
+        if own is not None:
+            return own(query, bank, count, temperature)
+        s_pos = query.new_zeros(len(query))
+        settings = {"temperature": temperature, "topk": 1, "backend": backend}
+        swept = bank_pass(query, -query, bank, count, s_pos, **settings)
+        nearest = bank_topk(query, bank, 2, count=count, backend=backend)
+        return swept.neg_lse, -swept.topk_sim[:, 0], *nearest
+
+
+@_row_ranges.register_fake
+def _(query, bank, *unused):
+    sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
+    batch = len(query)
+    rows = [query.new_empty(batch, dtype=sums) for _ in range(2)]
+    index = query.new_empty((batch, 2), dtype=torch.int64)
+    return *rows, query.new_empty((batch, 2), dtype=sums), index
 
 
 @torch.library.custom_op("psm_kernels::weighted_pass", mutates_args=())
@@ -130,8 +175,8 @@ def _weighted_pass(
     sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
     with torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
-        vectors = (v.to(sums).contiguous() for v in (alpha, beta, gamma, top, cap, rho))
-        return run(query, bank, count, temperature, *vectors)
+        affine = torch.stack((alpha, beta, gamma, top, cap)).to(sums)
+        return tuple(run(query, bank, count, temperature, affine, rho.to(sums).contiguous()))
 
 
 @_weighted_pass.register_fake

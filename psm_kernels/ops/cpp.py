@@ -13,7 +13,7 @@ from psm_kernels import __version__
 from psm_kernels._csrc import source_id
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2}
+_SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
 _REBUILD = "build it with `pip install -e .` in a checkout, or reinstall the package"
 
 
@@ -75,8 +75,13 @@ def bank_pass(
     rng_state: Tensor | None,  # (2,)
     row_offset: int,
     col_offset: int,
+    *,
+    mean: bool = True,
+    affine: Tensor | None = None,  # (5, B)
+    rho: Tensor | None = None,  # (K,)
 ) -> tuple[Tensor, ...]:
-    """See `psm_kernels.ops.bank_pass`."""
+    """See `psm_kernels.ops.bank_pass`. The last three are for the two passes below; without
+    `mean` neg_mean is not written and the product for it is saved."""
     from psm_kernels import _C
 
     batch, dim = query.shape
@@ -103,8 +108,10 @@ def bank_pass(
         offset=offset,
         row_offset=row_offset,
         col_offset=col_offset,
+        affine=0 if affine is None else affine.data_ptr(),
+        rho=0 if rho is None else rho.data_ptr(),
         neg_lse=neg_lse.data_ptr(),
-        neg_mean=neg_mean.data_ptr(),
+        neg_mean=neg_mean.data_ptr() if mean else 0,
         neg_sq_lse=neg_sq_lse.data_ptr(),
         neg_count=neg_count.data_ptr(),
         topk_sim=topk_sim.data_ptr(),
@@ -114,6 +121,36 @@ def bank_pass(
         allocate=_Workspace(),
     )
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+
+
+def row_ranges(
+    query: Tensor,  # (B, D)
+    bank: Tensor,  # (K, D)
+    count: Tensor,  # ()
+    temperature: float,
+) -> tuple[Tensor, ...]:
+    """See `psm_kernels.ops.affine.row_ranges`."""
+    lse, *_, lowest, _ = bank_pass(
+        query, -query, bank, count, query.new_zeros(len(query), dtype=torch.float32), temperature,
+        "all", 0.0, 0.0, 1, None, 0, 0, mean=False,
+    )  # fmt: skip
+    return lse, -lowest[:, 0], *bank_topk(query, bank, 2, count)
+
+
+def weighted_pass(
+    query: Tensor,  # (B, D)
+    bank: Tensor,  # (K, D)
+    count: Tensor,  # ()
+    temperature: float,
+    affine: Tensor,  # (5, B)
+    rho: Tensor,  # (K,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `psm_kernels.ops.affine.weighted_pass`."""
+    log_sum, mean, _, weight, *_ = bank_pass(
+        query, None, bank, count, affine[0], temperature, "affine", 0.0, 0.0, 0, None, 0, 0,
+        affine=affine, rho=rho,
+    )  # fmt: skip
+    return log_sum, mean, weight
 
 
 def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:

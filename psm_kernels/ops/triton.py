@@ -56,15 +56,21 @@ class Tile(NamedTuple):
     warps: int
     stages: int  # bank tiles in flight
     resident: int  # programs on one multiprocessor, for the number of splits
+    fused: bool  # mining and sums in one pass over the bank
+    columns: int  # of a block in score products
 
 
-def tile(dtype: torch.dtype, padded: int) -> Tile:
-    """Block sizes: no spills and the fewest instructions per element in `benchmarks/sass.py`."""
+def tile(dtype: torch.dtype, padded: int, hopper: bool) -> Tile:
+    """Block sizes without spills and with few instructions per element: `benchmarks/sass.py`."""
     if dtype is torch.float32:  # true fp32 products run on the vector units
-        return Tile(32, 32, 4, 2, 3)
-    if padded <= 128:
-        return Tile(64, 64, 4, 3, 2)
-    return Tile(64, 64, 8, 2, 1)
+        return Tile(32 if padded <= 128 else 16, 16, 4, 1, 2, padded <= 256, 16)
+    if padded > 256:
+        return Tile(64, 32, 8, 1, 1, False, 64)
+    if padded > 128:
+        return Tile(128, 64 if hopper else 32, 8, 2, 1, False, padded)
+    if hopper:
+        return Tile(64, 64, 4, 3, 2, True, padded)
+    return Tile(128, 32, 8, 2, 1, True, padded)
 
 
 def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
@@ -74,7 +80,8 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     size, dim = bank.shape
     batch = (key if query is None else query).shape[0]
     padded = _power_of_2(dim, 16)
-    rows, cols, warps, stages, resident = tile(bank.dtype, padded)
+    hopper = _is_hopper(bank.device)
+    rows, cols, warps, stages, resident, fused, columns = tile(bank.dtype, padded, hopper)
     cells = -(-(size + 15) // CELL)
     blocks = -(-batch // rows)
     splits = _splits(blocks, cells, resident, bank.device)
@@ -92,17 +99,20 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     neg_mean = new(batch, dim) if sums else None
     topk_sim, topk_index = new(batch, k), new(batch, k, dtype=torch.int64)
 
-    # Two sets of rows and their bank tile do not fit beside each other for wide rows.
-    together = bool(sums and k) and padded <= 256
-    for mine, total in [(True, True)] if together else [(True, False), (False, True)]:
-        if (mine and not k) or (total and not sums):
+    passes = [(bool(k), bool(sums))]
+    if not fused:  # accumulator and two sets of rows do not fit registers
+        passes = [(mine, total) for mine, total in ((bool(k), False), (False, bool(sums)))]
+    descriptor = _descriptor(bank, cols, padded) if hopper else None
+    for mine, total in passes:
+        if not (mine or total):
             continue
         bank_pass_kernel[(blocks * splits,)](
-            query, key, bank, None, count, s_pos, rng_state, cell_max, part_stats, part_mean,
+            query, key, bank, descriptor, count, s_pos, rng_state, cell_max, part_stats, part_mean,
             batch, size, dim, cells, splits, scale, decay, b, row_offset, col_offset,
             SELECTION=selection if total else "all", MINE=mine, SUM=total,
             FAST=bank.dtype is not torch.float16,  # unshifted weights leave its range
-            BM=rows, BN=cols, DPAD=padded, DBLOCK=padded, STAGES=stages, num_warps=warps,
+            BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     kp = _power_of_2(k, 2)
     merge_kernel[(batch,)](
@@ -110,7 +120,7 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
         key, bank, count, cell_max, topk_sim, topk_index, size, dim, cells, splits, k, col_offset,
         MINE=k > 0, SUM=sums is not None, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
         KP=kp, DBLOCK=min(padded, 64), CHUNK=max(1024, kp),
-        GROUP=max(4, kp // CELL), num_warps=4,
+        GROUP=max(4, kp // CELL), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
 
@@ -118,6 +128,21 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
 def _splits(blocks: int, tiles: int, resident: int, device: torch.device) -> int:
     """Parts of the bank, so that all programs are resident at once and none has under 4 tiles."""
     return max(1, min(_multiprocessors(device) * resident // blocks, tiles // 4))
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    """Warp-group products and TMA: sm_90 alone, for Blackwell's are others."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _descriptor(bank: Tensor, rows: int, padded: int):
+    """A tensor descriptor of the bank for TMA, whose rows must be multiples of 16 bytes."""
+    if bank.stride(0) * bank.element_size() % 16 or bank.data_ptr() % 16 or padded > 256:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(bank, [rows, padded])
 
 
 @functools.cache

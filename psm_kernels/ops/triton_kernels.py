@@ -10,7 +10,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LN2 = tl.constexpr(0.6931471805599453)
 P_MAX = tl.constexpr(0.999)
-# Sums of squares inside these bounds have lost nothing to under- or overflow (see bank_pass_kernel).
+# Sums of squares inside these bounds have lost nothing to underflow or overflow.
 TINY = tl.constexpr(2.0**-80)
 HUGE = tl.constexpr(2.0**120)
 
@@ -48,8 +48,8 @@ def _noise(group, row, seed, offset, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _partial_sum(x, BM: tl.constexpr, BN: tl.constexpr):
-    """Row sums but for the last 4: (BM, BN) to (BM, 4), inside each thread, without shuffles."""
-    return tl.sum(tl.sum(tl.reshape(x, (BM, BN // 8, 4, 2)), 3), 1)
+    """Row sums but for the last 8: (BM, BN) to (BM, 8), inside each thread, without shuffles."""
+    return tl.sum(tl.reshape(x, (BM, BN // 8, 8)), 1)
 
 
 @triton.jit
@@ -80,8 +80,8 @@ def _products(
 @triton.jit
 def _scan(
     held, top, total, squares, kept, mean,  # running state of a block of rows
-    q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
-    center, scale, decay, row_words, group, seed, offset,
+    q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift,
+    d, d_valid, D, rows, row_valid, cells, center, scale, decay, row_words, group, seed, offset,
     SELECTION: tl.constexpr, MINE: tl.constexpr, SUM: tl.constexpr, GENERAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -94,7 +94,7 @@ def _scan(
     CELL_TILES: tl.constexpr = 64 // BN
     local = tl.arange(0, BN)
     in_tile = local[:, None] * D + d[None, :]  # offsets within a tile fit 32 bits
-    for tile in tl.range(first, last, num_stages=STAGES):
+    for tile in tl.range(first, last, num_stages=STAGES, disable_licm=SUM and DPAD > 128):
         start = tile * BN - shift
         slot_valid = (start + local >= 0) & (start + local < size)
         tile_rows = bank + start.to(tl.int64) * D
@@ -208,17 +208,17 @@ def bank_pass_kernel(
 
     held = tl.full((BM,), -float("inf"), tl.float32)
     top = tl.full((BM,), -float("inf"), tl.float32)
-    total = tl.zeros((BM, 4), tl.float32)
-    squares = tl.zeros((BM, 4), tl.float32)
-    kept = tl.zeros((BM, 4), tl.float32)
+    total = tl.zeros((BM, 8), tl.float32)
+    squares = tl.zeros((BM, 8), tl.float32)
+    kept = tl.zeros((BM, 8), tl.float32)
     mean = tl.zeros((BM, DPAD), tl.float32)
     if FAST:
         full = tl.where(first * BN < shift, first, (size + shift) // BN)  # tiles [first, full)
         full = tl.maximum(tl.minimum(full, last), first)
         held, top, total, squares, kept, mean = _scan(
             held, top, total, squares, kept, mean,
-            q, k, query, key, bank, bank_tiles, cell_max, first, full, size, shift, d, d_valid, D, rows, row_valid, cells,
-            center, scale, decay, row_words, group, seed, offset,
+            q, k, query, key, bank, bank_tiles, cell_max, first, full, size, shift,
+            d, d_valid, D, rows, row_valid, cells, center, scale, decay, row_words, group, seed, offset,
             SELECTION, MINE, SUM, False, BM, BN, DPAD, DBLOCK, STAGES,
         )  # fmt: skip
         first = full
@@ -232,14 +232,14 @@ def bank_pass_kernel(
             if tl.min((sound | (not row_valid)).to(tl.int32)) == 0:
                 first = tl.minimum(split * per_split, tiles)
                 top = tl.full((BM,), -float("inf"), tl.float32)
-                total = tl.zeros((BM, 4), tl.float32)
-                squares = tl.zeros((BM, 4), tl.float32)
-                kept = tl.zeros((BM, 4), tl.float32)
+                total = tl.zeros((BM, 8), tl.float32)
+                squares = tl.zeros((BM, 8), tl.float32)
+                kept = tl.zeros((BM, 8), tl.float32)
                 mean = tl.zeros((BM, DPAD), tl.float32)
     held, top, total, squares, kept, mean = _scan(
         held, top, total, squares, kept, mean,
-        q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift, d, d_valid, D, rows, row_valid, cells,
-        center, scale, decay, row_words, group, seed, offset,
+        q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift,
+        d, d_valid, D, rows, row_valid, cells, center, scale, decay, row_words, group, seed, offset,
         SELECTION, MINE, SUM, True, BM, BN, DPAD, DBLOCK, 1 if FAST else STAGES,
     )  # fmt: skip
     if SUM:

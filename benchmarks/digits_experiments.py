@@ -1,0 +1,120 @@
+"""The three experiments of PSM's note on digits: python benchmarks/digits_experiments.py
+
+Trains each configuration with each seed by train.py, one after the other, and prints markdown tables
+of mean and standard deviation over the seeds, read from the files the runs leave. Runs that are
+there already are not repeated, and an interrupted one is continued.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+CONFIGURATIONS = {
+    "PSM": [],
+    "uniform soft weights": ["--soft-weights", "uniform"],
+    "binary soft weights": ["--soft-weights", "binary"],  # what the released code runs
+    "no mined positives": ["--topk", "0"],
+    "PNSM off": ["--selection", "all"],
+}
+
+
+def run(folder: Path, name: str, options: list[str]) -> tuple[dict, list[dict]]:
+    """result.json and the lines of metrics.jsonl of a run, trained first where it is missing."""
+    place = folder / name
+    if not (place / "result.json").exists():
+        resumed = ["--resume"] if (place / "checkpoint.pt").exists() else []
+        command = [sys.executable, TRAIN, "--runs", folder, "--name", name, *options, *resumed]
+        print(f"{name}: {' '.join(options)}", file=sys.stderr)
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    lines = (place / "metrics.jsonl").read_text().splitlines()
+    return json.loads((place / "result.json").read_text()), [json.loads(line) for line in lines]
+
+
+def spread(values: list[float | None], form: str) -> str:
+    if None in values:
+        return "-"
+    mean = format(statistics.mean(values), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(values), form)}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(row)} |")
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, help="default: train.py's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/digits_experiments"))
+    parser.add_argument("rest", nargs="*", help="after --: more options for train.py")
+    args = parser.parse_args()
+    common = [*(["--epochs", str(args.epochs)] if args.epochs else []), *args.rest]
+
+    found = {}
+    for seed in args.seeds:  # seed by seed: an early look compares all configurations
+        for name, options in CONFIGURATIONS.items():
+            place = f"{name.replace(' ', '-')}-{seed}"
+            pair = run(args.runs, place, ["--seed", str(seed), *options, *common])
+            found.setdefault(name, []).append(pair)
+
+    def row(name, *values):  # (form, function of a run's result)
+        results = [result for result, _ in found[name]]
+        return [name, *(spread([value(r) for r in results], form) for form, value in values)]
+
+    trained, untrained = "trained encoder", "random-initialized encoder"
+    accuracy = [
+        (".2%", lambda r, k=k: r["accuracy"][trained][k]) for k in ("knn", "linear", "linear_10")
+    ]
+    print("Accuracy and mining after the last epoch\n")
+    rows = [
+        row(
+            name,
+            *accuracy,
+            (".1%", lambda r: r["positive_purity"] if r["settings"]["topk"] else None),
+            (".1%", lambda r: r["kept"]),
+        )
+        for name in found
+    ]
+    for name in (untrained, "raw pixels"):
+        scores = [result["accuracy"][name] for result, _ in found["PSM"]]
+        columns = [spread([s[k] for s in scores], ".2%") for k in ("knn", "linear", "linear_10")]
+        rows.append([name, *columns, "-", "-"])
+    head = ["", "kNN", "linear", "linear, 10 labels per class", "purity", "negatives kept"]
+    table(head, rows)
+
+    print("Purity of mined positives by epoch\n")
+    epochs = [row["epoch"] for row in found["PSM"][0][1]]
+    shown = sorted({epochs[(len(epochs) - 1) * i // 5] for i in range(6)})
+    mining = [name for name in found if found[name][0][0]["settings"]["topk"]]
+    rows = [
+        [
+            name,
+            *(spread([h[e - 1]["positive_purity"] for _, h in found[name]], ".1%") for e in shown),
+        ]
+        for name in mining
+    ]
+    table(["", *(f"epoch {e}" for e in shown)], rows)
+
+    print("Gradient of the top-ranked negatives after the last epoch\n")
+    rows = []
+    for name in found:
+        columns = [
+            (".2e", lambda r, s=stat, i=ranks: statistics.mean(r["gradient"][s][i]))
+            for ranks in (slice(0, 10), slice(90, 100))
+            for stat in ("mean", "var")
+        ]
+        rows.append(row(name, *columns, (".1f", lambda r: r["gradient"]["positive_rank"])))
+    head = ["mean at ranks 1-10", "variance", "mean at ranks 91-100", "variance"]
+    table(["", *head, "mean rank of the positive"], rows)
+
+
+if __name__ == "__main__":
+    main()

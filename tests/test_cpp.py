@@ -1,0 +1,292 @@
+"""What is particular to the C++ kernels: every instruction set of this machine, threads, forks,
+mining by bounds, the checks of the bindings, the build. test_ops.py runs the shared cases."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import problem
+from test_ops import LOW, MEAN_ATOL, assert_agree, run, truth
+
+from psm_kernels import __version__
+from psm_kernels.memory_bank import unit_rows
+from psm_kernels.ops import bank_topk, cpp
+
+if cpp.unavailable() is not None:
+    pytest.skip(f"cpp: {cpp.unavailable()}", allow_module_level=True)
+
+from psm_kernels import _C
+
+ROOT = Path(__file__).parents[1]
+ISAS = _C.instruction_sets()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, monkeypatch) -> str:
+    monkeypatch.setenv("PSM_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# --- results -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "topk"),
+    [  # tails of rows (blocks of 6), slots (64), columns (4, 16, 32), all tile sizes; many row groups
+        (1, 1, 8, 1),
+        (3, 63, 20, 5),
+        (257, 300, 64, 5),
+        (8, 2049, 128, 20),
+        (13, 700, 200, 3),
+        (2, 300, 1500, 64),
+        (6, 129, 4096, 1),
+    ],
+)
+def test_odd_sizes(isa, batch, size, dim, topk, dtype):
+    query, key, bank, s_pos = problem(batch, size, dim, dtype=dtype)
+    for selection in ("bernoulli", "expected", "all"):
+        settings = {"selection": selection, "topk": topk, "count": size - size // 5}
+        settings |= {"col_offset": 37, "row_offset": 1000}
+        got = run(query, key, bank, s_pos, backend="cpp", **settings)
+        want = truth(query, key, bank, s_pos, **settings)
+        assert_agree(got, want, mean_atol=MEAN_ATOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_exact_products_give_exact_masks_and_indices(isa, dtype):
+    query, key, bank, s_pos = problem(13, 2000, 256, dtype=dtype, few_bits=True)
+    bank[1000:1400] = bank[100:500]
+    settings = {"a": 8.0, "topk": 40, "col_offset": 2**33 + 5, "row_offset": 2**31}
+    got = run(query, key, bank, s_pos, backend="cpp", **settings)
+    want = truth(query, key, bank, s_pos, **settings)
+    assert torch.equal(got.neg_count, want.neg_count.float())
+    assert torch.equal(got.topk_index, want.topk_index)
+    assert torch.equal(got.topk_sim, want.topk_sim.float())
+
+
+def test_rare_selection_keeps_its_precision(isa):
+    """Kept similarities far below the largest one, at a temperature where exp spans 2^140."""
+    query, key, bank, _ = problem(5, 3000, 4)
+    settings = {"temperature": 0.02, "a": 400.0, "b": 0.0, "topk": 0}
+    for target in (-0.9, 0.0, 0.9):
+        s_pos = torch.full((5,), target)
+        for selection in ("bernoulli", "expected"):
+            args = (query, key, bank, s_pos)
+            got = run(*args, backend="cpp", selection=selection, **settings)
+            assert_agree(got, truth(*args, selection=selection, **settings), atol=2e-5)
+
+
+def exact_topk(query, bank, k):
+    scores = query.double() @ bank.double().T
+    return scores.nan_to_num(-torch.inf).sort(dim=1, descending=True, stable=True)[0][:, :k]
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("kind", ["collapsed", "norms", "sparse", "constant", "bad slot"])
+def test_mining_is_exact_where_the_cheap_bound_is_weak(isa, kind, dtype):
+    query, _, bank, _ = problem(7, 1500, 64)
+    if kind == "collapsed":  # all similarities within the error of the byte product
+        bank = unit_rows(bank[:1] + 1e-3 * bank)
+        query = unit_rows(bank[:1] + 1e-3 * query)
+    elif kind == "norms":
+        bank *= torch.logspace(-18, 18, len(bank))[:, None] if dtype is torch.float32 else 1.0
+        query *= torch.tensor([1e-8, 1e-3, 0, 1, 1e3, 1e8, 1])[:, None].clamp_max(1e4)
+    elif kind == "sparse":
+        bank[::3] = torch.eye(64).repeat(8, 1)[: len(bank[::3])]
+    elif kind == "constant":
+        bank = bank[:1].repeat(1500, 1)
+    else:
+        bank[40, 3], bank[900, 5] = torch.nan, torch.nan
+    query, bank = query.to(dtype), bank.to(dtype)
+    similarity, index = bank_topk(query, bank, 30, backend="cpp")
+    want = exact_topk(query, bank, 30)
+    scale = 1 + want.abs().amax(1, keepdim=True)
+    assert ((similarity.double() - want).abs() / scale).max() < 1e-6
+    assert (index.sort(1)[0].diff(dim=1) > 0).all()
+    at_index = (query.double()[:, None] * bank.double()[index]).sum(2)
+    assert ((similarity.double() - at_index).abs() / scale).max() < 1e-6
+    if kind == "constant":
+        assert torch.equal(index, torch.arange(30).expand(7, 30))
+
+
+def test_topk_of_the_whole_bank(isa):
+    query, _, bank, _ = problem(5, 400, 24)
+    similarity, index = bank_topk(query, bank, 500, backend="cpp")
+    assert torch.equal(index[:, :400].sort(1)[0], torch.arange(400).expand(5, 400))
+    torch.testing.assert_close(similarity[:, :400].double(), exact_topk(query, bank, 400))
+    assert (index[:, 400:] == -1).all()
+
+
+def test_views_that_are_aligned_to_elements_only(isa):
+    for dtype in LOW:
+        query, key, bank, s_pos = problem(4, 300, 24, dtype=dtype)
+        moved = torch.empty(bank.numel() + 1, dtype=dtype)[1:].view_as(bank).copy_(bank)
+        args = query, key, bank, s_pos
+        want = run(*args, backend="cpp")
+        got = run(query, key, moved, s_pos, backend="cpp")
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+# --- threads and processes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selection", ["bernoulli", "expected"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_number_of_threads_does_not_change_a_bit(isa, threads, selection, dtype):
+    query, key, bank, s_pos = problem(70, 12000, 64, dtype=dtype)
+    threads(1)
+    want = run(query, key, bank, s_pos, selection=selection, topk=10, backend="cpp")
+    for count in (2, 3, 8, 8):
+        threads(count)
+        got = run(query, key, bank, s_pos, selection=selection, topk=10, backend="cpp")
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def large_pass():
+    return run(*problem(64, 20000, 64), backend="cpp")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_no_thread_is_left_running(threads):
+    threads(8)
+    torch.mm(torch.ones(500, 500), torch.ones(500, 500))  # torch's own pool starts here
+    before = len(os.listdir("/proc/self/task"))
+    large_pass()
+    assert len(os.listdir("/proc/self/task")) == before
+
+
+def _child(queue):
+    torch.set_num_threads(2)
+    args = torch.load(queue.get())
+    out = cpp.bank_pass(*args)
+    queue.put([t.tolist() for t in out])
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+def test_a_forked_child_computes_the_same(threads, tmp_path):
+    threads(2)
+    query, key, bank, s_pos = problem(64, 20000, 64)
+    count, rng_state = torch.tensor(20000), torch.tensor([1, 2])
+    args = (query, key, bank, count, s_pos, 0.2, "bernoulli", 0.5, 0.0, 5, rng_state, 0, 0)
+    want = [t.tolist() for t in cpp.bank_pass(*args)]
+    torch.save(args, tmp_path / "args.pt")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    queue.put(tmp_path / "args.pt")
+    child = context.Process(target=_child, args=(queue,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert queue.get(timeout=5) == want
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def workspace(batch, count, dim, topk) -> int:
+    """Bytes that a pass would ask for; the call is stopped there."""
+    sizes = []
+
+    def allocate(size):
+        sizes.append(size)
+        raise Stop
+
+    with pytest.raises(Stop):
+        _C.bank_pass(**call(batch, count, dim, topk) | {"allocate": allocate})
+    return sizes[0]
+
+
+def call(batch=4, count=10, dim=8, topk=2) -> dict:
+    """Arguments of _C.bank_pass with addresses that pass its checks and are never used."""
+    names = "query key bank s_pos neg_lse neg_mean neg_sq_lse neg_count topk_sim topk_index"
+    arguments = dict.fromkeys(names.split(), 4096)
+    arguments |= {"batch": batch, "count": count, "dim": dim, "topk": topk, "dtype": 0}
+    arguments |= {"selection": 0, "temperature": 0.5, "a": 0.5, "b": 0.0, "seed": 0, "offset": 0}
+    arguments |= {"row_offset": 0, "col_offset": 0, "isa": ISAS[0], "threads": 2}
+    return arguments | {"allocate": lambda size: 0}
+
+
+def test_extra_memory_does_not_grow_with_the_bank():
+    million = workspace(256, 1 << 20, 128, 5)
+    assert million < 64e6
+    assert workspace(256, 1 << 24, 128, 5) == million
+    assert workspace(256, 1 << 20, 4096, 64) < 100e6
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": 0}, "query: got a null pointer"),
+        ({"key": 0}, "key: got a null pointer"),
+        ({"bank": 0}, "bank: got a null pointer"),
+        ({"neg_mean": 0}, "neg_mean: got a null pointer"),
+        ({"query": 4097}, "query: got address 4097, wanted a multiple of 4"),
+        ({"bank": 4097, "dtype": 1}, "bank: got address 4097, wanted a multiple of 2"),
+        ({"topk_index": 4100}, "topk_index: got address 4100, wanted a multiple of 8"),
+        ({"batch": -1}, "batch: got -1"),
+        ({"count": -1}, "count: got -1"),
+        ({"count": 1 << 32}, "count: got 4294967296"),
+        ({"dim": 0}, "dim: got 0"),
+        ({"dim": 4097}, "dim: got 4097"),
+        ({"topk": -1}, "topk: got -1"),
+        ({"batch": 1 << 62}, "batch: got"),
+        ({"dtype": 3}, "dtype: got 3"),
+        ({"selection": 3}, "selection: got 3"),
+        ({"temperature": 0.0}, "temperature: got 0"),
+        ({"temperature": float("nan")}, "temperature: got"),
+        ({"threads": 0}, "threads: got 0"),
+        ({"isa": "sse9"}, "isa: got 'sse9'"),
+        ({}, "workspace: got a null pointer"),
+    ],
+)
+def test_bindings_refuse_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        _C.bank_pass(**call() | change)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("PSM_CPU_ISA", "avx9")
+    with pytest.raises(ValueError, match="PSM_CPU_ISA: got 'avx9', wanted one"):
+        large_pass()
+
+
+# --- build ---------------------------------------------------------------------------------------
+
+
+def test_a_module_of_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(_C, "source_id", f"{__version__}+0000000000000000")
+    assert "built from other sources" in cpp.unavailable.__wrapped__()
+    monkeypatch.setattr(_C, "source_id", "0.0.1")
+    assert "pip install -e ." in cpp.unavailable.__wrapped__()
+
+
+def test_without_a_compiler_the_build_succeeds_and_says_why(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "temp")]
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert not list(tmp_path.rglob("_C*"))
+    info = (tmp_path / "psm_kernels/_build_info.py").read_text()
+    assert "no-such-compiler not found" in info
