@@ -33,12 +33,14 @@ inline float exp2_fast(float x) {
     const float y = std::exp2(x);
     return y < 1.1754944e-38f ? 0.0f : y;  // as .ftz; NaN stays
 }
-inline float min_nan(float x, float y) {
-    return std::isnan(x) || std::isnan(y) ? NAN : std::fmin(x, y);
-}
 inline uint32_t to_uint32(float x) {
     if (!(x > 0)) return 0;
     return x >= 4294967296.0f ? 0xFFFFFFFFu : uint32_t(x);
+}
+inline uint32_t scaled_threshold(float p, float cap) {
+    const uint32_t exponent32 = 32u << 23;
+    const auto sum = int32_t(float_bits(p) + exponent32);  // wraps, as on the device
+    return to_uint32(bits_float(uint32_t(std::min(sum, int32_t(float_bits(cap) + exponent32)))));
 }
 inline void keep_below(uint32_t word, uint32_t threshold, float& x, int& kept) {
     kept += word < threshold;

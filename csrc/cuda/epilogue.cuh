@@ -60,7 +60,7 @@ PSM_DEVICE void mask_slots(float (&s)[kTiles][4], const Walk& walk, int tile) {
 // log2 of the keep probability
 PSM_DEVICE float keep_log2(const PassArgs& args, float s, float center) {
     const float d = fmaf(s, args.sharpness, center);
-    return fminf(-d * d, kKeepMaxLog2);
+    return fminf(-d * d, -0.0014434169f);  // log2 kKeepMax
 }
 
 // Dropped elements of two n8 tiles become -inf. `column` is the Philox counter of their 16 slots.
@@ -75,9 +75,8 @@ PSM_DEVICE void draw(float (&s)[kTiles][4], int n, const PassArgs& args, Rows& r
         for (int i = 0; i < 4; ++i) {
             float& x = s[n + i / 2][2 * row + i % 2];
             const float d = fmaf(x, args.sharpness, rows.center[row]);
-            // word < floor(p 2^32), compared as integers; NaN keeps nothing
-            const float p = exp2_fast(min_nan(fmaf(-d, d, 32.0f), 32.0f + kKeepMaxLog2));
-            keep_below(noise.word[i], to_uint32(p), x, rows.kept[row]);
+            keep_below(noise.word[i], scaled_threshold(exp2_fast(-d * d), kKeepMax), x,
+                       rows.kept[row]);
         }
     }
 }
@@ -205,8 +204,7 @@ PSM_DEVICE void weigh_expected(float (&s)[kTiles][4], float (&out)[kOut][4], con
 template <Selection kSelection>
 PSM_DEVICE void start_rows(const PassArgs& args, const int (&row)[2], Rows& rows, NoiseKey& key,
                            uint32_t& column) {
-    if constexpr (kSelection == Selection::kAll) return;
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < 2 && kSelection != Selection::kAll; ++r) {
         const float s_pos = row[r] < args.batch ? args.s_pos[row[r]] : 0.0f;
         rows.center[r] = -args.sharpness * (s_pos + args.b);
     }
@@ -240,27 +238,36 @@ PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const Pas
 
 // Running maximum of the open cell of each of the two rows, written when the cell is through.
 struct CellMax {
+    float* cell[2];  // the open cell of each row
+    bool writes[2];
     float top[2] = {-INFINITY, -INFINITY};
 
+    PSM_DEVICE CellMax(const PassArgs& args, const int (&row)[2], const Walk& walk) {
+        for (int r = 0; r < 2; ++r) {
+            cell[r] = args.cell_max + int64_t(row[r]) * args.cells +
+                      (walk.start(0) >> args.cell_log2);
+            writes[r] = thread_index() % 4 == 0 && row[r] < args.batch;
+        }
+    }
+
+    // `left`: slots from the tile's start to the end of the valid ones
     template <int kTiles>
-    PSM_DEVICE void take(const float (&s)[kTiles][4], const PassArgs& args, const int (&row)[2],
-                         const Walk& walk, int tile) {
+    PSM_DEVICE void take(const float (&s)[kTiles][4], int start, int left, int cell_mask) {
         constexpr int kUnit = kTiles < 8 ? kTiles : 8;  // n8 tiles of the smallest cell
 #pragma unroll
         for (int unit = 0; unit < kTiles; unit += kUnit) {
-            const int after = walk.start(tile) + 8 * (unit + kUnit);
-            if (after - 8 * kUnit >= walk.end) return;
 #pragma unroll
             for (int n = unit; n < unit + kUnit; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n][i]);
-            if ((after & ((1 << args.cell_log2) - 1)) != 0 && after < walk.end) continue;
-            const int cell = (after - 1) >> args.cell_log2;
+            const int after = 8 * (unit + kUnit);
+            const bool through = ((start + after) & cell_mask) == 0 || after >= left;
+            if (!through || after - 8 * kUnit >= left) continue;
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float best = quad_max(top[r]);
-                if (thread_index() % 4 == 0 && row[r] < args.batch)
-                    args.cell_max[int64_t(row[r]) * args.cells + cell] = best;
+                if (writes[r]) *cell[r] = best;
+                ++cell[r];
                 top[r] = -INFINITY;
             }
         }

@@ -72,7 +72,10 @@ PSM_DEVICE void merge_sums(const MergeArgs& args, int row, MergeShared& shared) 
     square = block_reduce<false>(square, shared);
     count = block_reduce<false>(count, shared);
 
+    // A NaN or inf in the query or in a valid slot must show, though a mask drops NaN.
     const auto* query = static_cast<const T*>(pass.query) + int64_t(row) * pass.dim;
+    for (int d = thread; d < pass.dim; d += kMergeThreads) spoiled += to_float(query[d]) * 0.0f;
+    spoiled = block_reduce<false>(spoiled, shared);
     for (int d = thread; d < pass.dim; d += kMergeThreads) {
         float mean = 0;
 #pragma unroll 8
@@ -80,10 +83,9 @@ PSM_DEVICE void merge_sums(const MergeArgs& args, int row, MergeShared& shared) 
             const int64_t at = int64_t(split) * pass.batch + row;
             mean = fmaf(shared.weight[split], pass.means[at * pass.dim + d], mean);
         }
-        spoiled += (to_float(query[d]) + mean) * 0.0f;
-        args.neg_mean[int64_t(row) * pass.dim + d] = sum == 0 ? mean : mean / sum;
+        args.neg_mean[int64_t(row) * pass.dim + d] = (sum == 0 ? mean : mean / sum) + spoiled;
+        spoiled += mean * 0.0f;
     }
-    // A NaN or inf in the query or in a valid slot must show, though a mask drops NaN.
     spoiled = block_reduce<false>(spoiled, shared);
     if (thread == 0) {
         const float all = float(valid_slots(pass));

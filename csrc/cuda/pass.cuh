@@ -20,7 +20,7 @@ constexpr int kCellLog2 = 6;      // smallest cell, whose best similarity is kep
 constexpr int kMaxCells = 16384;  // per row: with more slots the cells grow, memory does not
 constexpr float kLowest = -1e30f;  // a shift below every logit; finite, so that -inf - shift = -inf
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kKeepMaxLog2 = -0.0014434169f;  // log2 0.999, the cap of p
+constexpr float kKeepMax = 0.999f;  // cap of p
 
 // One row's sums over one split. Logits are s / tau in base 2; sum = sum weight 2^(logit - shift),
 // square = sum weight 2^(2 logit - square_shift).
@@ -69,6 +69,7 @@ struct Walk {
     int lead, tile_slots, first_tile, tiles;
     int end;  // of the valid slots
     PSM_DEVICE int start(int tile) const { return (first_tile + tile) * tile_slots; }
+    PSM_DEVICE int left(int tile) const { return end - start(tile); }
     PSM_DEVICE bool whole(int tile) const {  // all of its slots are there
         return start(tile) >= lead && start(tile) + tile_slots <= end;
     }

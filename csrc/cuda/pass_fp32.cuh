@@ -118,6 +118,7 @@ struct PassFp32 {
         const int row[2] = {block * kRows + 16 * warp + lane / 4,
                             block * kRows + 16 * warp + lane / 4 + 8};
         const Walk walk = walk_of(args, kTileSlots, split);
+        const int cell_mask = (1 << args.cell_log2) - 1;
         const auto load_stage = [&](int tile) {
             if (tile < walk.tiles) {
                 load_bank(args, ring + tile % kStages * kStageBytes,
@@ -132,7 +133,7 @@ struct PassFp32 {
         uint32_t column = 0;
         if constexpr (kSum) start_rows<kSelection>(args, row, rows, noise, column);
         float out[kOut][4] = {};
-        CellMax best;
+        CellMax best(args, row, walk);
         for (int tile = 0; tile < walk.tiles; ++tile) {
             copy_wait<kStages - 2>();
             block_sync();  // the tile is there for all, and all are done with the one before
@@ -143,7 +144,7 @@ struct PassFp32 {
             if (kWork == Work::kMine || args.mine) {
                 product(s, args.key, row, args, bank, lane);
                 mask_slots(s, walk, tile);
-                best.take(s, args, row, walk, tile);
+                best.take(s, walk.start(tile), walk.left(tile), cell_mask);
             }
             if constexpr (kSum) {
                 product(s, args.query, row, args, bank, lane);

@@ -92,6 +92,7 @@ struct PassSm80 {
                             block * kRows + 16 * warp + lane / 4 + 8};
 
         const Walk walk = walk_of(args, kTileSlots, split);
+        const int cell_mask = (1 << args.cell_log2) - 1;
         const auto load_stage = [&](int tile) {
             if (tile < walk.tiles) {
                 load_tile<kTileSlots, kDim>(ring + tile % kStages * kStageBytes,
@@ -116,7 +117,7 @@ struct PassSm80 {
         uint32_t column = 0;
         if constexpr (kSum) start_rows<kSelection>(args, row, rows, noise, column);
         float out[kOut][4] = {};
-        CellMax best;
+        CellMax best(args, row, walk);
         for (int tile = 0; tile < walk.tiles; ++tile) {
             copy_wait<kStages - 2>();
             block_sync();  // the tile is there for all, and all are done with the one before
@@ -126,7 +127,7 @@ struct PassSm80 {
             products<kSum, kMine>(s, t, query, key, bank, warp, lane);
             if constexpr (kMine) {
                 mask_slots(t, walk, tile);
-                best.take(t, args, row, walk, tile);
+                best.take(t, walk.start(tile), walk.left(tile), cell_mask);
             }
             if constexpr (kSum) {
                 mask_slots(s, walk, tile);

@@ -153,13 +153,14 @@ struct PassSm90 {
             const int first_row = item % args.row_blocks * kRows + thread_index() / 32 * 16 - 64;
             const int row[2] = {first_row + lane / 4, first_row + lane / 4 + 8};
             const Walk walk = walk_of(args, kTileSlots, split);
+            const int cell_mask = (1 << args.cell_log2) - 1;
             Rows rows;
             NoiseKey noise;
             uint32_t column = 0;
             start_rows<kSelection>(args, row, rows, noise, column);
             float out[kOut][4] = {};
             Weights<T, kTiles> weights;
-            CellMax best;
+            CellMax best(args, row, walk);
             int held = -1;  // stage that P . M of the tile before may still read
 
             mbarrier_wait(barriers.rows_full(), rows_phase);
@@ -171,7 +172,7 @@ struct PassSm90 {
                 if (args.mine) {
                     similarities(s, key, bank);
                     mask_slots(s, walk, tile);
-                    best.take(s, args, row, walk, tile);
+                    best.take(s, walk.start(tile), walk.left(tile), cell_mask);
                 }
                 similarities(s, query, bank);
                 hold_accumulators(out);

@@ -52,15 +52,19 @@ PSM_DEVICE float exp2_subnormal(float x) {
     asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-PSM_DEVICE float min_nan(float x, float y) {  // NaN wins, unlike fminf
-    float z;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-    return z;
-}
+PSM_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+PSM_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 PSM_DEVICE uint32_t to_uint32(float x) {  // truncates, saturates, NaN gives 0
     uint32_t y;
     asm("cvt.rzi.u32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return y;
+}
+// floor(min(p, cap) 2^32). The exponent is raised and the cap taken in one integer instruction of
+// sm_90; positive floats compare as integers, and NaN, then a negative one, gives 0.
+PSM_DEVICE uint32_t scaled_threshold(float p, float cap) {
+    constexpr int kExponent32 = 32 << 23;
+    return to_uint32(bits_float(__viaddmin_s32(float_bits(p), kExponent32,
+                                               float_bits(cap) + kExponent32)));
 }
 // x and one more kept if word < threshold, else -inf. By hand: the compiler spends a move per count.
 PSM_DEVICE void keep_below(uint32_t word, uint32_t threshold, float& x, int& kept) {
@@ -73,8 +77,6 @@ PSM_DEVICE void keep_below(uint32_t word, uint32_t threshold, float& x, int& kep
         : "+f"(x), "+r"(kept)
         : "r"(word), "r"(threshold));
 }
-PSM_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
-PSM_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 PSM_DEVICE float to_float(float x) { return x; }
 PSM_DEVICE float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 PSM_DEVICE float to_float(Float16 x) {

@@ -1,7 +1,9 @@
 // The CUDA kernels on the CPU, behind a C interface for tests/test_cuda_host.py.
 #include <cstdio>
+#include <cstring>
 
 #include "csrc/cuda/configs.cuh"
+#include "csrc/cuda/enqueue.cuh"
 #include "csrc/cuda/merge.cuh"
 
 using namespace psm::cuda;
@@ -101,6 +103,85 @@ int psm_bank_pass_sm90(MergeArgs* args, int dtype, int, int grid) {
         };
         if (dtype == 1) run(Type<BFloat16>{});
         if (dtype == 2) run(Type<Float16>{});
+    });
+}
+
+// words (rows, slots) as the threads of an accumulator draw them
+int psm_noise(int64_t seed, int64_t offset, int64_t row_offset, int64_t col_offset, int rows,
+              int slots, int64_t* words) {
+    return guarded([&] {
+        emulator::launch(1, 32, 16, [&](char*) {
+            const NoiseKey key = noise_key(uint64_t(seed), uint64_t(offset));
+            const int group = thread_index() / 4, quad = thread_index() % 4;
+            for (int row = group; row < rows; row += 8) {
+                for (int n = 0; n < slots; n += 16) {
+                    const psm::Philox4 drawn = noise_words(
+                        key, noise_row(key, uint32_t(row_offset + row)),
+                        noise_column(key, uint32_t((col_offset + n) / 16 * 4 + quad)));
+                    for (int i = 0; i < 4; ++i)
+                        words[row * slots + n + 8 * (i / 2) + 2 * quad + i % 2] = drawn.word[i];
+                }
+            }
+        });
+    });
+}
+
+int psm_enqueue(EnqueueArgs* args, int key_dtype, int bank_dtype, int grid) {
+    const auto visit = [](int dtype, auto run) {
+        if (dtype == 0) run(Type<float>{});
+        if (dtype == 1) run(Type<BFloat16>{});
+        if (dtype == 2) run(Type<Float16>{});
+    };
+    return guarded([&] {
+        visit(key_dtype, [&](auto key) {
+            visit(bank_dtype, [&](auto bank) {
+                emulator::launch(grid, 64, 16, [&](char*) {
+                    enqueue_rows<typename decltype(key)::type, typename decltype(bank)::type>(
+                        *args);
+                });
+            });
+        });
+    });
+}
+
+// Programs with one fault each, which the emulation must find.
+int psm_fault(const char* name) {
+    const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
+    static const char zeros[16] = {};
+    return guarded([&] {
+        emulator::launch(1, 128, 4096, [&](char* shared) {
+            const uint32_t start = shared_address(shared), barrier = start + 2048;
+            if (is("skip_copy_wait")) {
+                copy_async(start + 16 * thread_index(), zeros, 16);
+                copy_commit();
+            } else if (is("wrong_parity")) {  // waits for a phase that nobody completes
+                if (thread_index() == 0) mbarrier_init(barrier, 128);
+                block_sync();
+                mbarrier_arrive(barrier);
+                mbarrier_wait(barrier, 0);
+                mbarrier_wait(barrier, 1);
+            } else if (is("no_proxy_fence")) {
+                store_shared(start + 16 * thread_index(), Chunk{});
+                block_sync();
+                float d[8][4];
+                const Descriptor tile(start, 16, 1024);
+                wgmma<BFloat16>(d, tile.at(0), tile.at(0), false);
+                wgmma_commit();
+                wgmma_wait<0>();
+            } else if (is("divergent_shuffle")) {
+                if (thread_index() % 32 < 16) {
+                    shuffle_xor(1, 1);
+                } else {
+                    warp_any(true);
+                }
+            } else if (is("double_arrival")) {
+                if (thread_index() == 0) {
+                    mbarrier_init(barrier, 1);
+                    mbarrier_arrive_expect(barrier, 16);
+                    mbarrier_arrive(barrier);
+                }
+            }
+        });
     });
 }
 

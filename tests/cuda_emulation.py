@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "tests/cuda/emulate.cpp"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "tests/cuda_emulation.cpp"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SELECTIONS = ("bernoulli", "expected", "all")
 
@@ -45,6 +45,15 @@ class MergeArgs(ctypes.Structure):  # csrc/cuda/merge.cuh
         ("topk", _i),
         *((name, _p) for name in ("neg_lse", "neg_mean", "neg_sq_lse", "neg_count")),
         *((name, _p) for name in ("topk_sim", "topk_index", "cell_keys", "slot_keys", "scores")),
+    )
+
+
+class EnqueueArgs(ctypes.Structure):  # csrc/cuda/enqueue.cuh
+    _fields_ = (
+        *((name, _p) for name in ("keys", "labels", "bank", "bank_labels")),
+        *((name, _p) for name in ("ptr", "count", "ticket")),
+        *((name, _l) for name in ("batch", "slots")),
+        ("dim", _i),
     )
 
 
@@ -155,3 +164,18 @@ def bank_pass(
     kind = DTYPES[bank.dtype]
     call(f"psm_bank_pass_{path}", ctypes.byref(args), kind, 0 if sums else 2, grid)
     return tuple(out.values())
+
+
+def enqueue(keys, labels, memory) -> None:
+    """As MemoryBank.enqueue of `memory`, by the kernel."""
+    ticket = torch.zeros((), dtype=torch.int32)
+    tensors = (memory.bank, memory.labels, memory.ptr, memory.count, ticket)
+    args = EnqueueArgs(
+        keys.data_ptr(),
+        None if labels is None else labels.data_ptr(),
+        *(tensor.data_ptr() for tensor in tensors),
+        keys.shape[0],
+        *memory.bank.shape,
+    )
+    call("psm_enqueue", ctypes.byref(args), DTYPES[keys.dtype], DTYPES[memory.bank.dtype], 3)
+    assert ticket == 0
