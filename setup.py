@@ -90,7 +90,9 @@ def find_cuda() -> Cuda | None:
         print(f"psm_kernels: no nvcc in {where}; the cuda backend will not be available")
         return None
     # nvcc may be a link or a script: it says itself where the toolkit is.
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    )
     here = re.search(r"_HERE_=(.*)", dry.stderr)
     if here is None:
         raise SystemExit(f"psm_kernels: {nvcc} --dryrun does not name its toolkit:\n{dry.stderr}")

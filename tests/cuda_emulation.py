@@ -60,7 +60,7 @@ class EnqueueArgs(ctypes.Structure):  # csrc/cuda/enqueue.cuh
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compiled once per content of the sources, kept in the temporary directory."""
-    sources = sorted((ROOT / "csrc").glob("**/*.*h")) + [SOURCE]
+    sources = [*sorted((ROOT / "csrc").glob("**/*.*h")), SOURCE]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     built = Path(tempfile.gettempdir()) / f"psm_cuda_emulation_{os.getuid()}_{digest}.so"
     if not built.exists():

@@ -188,7 +188,8 @@ def test_a_bad_row_spoils_itself_alone(path, dtype, bad):
     query, key = query.clone(), key.clone()
     query[3, 5], key[6, 7] = bad, bad
     got = both((query, key, bank, s_pos), path)[0]
-    assert got.neg_lse[3].isnan() and got.neg_mean[3].isnan().all()
+    assert got.neg_lse[3].isnan()
+    assert got.neg_mean[3].isnan().all()
     assert ((got.topk_index >= -1) & (got.topk_index < 300)).all()
     other = torch.tensor([row for row in range(20) if row not in (3, 6)])
     for a, b in zip(got, good, strict=True):
@@ -199,9 +200,12 @@ def test_a_bad_row_spoils_itself_alone(path, dtype, bad):
 def test_an_empty_bank(path, dtype):
     query, key, bank, s_pos = problem(3, 40, 64, dtype=dtype)
     got, _ = both((query, key, torch.full_like(bank, torch.nan), s_pos), path, count=0)
-    assert (got.neg_lse == -math.inf).all() and (got.neg_sq_lse == -math.inf).all()
-    assert not got.neg_mean.any() and not got.neg_count.any()
-    assert (got.topk_sim == -math.inf).all() and (got.topk_index == -1).all()
+    assert (got.neg_lse == -math.inf).all()
+    assert (got.neg_sq_lse == -math.inf).all()
+    assert not got.neg_mean.any()
+    assert not got.neg_count.any()
+    assert (got.topk_sim == -math.inf).all()
+    assert (got.topk_index == -1).all()
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -256,7 +260,8 @@ def test_enqueue(key_dtype, dtype):
         labels = torch.arange(batch) if batch != 4 else None
         want.enqueue(keys, labels)
         emulation.enqueue(keys, labels, got)
-        assert torch.equal(got.ptr, want.ptr) and torch.equal(got.count, want.count)
+        assert torch.equal(got.ptr, want.ptr)
+        assert torch.equal(got.count, want.count)
         assert torch.equal(got.labels, want.labels)
         torch.testing.assert_close(got.bank, want.bank, atol=0, rtol=2.0**-8)
 

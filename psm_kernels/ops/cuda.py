@@ -1,4 +1,4 @@
-"""Backend `cuda`: hands tensors to psm_kernels._C.cuda as addresses. The kernels are in csrc/cuda."""
+"""Backend `cuda`: hands tensors to psm_kernels._C.cuda as addresses. Kernels: csrc/cuda."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def enqueue(
     ptr: Tensor,  # ()
     count: Tensor,  # ()
 ) -> None:
-    """`MemoryBank.enqueue` in one kernel: normalize, cast, write behind the newest rows, advance."""
+    """`MemoryBank.enqueue` in one kernel: normalize, cast, write, advance."""
     from psm_kernels import _C
 
     keys = keys.contiguous()
