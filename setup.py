@@ -59,12 +59,13 @@ class Cuda(NamedTuple):
         return [path for path in found if "90a" in self.archs or "sm90" not in path.name]
 
     def flags(self, source: Path) -> list[str]:
-        archs = ["90a"] if "sm90" in source.name else self.archs
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        plain = sorted((arch for arch in archs if arch.isdigit()), key=int)
-        if plain:  # PTX of the oldest, which the driver compiles for chips that are not named
-            flags.append(f"-gencode=arch=compute_{plain[0]},code=compute_{plain[0]}")
-        return flags + self.defines()
+        if "sm90" in source.name:
+            return ["-gencode=arch=compute_90a,code=sm_90a", *self.defines()]
+        # One run of the front end serves all: PTX of the oldest becomes machine code for each, and
+        # is kept for chips that are not named.
+        real = sorted({int(arch.rstrip("af")) for arch in self.archs})
+        code = ",".join([*(f"sm_{arch}" for arch in real), f"compute_{real[0]}"])
+        return [f"-gencode=arch=compute_{real[0]},code=[{code}]", *self.defines()]
 
     def defines(self) -> list[str]:
         names = [f'-DPSM_CUDA_ARCHS="{",".join(self.archs)}"']

@@ -4,6 +4,7 @@
 
 #include "csrc/cuda/configs.cuh"
 #include "csrc/cuda/enqueue.cuh"
+#include "csrc/cuda/finish.cuh"
 #include "csrc/cuda/merge.cuh"
 
 using namespace psm::cuda;
@@ -141,6 +142,20 @@ int psm_enqueue(EnqueueArgs* args, int key_dtype, int bank_dtype, int grid) {
                 });
             });
         });
+    });
+}
+
+int psm_finish(FinishArgs* args, int dtype, int grid) {
+    return guarded([&] {
+        const auto run = [&](auto type) {
+            emulator::launch(grid, kFinishThreads, sizeof(FinishShared), [&](char* shared) {
+                finish_rows<typename decltype(type)::type>(
+                    *args, *reinterpret_cast<FinishShared*>(shared));
+            });
+        };
+        if (dtype == 0) run(Type<float>{});
+        if (dtype == 1) run(Type<BFloat16>{});
+        if (dtype == 2) run(Type<Float16>{});
     });
 }
 

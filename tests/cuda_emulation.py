@@ -57,6 +57,19 @@ class EnqueueArgs(ctypes.Structure):  # csrc/cuda/enqueue.cuh
     )
 
 
+class FinishArgs(ctypes.Structure):  # csrc/cuda/finish.cuh
+    _fields_ = (
+        *((name, _p) for name in ("query", "key", "projection", "bank", "s_pos", "rng_state")),
+        *((name, _p) for name in ("neg_lse", "neg_mean", "neg_sq_lse", "neg_count", "topk_index")),
+        *((name, _l) for name in ("row_offset", "col_offset")),
+        *((name, _i) for name in ("batch", "dim", "topk", "selection", "soft_weights")),
+        *((name, _f) for name in ("temperature", "weight_temperature", "hard_weight")),
+        *((name, _f) for name in ("sharpness", "b")),
+        *((name, _p) for name in ("loss", "grad_query", "grad_projection")),
+        *((name, _p) for name in ("kept", "grad_mean", "grad_var")),
+    )
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Compiled once per content of the sources, kept in the temporary directory."""
@@ -179,3 +192,34 @@ def enqueue(keys, labels, memory) -> None:
     )
     call("psm_enqueue", ctypes.byref(args), DTYPES[keys.dtype], DTYPES[memory.bank.dtype], 3)
     assert ticket == 0
+
+
+SOFT_WEIGHTS = ("attention", "uniform", "binary")
+
+
+def finish(query, key, projection, bank, s_pos, rng_state, swept, **settings):
+    """loss, grad_query, grad_projection, kept, grad_mean, grad_var of the fused finish."""
+    batch, dim = query.shape
+    outputs = [torch.full((batch,), torch.nan)]
+    outputs += [torch.full((batch, dim), torch.nan) for _ in range(2)]
+    outputs += [torch.full((batch,), torch.nan) for _ in range(3)]
+    sums = (swept.neg_lse, swept.neg_mean, swept.neg_sq_lse, swept.neg_count, swept.topk_index)
+    tensors = (query, key, projection, bank, s_pos, rng_state, *sums)
+    args = FinishArgs(
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+        settings["row_offset"],
+        0,
+        batch,
+        dim,
+        swept.topk_index.shape[1],
+        SELECTIONS.index(settings["selection"]),
+        SOFT_WEIGHTS.index(settings["soft_weights"]),
+        settings["temperature"],
+        settings["weight_temperature"],
+        settings["hard_weight"],
+        library().psm_sharpness(settings["a"]),
+        settings["b"],
+        *(tensor.data_ptr() for tensor in outputs),
+    )
+    call("psm_finish", ctypes.byref(args), DTYPES[bank.dtype], 3)
+    return outputs

@@ -5,7 +5,7 @@ import torch
 from conftest import problem
 from test_cuda_host import LOW, arguments, assert_agree
 
-from psm_kernels import backends
+from psm_kernels import backends, functional
 from psm_kernels.memory_bank import MemoryBank
 from psm_kernels.ops import BankPass, cuda, reference
 
@@ -124,6 +124,29 @@ def test_enqueue(key_dtype, dtype):
         assert torch.equal(got.count, want.count)
         assert torch.equal(got.labels, want.labels)
         torch.testing.assert_close(got.bank, want.bank, atol=0, rtol=2.0**-7)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
+def test_finish_is_the_loss_and_its_gradient(selection, dtype):
+    query, key, bank, s_pos = on_device(problem(40, 900, 96, dtype=dtype))
+    count, rng_state = torch.tensor(900, device="cuda"), torch.tensor([3, 4], device="cuda")
+    settings = {"temperature": 0.3, "selection": selection, "a": 2.0, "b": -0.1}
+    rest = {"soft_weights": "attention", "weight_temperature": 0.7, "hard_weight": 0.6}
+    swept = cuda.bank_pass(
+        query.to(dtype), key.to(dtype), bank, count, s_pos, *settings.values(), 5, rng_state, 0, 0
+    )
+    got = cuda.psm_finish(query, key, query, bank, s_pos, rng_state, swept, **settings, **rest)
+    leaf = query.clone().requires_grad_()
+    want = functional.psm_loss(
+        leaf, key, bank, rng_state=rng_state, topk=5, reduction="none", backend="cuda",
+        **settings, **rest,
+    )  # fmt: skip
+    want.sum().backward()
+    torch.testing.assert_close(got.loss, want.detach(), atol=2e-5, rtol=1e-5)
+    grad = got.grad_query + got.grad_projection
+    along = (grad * query).sum(1, keepdim=True) * query  # psm_loss normalizes its inputs
+    torch.testing.assert_close(grad - along, leaf.grad, atol=2e-5, rtol=1e-4)
 
 
 def test_memory_does_not_grow_with_batch_times_bank():

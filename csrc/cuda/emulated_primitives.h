@@ -144,14 +144,12 @@ inline void warp_sync() {
     static const char tag = 0;
     warp_collective(&tag, nullptr, [](std::vector<void*>&) {});
 }
-inline void named_barrier_sync(int id, int threads) {
+inline void block_sync() {
     static const char tag = 0;
     Block& block = Block::get();
-    auto& group = block.barrier[id];
-    const int rank = group.arrived;  // any thread may come in any order
-    block.collective(group, rank, threads, &tag, nullptr, [](std::vector<void*>&) {});
+    block.collective(block.barrier, block.barrier.arrived, block.threads, &tag, nullptr,
+                     [](std::vector<void*>&) {});
 }
-inline void block_sync() { named_barrier_sync(0, Block::get().threads); }
 inline int atomic_add(int* address, int value) {
     const int old = *address;
     *address += value;
@@ -209,7 +207,8 @@ inline void load_matrices_as(uint32_t (&x)[4], uint32_t address, const void* tag
                 uint16_t two[2];
                 for (int half = 0; half < 2; ++half) {
                     const int major = lane / 4, minor = 2 * (lane % 4) + half;
-                    const int row = kTransposed ? minor : major, column = kTransposed ? major : minor;
+                    const int row = kTransposed ? minor : major;
+                    const int column = kTransposed ? major : minor;
                     const uint32_t start = static_cast<Slot*>(all[8 * matrix + row])->address;
                     if (start % 16) block.fail("misaligned ldmatrix");
                     std::memcpy(&two[half], block.at(start, 16) + 2 * column, 2);

@@ -1,5 +1,5 @@
-// Host versions of primitives_sm90.cuh. Products run when a warpgroup waits for them, and until then
-// their accumulators read as NaN; bulk copies run at a random moment.
+// Host versions of primitives_sm90.cuh. Products run when a warpgroup waits for them, and until
+// then their accumulators read as NaN; bulk copies run at a random moment.
 #pragma once
 
 #include <array>
@@ -65,7 +65,6 @@ inline TensorMap emulated_map(const void* base, int64_t rows, int64_t columns, i
     return {{reinterpret_cast<uintptr_t>(base), uint64_t(rows), uint64_t(columns),
              uint64_t(box_rows)}};
 }
-inline void prefetch_map(const TensorMap*) {}
 inline void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier, int column, int row) {
     Block& block = Block::get();
     if (target % 1024) block.fail("a swizzled box must start at a multiple of 1024 bytes");

@@ -96,7 +96,7 @@ class Block {
     size_t shared_bytes = 0;
     std::vector<Thread> thread;
     std::vector<Collective> warp, warpgroup;
-    std::map<int, Collective> barrier;
+    Collective barrier;
     std::map<uint32_t, Mbarrier> mbarrier;
     std::vector<std::function<void()>> bulk_copies;
     std::vector<int> unfenced;  // per 16-byte unit: ordinary stores that no proxy fence followed
@@ -163,7 +163,7 @@ inline void Block::run(int block_index, int grid_size, int block_threads, size_t
     thread.resize(threads);
     warp.assign(threads / kWarpSize, {});
     warpgroup.assign((threads + kWarpgroupSize - 1) / kWarpgroupSize, {});
-    barrier.clear(), mbarrier.clear(), bulk_copies.clear(), error.clear();
+    barrier = {}, mbarrier.clear(), bulk_copies.clear(), error.clear();
     unfenced.assign(bytes / 16 + 1, 0);
     for (Thread& t : thread) {
         start_context(t.context, t.stack.get(), entry);

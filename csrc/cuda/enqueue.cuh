@@ -1,4 +1,4 @@
-// The ring buffer's write: normalize, cast, store a batch of keys, advance ptr and count, one kernel.
+// The ring buffer's write in one kernel: normalize, cast, store a batch, advance ptr and count.
 #pragma once
 
 #include "pass.cuh"

@@ -1,4 +1,4 @@
-// What happens to a tile of similarities between two products: noise, keep mask, exponentials, sums.
+// What happens to a tile of similarities between two products: noise, mask, exponentials, sums.
 //
 // A thread of an accumulator owns rows g and g + 8 of its warp's 16 (g = lane / 4) and, of every 8
 // slots, 2 c and 2 c + 1 (c = lane % 4): s[n][0], s[n][1] in row g, s[n][2], s[n][3] in row g + 8
@@ -17,12 +17,16 @@ constexpr float kWeightMax = 4096.0f;
 template <class T, int kTiles>
 struct Weights {
     uint32_t p[kTiles / 2][4];
-    PSM_DEVICE void set(int n, int row, float x, float y) { p[n / 2][n % 2 * 2 + row] = pack<T>(x, y); }
+    PSM_DEVICE void set(int n, int row, float x, float y) {
+        p[n / 2][n % 2 * 2 + row] = pack<T>(x, y);
+    }
 };
 template <int kTiles>
 struct Weights<float, kTiles> {
     float p[kTiles][4];
-    PSM_DEVICE void set(int n, int row, float x, float y) { p[n][2 * row] = x, p[n][2 * row + 1] = y; }
+    PSM_DEVICE void set(int n, int row, float x, float y) {
+        p[n][2 * row] = x, p[n][2 * row + 1] = y;
+    }
 };
 
 // The two rows of a thread.
@@ -153,7 +157,7 @@ PSM_DEVICE void weigh(float (&s)[kTiles][4], float (&out)[kOut][4], const PassAr
     }
 }
 
-// "expected": weight p. Its logit is s / tau + log p, and the sum of squares has a shift of its own,
+// "expected": weight p. Its logit is s / tau + log p. The sum of squares has a shift of its own,
 // because p exp(2 s / tau) can be large where p exp(s / tau) is negligible.
 template <class T, int kTiles, int kOut>
 PSM_DEVICE void weigh_expected(float (&s)[kTiles][4], float (&out)[kOut][4], const PassArgs& args,

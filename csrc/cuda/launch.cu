@@ -13,7 +13,8 @@ namespace psm::cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ MergeArgs args) {
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_kernel(const __grid_constant__ MergeArgs args) {
     __shared__ MergeShared shared;
     merge_rows<T>(args, shared);
 }
@@ -54,7 +55,8 @@ Chosen choose(const Request& request, bool aligned) {
 int choose_splits(int row_blocks, int resident, int most) {
     int best = 1;
     double best_share = 0;
-    for (int splits = 1; splits <= std::min(most, std::max(1, 2 * resident / row_blocks)); ++splits) {
+    const int last = std::min(most, std::max(1, 2 * resident / row_blocks));
+    for (int splits = 1; splits <= last; ++splits) {
         const int items = row_blocks * splits, waves = (items + resident - 1) / resident;
         const double share = double(items) / (double(waves) * resident);
         if (share > best_share + 0.03) best = splits, best_share = share;
@@ -112,7 +114,7 @@ void bank_pass(const Request& request, const Allocate& allocate) {
     const bool aligned = rows_aligned(in);
     const Chosen chosen = choose(request, aligned);
     const PassKernel& kernel = chosen.kernel;
-    if (kernel.shared_bytes > 48 << 10)
+    if (kernel.shared_bytes > 48 << 10)  // more needs the kernel's consent
         check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    kernel.shared_bytes),
               kernel.name);
@@ -153,7 +155,8 @@ void bank_pass(const Request& request, const Allocate& allocate) {
     args.neg_sq_lse = in.neg_sq_lse, args.neg_count = in.neg_count;
     args.topk_sim = in.topk_sim, args.topk_index = in.topk_index;
     const int merge_grid = std::min(pass.batch, 4 * multiprocessors);
-    lay_out(args, request.sums, merge_grid, allocate(lay_out(args, request.sums, merge_grid, nullptr)));
+    const size_t bytes = lay_out(args, request.sums, merge_grid, nullptr);
+    lay_out(args, request.sums, merge_grid, allocate(bytes));
 
     TensorMaps maps;
     void* pass_arguments[] = {&pass, &maps};
@@ -175,7 +178,7 @@ std::string unavailable(int device) {
     cudaFuncAttributes attributes;
     try {
         const DeviceGuard guard(device);
-        check(cudaFuncGetAttributes(&attributes, find_merge(Dtype::kFloat32)), "no kernel runs here");
+        check(cudaFuncGetAttributes(&attributes, find_merge(Dtype::kFloat32)), "no kernel here");
     } catch (const std::runtime_error& error) {
         return error.what();
     }

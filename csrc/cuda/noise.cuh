@@ -1,5 +1,5 @@
-// The canonical noise of philox.h with the work of its first three rounds shared: part of it depends
-// on the row alone, part on the column alone.
+// The canonical noise of philox.h with the work of its first three rounds shared: part of it
+// depends on the row alone, part on the column alone.
 #pragma once
 
 #include "pass.cuh"

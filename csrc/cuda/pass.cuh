@@ -64,7 +64,7 @@ PSM_HD int split_begin(int cells, int split, int splits) {
     return int(int64_t(cells) * split / splits);
 }
 
-// The tiles of one split: tile t covers slots [start(t), start(t) + tile_slots), counted with `lead`.
+// The tiles of one split: tile t covers slots [start(t), start(t + 1)), counted with `lead`.
 struct Walk {
     int lead, tile_slots, first_tile, tiles;
     int end;  // of the valid slots
@@ -90,14 +90,5 @@ template <class T>
 struct Type {
     using type = T;
 };
-
-// p = 2^-(sharpness (s - s_pos - b))^2 needs one FFMA for the difference when s_pos + b is scaled
-// beforehand. Its rounding matters only to a very sharp p, whose scale is made a power of two, so
-// that s = s_pos + b gives exactly 0. Never 0: 0 * -inf of a missing slot would be NaN.
-inline float sharpness_of(double a) {
-    const double exact = std::sqrt(a * 1.4426950408889634);
-    const double rounded = exact > 1048576.0 ? std::exp2(std::round(std::log2(exact))) : exact;
-    return float(std::fmax(rounded, 1e-30));
-}
 
 }  // namespace psm::cuda

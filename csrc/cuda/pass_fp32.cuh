@@ -1,5 +1,5 @@
-// The bank pass for fp32 banks by true fp32 products on the ordinary units: no TF32. Threads own the
-// elements that a tensor-core accumulator would give them, so that everything around is shared.
+// The bank pass for fp32 banks by true fp32 products on the ordinary units: no TF32. Threads own
+// the elements that a tensor-core accumulator would give them, so that everything around is shared.
 #pragma once
 
 #include "epilogue.cuh"

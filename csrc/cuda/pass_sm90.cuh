@@ -162,6 +162,10 @@ struct PassSm90 {
             Weights<T, kTiles> weights;
             CellMax best(args, row, walk);
             int held = -1;  // stage that P . M of the tile before may still read
+            const auto release = [&] {  // after any wait for products: they end in order
+                if (held >= 0 && lane == 0) mbarrier_arrive(barriers.empty(held));
+                held = -1;
+            };
 
             mbarrier_wait(barriers.rows_full(), rows_phase);
             rows_phase ^= 1;
@@ -171,12 +175,13 @@ struct PassSm90 {
                 mbarrier_wait(barriers.full(ring.stage), ring.phase);
                 if (args.mine) {
                     similarities(s, key, bank);
+                    release();
                     mask_slots(s, walk, tile);
                     best.take(s, walk.start(tile), walk.left(tile), cell_mask);
                 }
                 similarities(s, query, bank);
+                release();
                 hold_accumulators(out);
-                if (held >= 0 && lane == 0) mbarrier_arrive(barriers.empty(held));
                 held = ring.stage;
                 mask_slots(s, walk, tile);
                 epilogue<kSelection, kWork>(s, out, args, rows, noise,
@@ -186,10 +191,8 @@ struct PassSm90 {
             }
             wgmma_wait<0>();
             hold_accumulators(out);
-            if (lane == 0) {
-                if (held >= 0) mbarrier_arrive(barriers.empty(held));
-                mbarrier_arrive(barriers.rows_empty());
-            }
+            release();
+            if (lane == 0) mbarrier_arrive(barriers.rows_empty());
             write_partial<kSelection>(args, rows, out, row, split);
         }
     }

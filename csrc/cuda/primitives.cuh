@@ -66,7 +66,7 @@ PSM_DEVICE uint32_t scaled_threshold(float p, float cap) {
     return to_uint32(bits_float(__viaddmin_s32(float_bits(p), kExponent32,
                                                float_bits(cap) + kExponent32)));
 }
-// x and one more kept if word < threshold, else -inf. By hand: the compiler spends a move per count.
+// x and one more kept if word < threshold, else -inf. By hand: the compiler adds a move per count.
 PSM_DEVICE void keep_below(uint32_t word, uint32_t threshold, float& x, int& kept) {
     asm("{\n"
         ".reg .pred keep;\n"
@@ -113,9 +113,6 @@ PSM_DEVICE uint32_t warp_uniform(uint32_t x) { return __shfl_sync(0xFFFFFFFFu, x
 PSM_DEVICE bool warp_any(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 PSM_DEVICE void warp_sync() { __syncwarp(); }
 PSM_DEVICE void block_sync() { __syncthreads(); }
-PSM_DEVICE void named_barrier_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 PSM_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 PSM_DEVICE void fence_device() { __threadfence(); }
 PSM_DEVICE float square_root(float x) { return __fsqrt_rn(x); }

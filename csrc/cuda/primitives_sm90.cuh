@@ -14,9 +14,10 @@ struct TensorMaps {
 };
 
 // Descriptor of a 16-bit operand in shared memory, 128-byte swizzle, 1024-byte aligned atoms of
-// 8 x 128 bytes. K-major (similarities: columns are summed over): `stride` between groups of 8 rows,
-// `leading` unused. MN-major (P . M: slots are summed over): `leading` between panels of 64 columns,
-// `stride` between groups of 8 slots (PTX ISA, "Matrix descriptor"; CUTLASS, mma_traits_sm90_gmma).
+// 8 x 128 bytes. K-major (similarities: columns are summed over): `stride` between groups of 8
+// rows, `leading` unused. MN-major (P . M: slots are summed over): `leading` between panels of 64
+// columns, `stride` between groups of 8 slots (PTX ISA, "Matrix descriptor"; CUTLASS,
+// mma_traits_sm90_gmma.hpp).
 struct Descriptor {
     uint32_t low, high;
     PSM_DEVICE Descriptor(uint32_t address, uint32_t leading, uint32_t stride)
@@ -66,9 +67,6 @@ PSM_DEVICE void fence_proxy_async() {
 
 // --- bulk tensor copies ---
 
-PSM_DEVICE void prefetch_map(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 // The box at (column, row); what lies outside the matrix becomes zero.
 PSM_DEVICE void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier, int column,
                          int row) {

@@ -34,13 +34,9 @@ inline int attribute(cudaDeviceAttr which, int device) {
     return value;
 }
 
-// Raises the limit of shared memory and starts the kernel; nothing here waits for the device.
+// Starts a kernel; nothing here waits for the device.
 inline void launch(const void* function, const char* name, int grid, int threads, int shared_bytes,
                    void* stream, void** arguments) {
-    if (shared_bytes > 48 << 10)
-        check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   shared_bytes),
-              name);
     check(cudaLaunchKernel(function, dim3(grid), dim3(threads), arguments, shared_bytes,
                            static_cast<cudaStream_t>(stream)),
           name);

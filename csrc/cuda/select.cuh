@@ -52,7 +52,8 @@ PSM_DEVICE uint64_t select_threshold(int n, int k, KeyAt key_at, SelectScratch& 
             above -= own;
             if (above < left && above + own >= left) {
                 int digit = 8 * thread + 7, larger = above;
-                while (larger + scratch.histogram[digit] < left) larger += scratch.histogram[digit--];
+                while (larger + scratch.histogram[digit] < left)
+                    larger += scratch.histogram[digit--];
                 scratch.digit = digit;
                 scratch.left = left - larger;
             }

@@ -1,4 +1,4 @@
-// Tensor maps for TMA. The driver's encoder is found at run time: no library beside cudart is linked.
+// Tensor maps for TMA. The driver's encoder is found at run time: nothing but cudart is linked.
 #pragma once
 
 #include <cudaTypedefs.h>

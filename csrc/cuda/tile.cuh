@@ -1,6 +1,6 @@
 // A tile of rows in shared memory: panels of 64 16-bit columns (128 bytes a row), one after the
-// other, the 16-byte chunks of a row permuted by the 128-byte swizzle. TMA writes this layout, wgmma
-// descriptors name it, and ldmatrix reads it without bank conflicts.
+// other, the 16-byte chunks of a row permuted by the 128-byte swizzle. TMA writes this layout,
+// wgmma descriptors name it, and ldmatrix reads it without bank conflicts.
 #pragma once
 
 #include "pass.cuh"
@@ -32,7 +32,8 @@ PSM_DEVICE Chunk gather_chunk(const uint16_t* row, int column, int dim, bool ali
 }
 
 // Starts copying kTileRows rows from row `first` on, with `threads` threads; ordinary stores unless
-// kAsync and rows are aligned to 16 bytes. Rows outside [begin, end) and columns past `dim` become zero and are never read, whatever memory holds there.
+// kAsync and rows are aligned to 16 bytes. Rows outside [begin, end) and columns past `dim` become
+// zero and are never read, whatever memory holds there.
 template <int kTileRows, int kDim, bool kAsync = true>
 PSM_DEVICE void load_tile(uint32_t tile, const void* matrix, int64_t first, int64_t begin,
                           int64_t end, int dim, bool aligned, int thread, int threads) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,10 @@ from psm_kernels.ops import cpp
 
 MAX_DIM = 256  # of bank_pass; bank_topk, which keeps no sums per column, takes MAX_TOPK_DIM
 MAX_TOPK_DIM = 512
+MAX_FINISH_TOPK = 64
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
 _SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2}
 
 
@@ -142,6 +145,78 @@ def _run(
         **_place(bank),
         allocate=_Workspace(bank.device),
     )
+
+
+class Finish(NamedTuple):
+    """Per row; gradients are of the sum of the losses, with respect to unit rows."""
+
+    loss: Tensor  # (B,)
+    grad_query: Tensor  # (B, D)
+    grad_projection: Tensor  # (B, D)
+    kept: Tensor  # (B,) negatives that are left
+    grad_mean: Tensor  # (B,) of g over them, see MiningStats
+    grad_var: Tensor  # (B,)
+
+
+def psm_finish(
+    query: Tensor,  # (B, D) fp32
+    key: Tensor,  # (B, D) fp32
+    projection: Tensor,  # (B, D) fp32
+    bank: Tensor,  # (K, D)
+    s_pos: Tensor,  # (B,)
+    rng_state: Tensor | None,  # (2,)
+    swept: tuple[Tensor, ...],  # what bank_pass returned
+    *,
+    temperature: float,
+    selection: str,
+    soft_weights: str,
+    weight_temperature: float,
+    hard_weight: float,
+    a: float,
+    b: float,
+    row_offset: int = 0,
+    col_offset: int = 0,
+) -> Finish:
+    """Loss, gradients and statistics of `functional.psm_loss` after its pass, in one kernel.
+
+    All (B, D) inputs are unit rows, contiguous. Mined positives: at most MAX_FINISH_TOPK.
+    """
+    from psm_kernels import _C
+
+    neg_lse, neg_mean, neg_sq_lse, neg_count, _, topk_index = swept
+    if topk_index.shape[1] > MAX_FINISH_TOPK:
+        raise ValueError(f"topk: got {topk_index.shape[1]}, wanted at most {MAX_FINISH_TOPK}")
+    loss, kept, grad_mean, grad_var = (torch.empty_like(s_pos) for _ in range(4))
+    out = Finish(loss, torch.empty_like(query), torch.empty_like(query), kept, grad_mean, grad_var)
+    _C.cuda.finish(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        projection=projection.data_ptr(),
+        bank=bank.data_ptr(),
+        s_pos=s_pos.data_ptr(),
+        rng_state=_address(rng_state),
+        neg_lse=neg_lse.data_ptr(),
+        neg_mean=neg_mean.data_ptr(),
+        neg_sq_lse=neg_sq_lse.data_ptr(),
+        neg_count=neg_count.data_ptr(),
+        topk_index=topk_index.data_ptr(),
+        row_offset=row_offset,
+        col_offset=col_offset,
+        batch=query.shape[0],
+        dim=query.shape[1],
+        topk=topk_index.shape[1],
+        selection=_SELECTIONS[selection],
+        soft_weights=_SOFT_WEIGHTS[soft_weights],
+        temperature=temperature,
+        weight_temperature=weight_temperature,
+        hard_weight=hard_weight,
+        a=a,
+        b=b,
+        **{name: tensor.data_ptr() for name, tensor in out._asdict().items()},
+        dtype=_DTYPES[bank.dtype],
+        **_place(bank),
+    )
+    return out
 
 
 def enqueue(
