@@ -121,7 +121,7 @@ def sanitizer_flags() -> list[str]:
     names = os.environ.get("PSM_SANITIZE")
     if not names:
         return []
-    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1"]
 
 
 def run_parallel(objects: dict[Path, list[str]], build: Path) -> None:
@@ -137,7 +137,7 @@ def run_parallel(objects: dict[Path, list[str]], build: Path) -> None:
         run = shlex.join(command).replace("$", "$$")
         lines += [f"build {path.name}: cxx", f"  run = {run}"]
     (build / "build.ninja").write_text("\n".join(lines) + "\n")
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", str(build)], check=True)
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "--quiet", "-C", str(build)], check=True)
 
 
 class BuildKernels(build_ext):

@@ -1,8 +1,9 @@
-"""Train a ResNet without labels by PSM: python train.py
+"""Train a ResNet without labels by PSM or its kin: python train.py
 
     python train.py                                       digits: no download, minutes on two cores
     python train.py --data cifar10 --download --amp bf16  the released recipe, for a GPU
     python train.py --resume                              go on where an interrupted run stopped
+    torchrun --nproc-per-node 8 train.py --shard-bank     many processes, the bank divided
     python train.py --help                                every setting
 
 Each run leaves settings, metrics.jsonl, result.json, checkpoint.pt and pictures in runs/<name>/.
@@ -22,15 +23,27 @@ import random
 import shlex
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from psm_kernels import PSMLoss, plots, rank_gradient_stats
+from psm_kernels import (
+    HCLLoss,
+    InfoNCELoss,
+    PSMLoss,
+    SSCLLoss,
+    UnReMixLoss,
+    plots,
+    rank_gradient_stats,
+)
+from psm_kernels.batch_norm import set_batch_norm
 from psm_kernels.data import DATA_SETS, MEAN_STD, Views, load_images, transforms
+from psm_kernels.distributed import rank_and_world
 from psm_kernels.evaluate import encode, knn_accuracy, linear_probe
 
 
@@ -61,8 +74,8 @@ class Settings:
     dim: int = setting(128, "dimension of queries and keys", least=1)
     ema: float = setting(0.99, "momentum of the key encoder", least=0)
 
-    method: str = setting("psm", "loss", choices=("psm",))
-    temperature: float = setting(0.5, "of the loss")
+    method: str = setting("psm", "loss", choices=("psm", "sscl", "unremix", "hcl", "infonce"))
+    temperature: float = setting(0.5, "of the loss; infonce: 0.2")
     bank: int = setting(16384, "slots of the memory bank", least=1)
     topk: int = setting(5, "mined positives per query")
     a: float = setting(0.5, "negative selection: density")
@@ -70,6 +83,14 @@ class Settings:
     selection: str = setting("bernoulli", "bernoulli, expected or all negatives (PNSM off)")
     soft_weights: str = setting("attention", "of mined positives: attention, uniform or binary")
     hard_weight: float = setting(1.0, "of the augmented view's own loss")
+    beta: float = setting(1.0, "hcl, sscl: concentration on hard negatives")
+    tau_plus: float = setting(0.1, "hcl, sscl: share of false negatives; sscl: 0.05")
+    num_hard: int = setting(32, "sscl: nearest negatives to mix from")
+    num_synthetic: int = setting(8, "sscl: mixed negatives per query")
+    mix: str = setting("pair", "sscl: pair, query or none")
+    similarity_weight: float = setting(1 / 3, "unremix: of the similarity to the query")
+    uncertainty_weight: float = setting(1 / 3, "unremix: of the gradient's size")
+    representativeness_weight: float = setting(1 / 3, "unremix: of the distance to the others")
 
     epochs: int = setting(200, "passes over the training images", least=1)
     batch_size: int = setting(256, "images per optimizer step", least=2)
@@ -80,22 +101,35 @@ class Settings:
     weight_decay: float = setting(1e-3, "of every parameter", least=0)
     amp: str = setting("none", "autocast of the networks", choices=("none", "bf16", "fp16"))
     compile: bool = setting(False, "torch.compile the networks")
+    shard_bank: bool = setting(False, "divide the bank among torchrun's processes", free=True)
+    sync_bn: bool = setting(False, "batch norm over all processes; needs GPUs")
+    bn_splits: int = setting(1, "normalize as that many processes do, each its part", least=1)
+    timeout: int = setting(30, "minutes to wait for another process", least=1, free=True)
     probe: bool = setting(True, "end with linear probes and pictures", free=True)
 
 
 RECIPES = {
-    "digits": {
-        "image_size": 8,
-        "bank": 1024,
-        "epochs": 20,
-        "batch_size": 64,
-        "warmup": 1,
-        "ema": 0.97,
-    },
+    "digits": {"image_size": 8, "bank": 1024, "batch_size": 64, "epochs": 16, "warmup": 1}
+    | {"ema": 0.97},  # 350 steps in all: a slower key encoder would lag behind
     "tinyimagenet": {"image_size": 64, "stem": "large"},  # as released; small is 10 times the work
     "imagefolder": {"image_size": 224, "stem": "large"},
 }
 PARTS = ("encoder", "predictor", "momentum", "criterion", "optimizer", "scaler")  # of a checkpoint
+METHODS = {  # loss, its settings above, defaults that differ from those above (sources: the losses)
+    "psm": (PSMLoss, ("topk", "a", "b", "selection", "soft_weights", "hard_weight"), {}),
+    "sscl": (
+        SSCLLoss,
+        ("beta", "tau_plus", "num_hard", "num_synthetic", "mix"),
+        {"tau_plus": 0.05},
+    ),
+    "unremix": (
+        UnReMixLoss,
+        ("similarity_weight", "uncertainty_weight", "representativeness_weight"),
+        {},
+    ),
+    "hcl": (HCLLoss, ("beta", "tau_plus"), {}),
+    "infonce": (InfoNCELoss, (), {"temperature": 0.2}),
+}
 STATISTICS = ("positive_purity", "kept", "grad_mean", "grad_var", "bank_fill")
 
 
@@ -123,15 +157,20 @@ def command_line(argv: list[str] | None) -> dict:
     return vars(parser.parse_args(argv))
 
 
-def check(s: Settings) -> None:
+def check(s: Settings, given: dict) -> None:
+    foreign = {name for _, names, _ in METHODS.values() for name in names} - {*METHODS[s.method][1]}
+    for name in foreign & set(given):
+        raise UserError(f"{name}: got {given[name]}, but --method {s.method} has no such setting")
     for field in dataclasses.fields(s):
         least, value = field.metadata["least"], getattr(s, field.name)
         if least is not None and not value >= least:
             raise UserError(f"{field.name}: got {value}, wanted at least {least}")
     if s.ema > 1:
         raise UserError(f"ema: got {s.ema}, wanted at most 1")
-    if s.batch_size % s.accumulate or s.batch_size < 2 * s.accumulate:
-        wanted = f"a multiple of accumulate ({s.accumulate}), with 2 images or more in each pass"
+    _, world = rank_and_world()
+    passes = s.accumulate * world * s.bn_splits
+    if s.batch_size % passes or s.batch_size < 2 * passes:
+        wanted = f"a multiple of accumulate x processes x bn_splits ({passes}), 2 images in each"
         raise UserError(f"batch_size: got {s.batch_size}, wanted {wanted}")
 
 
@@ -160,22 +199,39 @@ def make_encoder(s: Settings) -> nn.Sequential:
 
 
 def make_criterion(s: Settings) -> nn.Module:
-    """The loss with its bank. Another method is one more branch here and a choice of --method."""
-    names = ("topk", "a", "b", "selection", "soft_weights", "hard_weight", "seed")
-    options = {name: getattr(s, name) for name in names}
-    return PSMLoss(s.temperature, (s.bank, s.dim), **options)
+    """The loss with its bank. Another method is one more row of METHODS."""
+    loss, names, _ = METHODS[s.method]
+    options = {name: getattr(s, name) for name in (*names, "seed")}
+    options["shard_bank" if s.shard_bank else "gather_distributed"] = True
+    return loss(s.temperature, (s.bank, s.dim), **options)
+
+
+class Online(nn.Module):
+    """The networks that learn, as one module for DistributedDataParallel."""
+
+    def __init__(self, encoder: nn.Module, predictor: nn.Module):
+        super().__init__()
+        self.encoder, self.predictor = encoder, predictor
+
+    def forward(self, x1, x2):
+        z1, z2 = self.encoder(x1), self.encoder(x2)  # (B, D)
+        return z1, z2, self.predictor(z1), self.predictor(z2)
 
 
 class Run:
     """All that a training consists of; a checkpoint holds its PARTS and its history."""
 
     def __init__(self, s: Settings):
-        gpu = "cuda" if torch.cuda.is_available() else "cpu"
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(gpu if s.device == "auto" else s.device)
+        if s.sync_bn and self.device.type != "cuda":
+            raise ValueError(f"sync_bn: needs GPUs, got the device {self.device}; see --bn-splits")
+        self.rank, self.world = rank_and_world()
         self.settings, self.folder = s, Path(s.runs) / s.name
         self.epoch, self.history = 0, []
-        self.encoder = make_encoder(s).to(self.device)
-        self.predictor = mlp(s.dim, s.dim).to(self.device)
+        norm = {"sync": s.sync_bn, "splits": s.bn_splits}
+        self.encoder = set_batch_norm(make_encoder(s), **norm).to(self.device)
+        self.predictor = set_batch_norm(mlp(s.dim, s.dim), **norm).to(self.device)
         self.momentum = copy.deepcopy(self.encoder).requires_grad_(False)
         self.criterion = make_criterion(s).to(self.device)
         moved = [*self.encoder.parameters(), *self.predictor.parameters()]
@@ -184,6 +240,18 @@ class Run:
         if s.compile:
             for module in (self.encoder, self.predictor, self.momentum):
                 module.compile()
+        self.online = Online(self.encoder, self.predictor)
+        if self.world > 1:
+            # Those of batch norm: each process has its own, averaged at the end of an epoch.
+            self.online._ddp_params_and_buffers_to_ignore = dict(self.online.named_buffers())
+            self.online = nn.parallel.DistributedDataParallel(self.online)
+
+    def average(self, *tensors: torch.Tensor) -> None:
+        """Over all processes, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor /= self.world
 
     def autocast(self):
         dtype = torch.float16 if self.settings.amp == "fp16" else torch.bfloat16
@@ -204,7 +272,8 @@ def learning_rate(s: Settings, epoch: float) -> float:
 def fill_bank(run: Run, views: Views) -> None:
     """Keys of the untrained encoder: with a bank that still fills, the loss would rise at first."""
     s = run.settings
-    batches = views.batches(s.batch_size, epoch=0, workers=s.workers)
+    options = {"workers": s.workers, "part": (run.rank, run.world)}
+    batches = views.batches(s.batch_size, epoch=0, **options)
     for _, view, label in itertools.islice(batches, math.ceil(s.bank / s.batch_size)):
         view, label = run.to_device(view, label)
         with run.autocast():
@@ -215,7 +284,8 @@ def fill_bank(run: Run, views: Views) -> None:
 def train_epoch(run: Run, views: Views, bar: tqdm) -> dict:
     """One pass over the images; returns the epoch's means, learning rate and speed."""
     s = run.settings
-    loader = views.batches(s.batch_size, epoch=run.epoch + 1, workers=s.workers)
+    options = {"workers": s.workers, "part": (run.rank, run.world)}
+    loader = views.batches(s.batch_size, epoch=run.epoch + 1, **options)
     rows, start = [], time.perf_counter()
     for step, batch in enumerate(loader):
         lr = learning_rate(s, run.epoch + step / len(loader))
@@ -225,52 +295,72 @@ def train_epoch(run: Run, views: Views, bar: tqdm) -> dict:
             for slow, fast in zip(run.momentum.parameters(), run.encoder.parameters(), strict=True):
                 slow.lerp_(fast, 1 - s.ema)
 
-        view1, view2, label = run.to_device(*batch)  # (B, C, H, W) twice, (B,)
-        keys = []
-        for x1, x2, y in zip(*(t.chunk(s.accumulate) for t in (view1, view2, label)), strict=True):
+        batch = run.to_device(*batch)  # two views (B, C, H, W) and labels (B,), B of this process
+        label, keys = batch[-1], []
+        for x1, x2, y in zip(*(t.chunk(s.accumulate) for t in batch), strict=True):
+            # Gradients are averaged over the processes in the last pass of a step.
+            run.online.require_backward_grad_sync = len(keys) + 1 == s.accumulate
             with run.autocast():
-                z1, z2 = run.encoder(x1), run.encoder(x2)  # (B / accumulate, D)
-                q1, q2 = run.predictor(z1), run.predictor(z2)
+                z1, z2, q1, q2 = run.online(x1, x2)  # (B / accumulate, D)
                 with torch.no_grad():
                     key1, key2 = run.momentum(x1), run.momentum(x2)
             # Both directions of every pass see the bank as it was before this step.
-            options = {"labels": y, "return_stats": True, "update": False}
-            out1 = run.criterion(q1, key2, projection=z1, **options)
-            out2 = run.criterion(q2, key1, projection=z2, **options)
-            loss = (out1.loss + out2.loss) / 2
+            loss1, row1 = contrast(run, q1, key2, z1, y)
+            loss2, row2 = contrast(run, q2, key1, z2, y)
+            loss = (loss1 + loss2) / 2
             run.scaler.scale(loss / s.accumulate).backward()
             keys.append(key2)
-            rows += [statistics(out1), statistics(out2)]  # on the device: no wait in a step
+            rows += [row1, row2]  # on the device: no wait in a step
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad()
         run.criterion.enqueue(torch.cat(keys), label)  # one view's keys, once a step
         if step % 10 == 0:
             bar.set_postfix(epoch=run.epoch + 1, loss=f"{loss.item():.3f}", refresh=False)
-        bar.update(len(label))
-    means = dict(zip(("loss", *STATISTICS), torch.stack(rows).mean(0).tolist(), strict=True))
+        bar.update(s.batch_size)
+    means = torch.stack(rows).mean(0)
+    running = [b for m in (run.online, run.momentum) for b in m.buffers() if b.is_floating_point()]
+    run.average(means, *running)
+    means = dict(zip(("loss", *STATISTICS), means.tolist(), strict=True))
     if not math.isfinite(means["loss"]):
         raise UserError(f"the loss became {means['loss']} in epoch {run.epoch + 1}: lower --lr?")
     seconds = time.perf_counter() - start
     return means | {"lr": lr, "images_per_s": len(loader) * s.batch_size / seconds}
 
 
-def statistics(out) -> torch.Tensor:
-    """Loss and STATISTICS of one call as a vector; NaN where there is none, as purity at topk 0."""
-    values = (out.loss, *(getattr(out.stats, name) for name in STATISTICS))
-    missing = torch.full_like(out.loss, math.nan)
-    return torch.stack([(missing if v is None else v).detach().float().mean() for v in values])
+def contrast(run: Run, query, key, projection, label) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and it and STATISTICS as a vector; NaN where there is none, as purity at topk 0 or
+    all but the fill of the bank where nothing is mined. The bank stays as it is."""
+    memory, options = run.criterion.memory_bank, {"labels": label, "update": False}
+    stats = {"bank_fill": memory.count / memory.size}
+    if isinstance(run.criterion, PSMLoss):
+        out = run.criterion(query, key, projection=projection, return_stats=True, **options)
+        loss, stats = out.loss, vars(out.stats)
+    else:
+        loss = run.criterion(query, key, **options)
+    values = (loss, *(stats.get(name) for name in STATISTICS))
+    missing = torch.full_like(loss, math.nan)
+    row = [(missing if v is None else v).detach().float().mean() for v in values]
+    return loss, torch.stack(row)
 
 
 def save(run: Run) -> None:
     """Everything needed to go on exactly; os.replace keeps the old file until the new is whole."""
     state = {name: getattr(run, name).state_dict() for name in PARTS}
+    state["criterion"] = whole(state["criterion"])
+    if run.rank != 0:
+        return
     state |= {"settings": dataclasses.asdict(run.settings), "history": run.history}
     state |= {"python_rng": random.getstate(), "torch_rng": torch.get_rng_state()}
     state["cuda_rng"] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     temporary = run.folder / "checkpoint.tmp"
     torch.save(state, temporary)
     os.replace(temporary, run.folder / "checkpoint.pt")
+
+
+def whole(state: dict) -> dict:
+    """With a divided bank's parts from all processes put together, on every process."""
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
 
 
 def load(path: Path, given: dict) -> tuple[dict, Settings]:
@@ -329,7 +419,9 @@ def compare(run: Run, train: Views, test: Views) -> dict:
 
 
 @torch.no_grad()
-def draw(run: Run, random_knn: float, views: Views, train: Views, test: Views) -> dict:
+def draw(
+    run: Run, bank: torch.Tensor, random_knn: float, views: Views, train: Views, test: Views
+) -> dict:
     """curves.png, gradient.png and mined.png; returns the numbers behind the second."""
     s, folder = run.settings, run.folder
     plots.draw_curves(run.history, folder / "curves.png", random_knn=random_knn)
@@ -339,14 +431,13 @@ def draw(run: Run, random_knn: float, views: Views, train: Views, test: Views) -
     for module in (run.encoder, run.predictor, run.momentum):
         module.eval()
     query, key = run.predictor(run.encoder(view1)), run.momentum(view2)
-    memory = run.criterion.memory_bank
-    options = {"count": memory.count, "temperature": s.temperature}
-    gradient = rank_gradient_stats(query, key, memory.bank, **options)
+    options = {"count": run.criterion.memory_bank.count, "temperature": s.temperature}
+    gradient = rank_gradient_stats(query, key, bank, **options)
     plots.draw_gradient(*gradient, folder / "gradient.png")
 
     query, _ = features(run, nn.Sequential(run.encoder, run.predictor), test)
     key, bank = features(run, run.momentum, test)[0], features(run, run.momentum, train)[0]
-    keep = None if s.selection == "all" else (s.a, s.b)
+    keep = None if s.method != "psm" or s.selection == "all" else (s.a, s.b)
     rows = (query[:8], key[:8], bank[: s.bank])
     options = {"topk": s.topk, "keep": keep, "mean_std": MEAN_STD[s.data]}
     plots.draw_mined(test, train, *rows, folder / "mined.png", **options)
@@ -366,24 +457,26 @@ def log(run: Run, bar: tqdm, writer) -> None:
     if writer:
         for name, value in row.items():
             writer.add_scalar(name, value, row["epoch"])
-    bar.write(
-        "epoch {epoch:3}  loss {loss:.4f}  kNN {knn:.2%}  purity {positive_purity:.1%}  kept "
-        "{kept:.1%}  gradient {grad_mean:.2e}, variance {grad_var:.2e}  bank {bank_fill:.0%}  "
-        "lr {lr:.4f}".format(**row)
-    )
+    text = "epoch {epoch:3}  loss {loss:.4f}  kNN {knn:.2%}  "
+    if run.settings.method == "psm":
+        text += "purity {positive_purity:.1%}  kept {kept:.1%}  "
+        text += "gradient {grad_mean:.2e}, variance {grad_var:.2e}  "
+    bar.write((text + "bank {bank_fill:.0%}  lr {lr:.4f}").format(**row))
 
 
 def start(given: dict) -> tuple[Run, Views, Views, Views]:
     """A new or resumed run, its random views, plain training and test images. Nothing is written
     before all is known to fit."""
-    s = Settings(**(RECIPES.get(given.get("data", Settings.data), {}) | given))
+    *_, defaults = METHODS[given.get("method", Settings.method)]
+    recipe = RECIPES.get(given.get("data", Settings.data), {})
+    s = Settings(**(defaults | recipe | given))
     s.name = s.name or f"{s.data}-{s.method}"
     folder, state = Path(s.runs) / s.name, None
     if s.resume:
         state, s = load(folder / "checkpoint.pt", given | {"name": s.name, "runs": s.runs})
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists: --resume continues it, --name NAME makes another")
-    check(s)
+    check(s, given)
     options = {"download": s.download, "limit": s.limit}
     images = [load_images(s.data, s.data_dir, train=part, **options) for part in (True, False)]
     if len(images[0]) < s.batch_size:
@@ -398,41 +491,55 @@ def start(given: dict) -> tuple[Run, Views, Views, Views]:
         restore(run, state)
     else:
         fill_bank(run, views)
-        folder.mkdir(parents=True, exist_ok=True)
+        if run.rank == 0:  # the others have looked for the folder: they helped to fill the bank
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "settings.json", dataclasses.asdict(s))
         save(run)
-        write_json(folder / "settings.json", dataclasses.asdict(s))
     return run, views, Views(images[0], [plain]), Views(images[1], [plain])
 
 
 def train(run: Run, views: Views, train: Views, test: Views) -> None:
-    writer = None
+    writer, first = None, run.rank == 0  # the first process evaluates, prints and writes
     with contextlib.suppress(ImportError):  # TensorBoard is optional
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(run.folder, purge_step=run.epoch + 1)
+        writer = SummaryWriter(run.folder, purge_step=run.epoch + 1) if first else None
     s, backbone, begin = run.settings, run.encoder[0], time.perf_counter()
     images = len(views) // s.batch_size * s.batch_size  # in an epoch of full batches
     size = {"total": s.epochs * images, "initial": run.epoch * images}
-    with tqdm(**size, unit="img", unit_scale=True, disable=None) as bar:  # no bar into a file
+    # None: no bar into a file
+    with tqdm(**size, unit="img", unit_scale=True, disable=None if first else True) as bar:
         while run.epoch < s.epochs:
-            means = train_epoch(run, views, bar)
-            knn = knn_accuracy(*features(run, backbone, train), *features(run, backbone, test))
+            row = {"epoch": run.epoch + 1, "knn": math.nan, **train_epoch(run, views, bar)}
+            if first:
+                sets = *features(run, backbone, train), *features(run, backbone, test)
+                row["knn"] = knn_accuracy(*sets)
             run.epoch += 1
-            run.history.append({"epoch": run.epoch, "knn": knn, **means})
+            run.history.append(row)
             save(run)
-            log(run, bar, writer)
+            if first:
+                log(run, bar, writer)
+    bank = whole(run.criterion.state_dict())["memory_bank.bank"]
+    if not first:
+        return
     result = {**run.history[-1], "settings": dataclasses.asdict(s)}
     if s.probe:
         result["accuracy"] = compare(run, train, test)
         random_knn = result["accuracy"]["random-initialized encoder"]["knn"]
-        result["gradient"] = draw(run, random_knn, views, train, test)
+        result["gradient"] = draw(run, bank, random_knn, views, train, test)
     write_json(run.folder / "result.json", result)
     print(f"{time.perf_counter() - begin:.0f} s; everything is in {run.folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        train(*start(command_line(argv)))
+        given = command_line(argv)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            minutes = given.get("timeout", Settings.timeout)
+            dist.init_process_group(timeout=timedelta(minutes=minutes))
+        train(*start(given))
     except (UserError, FileNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -442,6 +549,9 @@ def main(argv: list[str] | None = None) -> int:
             f"\nstopped; to continue after the last full epoch: {again} --resume", file=sys.stderr
         )
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -75,9 +75,10 @@ void run(const Args& args, const std::string& isa, int threads, const py::functi
 void bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t s_pos, int64_t batch,
                int64_t count, int64_t dim, int dtype, int selection, double temperature, double a,
                double b, int64_t topk, int64_t seed, int64_t offset, int64_t row_offset,
-               int64_t col_offset, uintptr_t affine, uintptr_t rho, uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse,
-               uintptr_t neg_count, uintptr_t topk_sim, uintptr_t topk_index,
-               const std::string& isa, int threads, const py::function& allocate) {
+               int64_t col_offset, uintptr_t affine, uintptr_t rho, uintptr_t neg_lse,
+               uintptr_t neg_mean, uintptr_t neg_sq_lse, uintptr_t neg_count, uintptr_t topk_sim,
+               uintptr_t topk_index, const std::string& isa, int threads,
+               const py::function& allocate) {
     const Sizes sizes = check_sizes(batch, count, dim, topk, dtype, threads);
     check_size("selection", selection, 0, 3);
     if (!(temperature > 0.0) || std::isinf(temperature))
@@ -96,7 +97,7 @@ void bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t s_pos, 
     args.affine = pointer<float>("affine", affine, weighs ? batch : 0);
     args.rho = pointer<float>("rho", rho, weighs ? count : 0);
     args.neg_lse = pointer<float>("neg_lse", neg_lse, batch);
-    args.neg_mean = pointer<float>("neg_mean", neg_mean, 0);
+    args.neg_mean = pointer<float>("neg_mean", neg_mean, 0);  // null: not wanted
     args.neg_sq_lse = pointer<float>("neg_sq_lse", neg_sq_lse, batch);
     args.neg_count = pointer<float>("neg_count", neg_count, batch);
     args.topk_sim = pointer<float>("topk_sim", topk_sim, batch * topk);
@@ -128,9 +129,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("bank_pass", &bank_pass, py::kw_only(), arg("query"), arg("key"), arg("bank"),
           arg("s_pos"), arg("batch"), arg("count"), arg("dim"), arg("dtype"), arg("selection"),
           arg("temperature"), arg("a"), arg("b"), arg("topk"), arg("seed"), arg("offset"),
-          arg("row_offset"), arg("col_offset"), arg("affine"), arg("rho"), arg("neg_lse"), arg("neg_mean"),
-          arg("neg_sq_lse"), arg("neg_count"), arg("topk_sim"), arg("topk_index"), arg("isa"),
-          arg("threads"), arg("allocate"));
+          arg("row_offset"), arg("col_offset"), arg("affine"), arg("rho"), arg("neg_lse"),
+          arg("neg_mean"), arg("neg_sq_lse"), arg("neg_count"), arg("topk_sim"),
+          arg("topk_index"), arg("isa"), arg("threads"), arg("allocate"));
     m.def("bank_topk", &bank_topk, py::kw_only(), arg("query"), arg("bank"), arg("batch"),
           arg("count"), arg("dim"), arg("dtype"), arg("topk"), arg("topk_sim"),
           arg("topk_index"), arg("isa"), arg("threads"), arg("allocate"));

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
 from torchvision.transforms import v2
 
 MEAN_STD = {  # per channel of the training images
@@ -146,15 +154,38 @@ class Views(Dataset):
             torch.default_generator.manual_seed(number % 2**32)  # its seeds have 32 bits
             return *(transform(image) for transform in self.copies), label
 
-    def batches(self, size: int, *, epoch: int | None = None, workers: int = 0) -> DataLoader:
-        """Shuffled full batches of a training epoch; all images in order when epoch is None."""
+    def batches(
+        self,
+        size: int,
+        *,
+        epoch: int | None = None,
+        workers: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ) -> DataLoader:
+        """Shuffled full batches of a training epoch; all images in order when epoch is None.
+        `part`, a rank and a number of processes: that rank's rows of each batch."""
         self.epoch, train = epoch or 0, epoch is not None
+        generator = torch.Generator().manual_seed(self.seed * 10_007 + self.epoch)
+        order = RandomSampler(self, generator=generator) if train else SequentialSampler(self)
         return DataLoader(
             self,
-            size,
-            shuffle=train,
-            drop_last=train,
+            batch_sampler=_Part(BatchSampler(order, size, drop_last=train), *part),
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed * 10_007 + self.epoch),
+            generator=generator,
         )
+
+
+class _Part(Sampler):
+    """One process's rows of each batch; joined in rank order they are the batch."""
+
+    def __init__(self, batches: BatchSampler, rank: int, world: int):
+        self.batches, self.rank, self.world = batches, rank, world
+
+    def __iter__(self):
+        for batch in self.batches:
+            start, stop = (len(batch) * r // self.world for r in (self.rank, self.rank + 1))
+            yield batch[start:stop]
+
+    def __len__(self) -> int:
+        return len(self.batches)

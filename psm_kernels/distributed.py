@@ -62,16 +62,18 @@ def agree(group: dist.ProcessGroup | None, facts: Callable[[], dict[str, object]
         facts: checks this rank's input and says what must be equal everywhere; JSON values.
     """
     rank, world = rank_and_world(group)
-    problem, mine = None, {}
+    if world == 1:
+        facts()
+        return
+    problem = None
     try:
         mine = facts()
     except ValueError as error:
-        problem = error
-    if world > 1:
-        said = _exchange_facts(mine if problem is None else {"refused": str(problem)}, group, world)
+        problem, mine = error, {"refused": str(error)}
+    said = _exchange_facts(mine, group, world)
     if problem is not None:
         raise problem
-    if world == 1 or all(other == said[rank] for other in said):
+    if all(other == said[rank] for other in said):
         return
     for other, there in enumerate(said):
         if "refused" in there:
@@ -409,6 +411,8 @@ def _exchange_facts(mine: dict, group: dist.ProcessGroup | None, world: int) -> 
     if "refused" in mine:
         mine = {"refused": mine["refused"][: _FACTS_BYTES // 8]}  # JSON may take 6 bytes a letter
     text = json.dumps(mine).encode().ljust(_FACTS_BYTES)
+    if len(text) > _FACTS_BYTES:
+        raise ValueError(f"facts: got {len(text)} bytes of JSON, wanted {_FACTS_BYTES} at most")
     sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     received = torch.empty(world * _FACTS_BYTES, dtype=torch.uint8)
     try:

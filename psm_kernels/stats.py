@@ -26,7 +26,9 @@ class MiningStats:
     grad_var: Tensor  # (B,) its variance
     positive_similarity: Tensor  # (B,) cosine of query and key
     contrast_acc: Tensor  # () share of rows whose key outranks every candidate
-    positive_purity: Tensor | None = None  # () share of mined positives with the row's label
+    positive_purity: Tensor | None = (
+        None  # () share of mined rows with the row's label; topk 0: None
+    )
     false_negative_rate: Tensor | None = None  # () share of kept negatives with the row's label
     bank_fill: Tensor | None = None  # () count / K
     bank_age: Tensor | None = None  # () batches since the oldest key was written

@@ -46,7 +46,7 @@ def threads():
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
     ("batch", "size", "dim", "topk"),
-    [  # tails of rows (blocks of 6), slots (64), columns (4, 16, 32), all tile sizes; many row groups
+    [  # tails of rows (blocks of 6), slots (64) and columns (4, 32), all tile sizes, row groups
         (1, 1, 8, 1),
         (3, 63, 20, 5),
         (257, 300, 64, 5),
@@ -216,7 +216,9 @@ def workspace(batch, count, dim, topk) -> int:
 
 def call(batch=4, count=10, dim=8, topk=2) -> dict:
     """Arguments of _C.bank_pass with addresses that pass its checks and are never used."""
-    names = "query key bank s_pos neg_lse neg_mean neg_sq_lse neg_count topk_sim topk_index"
+    names = (
+        "query key bank s_pos affine rho neg_lse neg_mean neg_sq_lse neg_count topk_sim topk_index"
+    )
     arguments = dict.fromkeys(names.split(), 4096)
     arguments |= {"batch": batch, "count": count, "dim": dim, "topk": topk, "dtype": 0}
     arguments |= {"selection": 0, "temperature": 0.5, "a": 0.5, "b": 0.0, "seed": 0, "offset": 0}
@@ -240,7 +242,7 @@ def test_extra_memory_does_not_grow_with_the_bank():
         ({"query": 0}, "query: got a null pointer"),
         ({"key": 0}, "key: got a null pointer"),
         ({"bank": 0}, "bank: got a null pointer"),
-        ({"neg_mean": 0}, "neg_mean: got a null pointer"),
+        ({"neg_lse": 0}, "neg_lse: got a null pointer"),
         ({"query": 4097}, "query: got address 4097, wanted a multiple of 4"),
         ({"bank": 4097, "dtype": 1}, "bank: got address 4097, wanted a multiple of 2"),
         ({"topk_index": 4100}, "topk_index: got address 4100, wanted a multiple of 8"),
@@ -252,7 +254,9 @@ def test_extra_memory_does_not_grow_with_the_bank():
         ({"topk": -1}, "topk: got -1"),
         ({"batch": 1 << 62}, "batch: got"),
         ({"dtype": 3}, "dtype: got 3"),
-        ({"selection": 3}, "selection: got 3"),
+        ({"selection": 4}, "selection: got 4"),
+        ({"selection": 3, "rho": 0}, "rho: got a null pointer"),
+        ({"selection": 3, "affine": 0}, "affine: got a null pointer"),
         ({"temperature": 0.0}, "temperature: got 0"),
         ({"temperature": float("nan")}, "temperature: got"),
         ({"threads": 0}, "threads: got 0"),

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from psm_kernels import PSMLoss, distributed
+from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, distributed
 from psm_kernels.ops import BankPass, bank_pass
 
 DIM, BATCH = 12, 8  # columns; rows of all ranks together
@@ -237,6 +237,52 @@ def test_other_weights(pool, world, settings):
     expected = step(single, *whole_batch())
     for name, value in joined([r[0] for r in got], world).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-12)
+
+
+KIN = {
+    "info_nce": (InfoNCELoss, {}),
+    "hcl": (HCLLoss, {"beta": 0.5}),
+    "sscl": (SSCLLoss, {"num_hard": 6}),
+}
+
+
+def kin_steps(at, name, options, state, steps):
+    cls, settings = KIN[name]
+    criterion = cls(
+        0.2, (40, DIM), bank_dtype=torch.float64, process_group=at.group, **settings, **options
+    )
+    criterion.load_state_dict(state)
+    results = []
+    for _ in range(steps):
+        query, key = (at.own(x) for x in whole_batch()[:2])
+        query = query.clone().requires_grad_()
+        loss = criterion(query, key)
+        loss.backward()
+        results.append((loss.detach(), query.grad / at.world))
+    return results
+
+
+@pytest.mark.parametrize("options", [{"shard_bank": True}, {"gather_distributed": True}], ids=str)
+@pytest.mark.parametrize("name", KIN)
+def test_kin_equal_one_process(pool, name, options):
+    cls, settings = KIN[name]
+    single = cls(0.2, (40, DIM), bank_dtype=torch.float64, **settings)
+    single.enqueue(unit(30, seed=7))
+    got = pool.run(kin_steps, 2, name, options, single.state_dict(), 2)
+    expected = kin_steps(At(0, 1, None), name, {}, single.state_dict(), 2)
+    for ranks, (loss, grad) in zip(zip(*got, strict=True), expected, strict=True):
+        torch.testing.assert_close(sum(r[0] for r in ranks) / 2, loss, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(torch.cat([r[1] for r in ranks]), grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"shard_bank": True}, {"gather_distributed": True}], ids=str)
+def test_kin_that_cannot_be_distributed(pool, options):
+    errors = pool.refused(kin_without_bank, 2, options)
+    assert all("memory_bank_size: got 0" in error for error in errors)
+
+
+def kin_without_bank(at, options):
+    HCLLoss(process_group=at.group, **options)
 
 
 def sharded_operators(at, query, key, bank, labels, count, settings):
@@ -622,6 +668,20 @@ def test_distributed_checkpoint_loads_with_another_world_size(pool, tmp_path, wo
             assert torch.equal(resumed[name], value), name
 
 
+def copied(at):
+    one, two = make_sharded(at), make_sharded(at)
+    batch = [at.own(x) for x in whole_batch()]
+    for _ in range(9):
+        step(one, *batch)
+    two.load_state_dict(one.state_dict())
+    one, two = step(one, *batch), step(two, *batch)
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_loaded_shard_goes_on_exactly(pool):
+    assert pool.run(copied, 2) == [True, True]
+
+
 def full_state(at):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -757,6 +817,17 @@ def test_without_a_process_group():
     assert torch.equal(alone.memory_bank.bank, plain.memory_bank.bank)
     with pytest.raises(ValueError, match="process_group: got a group"):
         PSMLoss(0.2, (16, DIM), gather_distributed=True, process_group=object())
+
+
+def test_one_process_still_compiles_whole():
+    alone, plain = (
+        PSMLoss(0.2, (16, DIM), backend="reference", gather_distributed=flag)
+        for flag in (True, False)
+    )
+    compiled = torch.compile(alone, fullgraph=True, backend="aot_eager")
+    for seed in (1, 2):
+        query, key = unit(6, seed).float(), unit(6, seed + 2).float()
+        torch.testing.assert_close(compiled(query, key), plain(query, key))
 
 
 def dying(at, flag):

@@ -193,6 +193,18 @@ def test_inputs_are_not_written(backend):
     assert (int(count), rng_state.tolist()) == (90, [1, 2])
 
 
+def test_default_dtype_and_device_do_not_matter(backend):
+    inputs = problem(5, 100, 24)
+    want = run(*inputs, backend=backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = run(*inputs, rng_state=torch.tensor([11, 5], device="cpu"), backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_gradient_is_the_mean_over_tau(backend):
     query, key, bank, s_pos = problem(5, 100, 24)
     query.requires_grad_()

@@ -115,6 +115,32 @@ def test_ctrl_c_then_resume_equals_the_uninterrupted_run(
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
 
 
+@pytest.mark.parametrize(
+    ("method", "defaults"),
+    [
+        ("sscl", {"temperature": 0.5, "tau_plus": 0.05, "num_hard": 32}),
+        ("hcl", {"temperature": 0.5, "tau_plus": 0.1, "beta": 1.0}),
+        ("unremix", {"temperature": 0.5, "similarity_weight": 1 / 3}),
+        ("infonce", {"temperature": 0.2}),
+    ],
+)
+def test_other_methods_train_with_their_defaults(tmp_path, method, defaults):
+    small = [*TINY, "--limit", 32, "--epochs", 1, "--no-probe"]  # 2 steps
+    assert run(tmp_path, *small, "--method", method) == 0
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings | defaults == settings
+    (row,) = metrics(tmp_path)
+    assert row["loss"] > 1  # log of 1 + 32 negatives is 3.5
+    assert row["bank_fill"] == 1
+    assert row["positive_purity"] is None
+
+
+def test_a_setting_of_another_method_is_refused(tmp_path, capsys):
+    assert run(tmp_path, *TINY, "--method", "hcl", "--topk", 3) == 2
+    assert "topk: got 3, but --method hcl has no such setting" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_resume_of_a_finished_run_changes_no_metric(finished, tmp_path):
     before = metrics(finished)
     assert run(finished, "--resume", "--no-probe") == 0
@@ -198,13 +224,14 @@ def test_damaged_checkpoint(finished, tmp_path, capsys, damage):
 
 
 def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path, monkeypatch, capsys):
-    statistics, calls = train.statistics, []
+    contrast, calls = train.contrast, []
 
-    def diverge(out):
+    def diverge(*args):
         calls.append(0)
-        return statistics(out) * (float("nan") if len(calls) > 8 else 1)  # 4 steps, 2 directions
+        factor = float("nan") if len(calls) > 8 else 1  # 4 steps, 2 directions
+        return [value * factor for value in contrast(*args)]
 
-    monkeypatch.setattr(train, "statistics", diverge)
+    monkeypatch.setattr(train, "contrast", diverge)
     assert run(tmp_path, *TINY, "--no-probe") == 2
     assert "nan in epoch 2" in capsys.readouterr().err
     assert len(torch.load(tmp_path / "run" / "checkpoint.pt")["history"]) == 1

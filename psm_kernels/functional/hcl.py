@@ -14,9 +14,10 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import noise
+from psm_kernels.distributed import Shard, bank_pass, bank_rows
 from psm_kernels.functional import common
 from psm_kernels.memory_bank import unit_rows
-from psm_kernels.ops import bank_pass, bank_rows, snapshot
+from psm_kernels.ops import snapshot
 
 MIXES = ("pair", "query", "none")
 
@@ -26,7 +27,7 @@ _TAG_MIX = 3  # noise stream of the synthetic negatives; psm.py has 1 and 2
 def hcl_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | None = None,
+    bank: Tensor | Shard | None = None,
     *,
     count: Tensor | int | None = None,
     temperature: float = 0.5,
@@ -80,7 +81,7 @@ def hcl_loss(
 def sscl_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | None = None,
+    bank: Tensor | Shard | None = None,
     *,
     count: Tensor | int | None = None,
     temperature: float = 0.5,
@@ -210,7 +211,7 @@ def _loss(
 def _bank_sums(
     query: Tensor,
     key: Tensor,
-    bank: Tensor,
+    bank: Tensor | Shard,
     count: Tensor | int | None,
     temperature: float,
     beta: float,
@@ -255,7 +256,7 @@ def _view_sums(views: common.Views, temperature: float, beta: float, mixer: _Mix
     hardest = views.similarity.detach().masked_fill(~views.candidate, -torch.inf)
     index = hardest.topk(mixer.num_hard).indices
     mixer = mixer._replace(row_offset=2 * mixer.row_offset)
-    return mixer.extend(sums, views.rows, views.rows, index, temperature, beta)
+    return mixer.extend(sums, views.rows, views.rows.detach(), index, temperature, beta)
 
 
 def _log_negatives(sums: _Sums, temperature: float, tau_plus: float) -> Tensor:
@@ -290,13 +291,13 @@ class _Mixer(NamedTuple):
         self,
         sums: _Sums,
         anchors: Tensor,  # (R, D)
-        rows: Tensor,  # (N, D) what `index` points into
+        rows: Tensor | Shard,  # (N, D) what `index` points into
         index: Tensor,  # (R, num_hard) hardest first; missing: -1
         temperature: float,
         beta: float,
     ) -> _Sums:
         """The sums with the synthetic negatives among them; a row without negatives gets none."""
-        made = self.synthesize(anchors.detach(), rows.detach(), index)  # (R, num_synthetic, D)
+        made = self.synthesize(anchors.detach(), rows, index)  # (R, num_synthetic, D)
         logits = (anchors[:, None] * made).sum(2) / temperature
         some = index[:, :1] >= 0
         return _Sums(
@@ -307,7 +308,7 @@ class _Mixer(NamedTuple):
         )
 
     @torch.no_grad()
-    def synthesize(self, anchors: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    def synthesize(self, anchors: Tensor, rows: Tensor | Shard, index: Tensor) -> Tensor:
         """Row r's draw u takes the noise words 3u, 3u + 1 (which two) and 3u + 2 (alpha)."""
         batch, made = len(index), self.num_synthetic
         row = torch.arange(batch, device=index.device) + self.row_offset

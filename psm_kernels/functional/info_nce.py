@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from psm_kernels import _checks as checks
+from psm_kernels.distributed import Shard, bank_pass
 from psm_kernels.functional import common
-from psm_kernels.ops import bank_pass
 
 
 def info_nce_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | None = None,
+    bank: Tensor | Shard | None = None,
     *,
     count: Tensor | int | None = None,
     temperature: float = 0.2,
@@ -29,7 +29,8 @@ def info_nce_loss(
     Args:
         query: (B, D), carries gradient.
         key: (B, D), the other view; carries gradient too where it requires it.
-        bank: (K, D) unit rows, contiguous, fp32 / bf16 / fp16 (fp64 on "reference"), or None.
+        bank: (K, D) unit rows, contiguous, fp32 / bf16 / fp16 (fp64 on "reference"), or None; or a
+            rank's `psm_kernels.distributed.Shard` of it, which makes the call collective.
         count: valid slots [0, count): 0-d int64 tensor on the device, int, or None for K. With an
             empty bank the loss is 0.
         temperature: tau > 0 (0.2: MoCo v2; v1 has 0.07: facebookresearch/moco, main_moco.py).
@@ -52,6 +53,7 @@ def info_nce_loss(
             log_neg = common.masked_lse(views.similarity / temperature, views.candidate)
             loss = views.fold(common.contrast(views.positive / temperature, log_neg))
         else:
+            count = checks.as_count(count, bank)
             s_pos = (query * key).sum(1)
             log_neg = bank_pass(
                 query, None, bank, count, s_pos, temperature=temperature, backend=backend

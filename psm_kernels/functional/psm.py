@@ -14,6 +14,7 @@ from psm_kernels import noise
 from psm_kernels.distributed import Shard, bank_pass, bank_rows, bank_topk
 from psm_kernels.functional.common import REDUCTIONS, check_pair, reduce, unit
 from psm_kernels.ops import SELECTIONS, check_backend, snapshot
+from psm_kernels.ops.fused import psm_rows
 from psm_kernels.stats import MiningStats, PSMOutput
 
 SOFT_WEIGHTS = ("attention", "uniform", "binary")
@@ -125,9 +126,19 @@ def psm_loss(
 
     with torch.autocast(bank.device.type, enabled=False):
         query, key = unit(query, bank), unit(key, bank)
+        sweep = draw._asdict() | {"temperature": temperature, "topk": topk, "backend": backend}
+        if negatives == "bank" and projection is None and not (return_stats or key.requires_grad):
+            weighting = {
+                "soft_weights": soft_weights,
+                "weight_temperature": weight_temperature,
+                "hard_weight": hard_weight,
+            }
+            rows = psm_rows(query, key, bank, count, sweep, weighting)
+            if rows is not None:
+                return reduce(rows, reduction)
         projection = query if projection is None else unit(projection, bank)
         if negatives == "bank":
-            pos, neg = _bank_sides(query, key, bank, count, draw, temperature, topk, backend)
+            pos, neg = _bank_sides(query, key, bank, count, draw, sweep)
             log_h = torch.logaddexp(pos.logits[:, 0], neg.log_sum)
             hard = log_h - pos.logits[:, 0]
         else:
@@ -160,7 +171,7 @@ def psm_loss(
             if labels is not None and bank_labels is not None:
                 stats = dataclasses.replace(
                     stats,
-                    positive_purity=_purity(pos, labels, bank_labels),
+                    positive_purity=_purity(pos, labels, bank_labels) if topk else None,
                     false_negative_rate=_false_negative_rate(
                         query, pos, bank, count, draw, temperature, labels, bank_labels
                     ),
@@ -249,26 +260,10 @@ def _bank_sides(
     bank: Tensor,
     count: Tensor,
     draw: _Draw,
-    temperature: float,
-    topk: int,
-    backend: str,
+    sweep: dict,
 ) -> tuple[_Positives, _Negatives]:
-    s_pos = (query * key).sum(1).detach()
-    swept = bank_pass(
-        query,
-        key if topk else None,
-        bank,
-        count,
-        s_pos,
-        temperature=temperature,
-        selection=draw.selection,
-        a=draw.a,
-        b=draw.b,
-        topk=topk,
-        rng_state=draw.rng_state,
-        row_offset=draw.row_offset,
-        backend=backend,
-    )
+    s_pos, temperature = (query * key).sum(1).detach(), sweep["temperature"]
+    swept = bank_pass(query, key if sweep["topk"] else None, bank, count, s_pos, **sweep)
     pos = _positives(query, key, bank, swept.topk_index, temperature)
     # The pass summed over mined rows too: take out those that were kept.
     found = swept.topk_index >= 0

@@ -46,7 +46,7 @@ def unremix_loss(
     three weights matters.
 
     Args:
-        query, key, bank, count: as in `info_nce_loss`; the paper has no bank.
+        query, key, bank, count: as in `info_nce_loss`, but no Shard; the paper has no bank.
         temperature: tau > 0 (0.5, inferred: that of HCL and SSCL).
         similarity_weight, uncertainty_weight, representativeness_weight: >= 0, not all 0 (1/3
             each, inferred).

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from psm_kernels import functional
+from psm_kernels.distributed import ShardedBank
 from psm_kernels.losses.psm import BankLoss
 from psm_kernels.memory_bank import MemoryBank
 
@@ -21,6 +23,11 @@ class PairLoss(BankLoss):
 
     def __init__(self, temperature: float, memory_bank_size, settings: dict, **shared):
         super().__init__(temperature, memory_bank_size, **shared)
+        if self.memory_bank is None and self.collective:
+            raise ValueError(
+                "memory_bank_size: got 0 with gather_distributed or shard_bank, wanted (rows, "
+                "columns): negatives within the batch are this rank's own"
+            )
         self.settings = settings
         self._check_settings(
             temperature=temperature, reduction=self.reduction, bank=self.memory_bank, **settings
@@ -94,6 +101,7 @@ class InfoNCELoss(PairLoss):
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form ((65536, 128): MoCo).
         reduction: "mean" | "sum" | "none".
         bank_dtype: fp32, bf16 or fp16; bf16 halves the bank and its reading time. Sums are fp32.
+        gather_distributed, shard_bank, process_group: as in `PSMLoss`; they need a bank.
         seed: as in `PSMLoss`; nothing is drawn here.
         backend: "auto" or a name of `python -m psm_kernels`.
 
@@ -110,6 +118,9 @@ class InfoNCELoss(PairLoss):
         *,
         reduction: str = "mean",
         bank_dtype: torch.dtype = torch.float32,
+        gather_distributed: bool = False,
+        shard_bank: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         backend: str = "auto",
     ):
@@ -119,6 +130,9 @@ class InfoNCELoss(PairLoss):
             {},
             reduction=reduction,
             bank_dtype=bank_dtype,
+            gather_distributed=gather_distributed,
+            shard_bank=shard_bank,
+            process_group=process_group,
             seed=seed,
             backend=backend,
         )
@@ -136,7 +150,7 @@ class HCLLoss(PairLoss):
         temperature: tau > 0.
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form, the paper's.
         beta, tau_plus, detach_weights: see there.
-        reduction, bank_dtype, seed, backend: as in `InfoNCELoss`.
+        reduction and all behind it: as in `InfoNCELoss`.
 
     Raises:
         ValueError: an argument is wrong; bank and noise state are as before.
@@ -154,6 +168,9 @@ class HCLLoss(PairLoss):
         detach_weights: bool = False,
         reduction: str = "mean",
         bank_dtype: torch.dtype = torch.float32,
+        gather_distributed: bool = False,
+        shard_bank: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         backend: str = "auto",
     ):
@@ -163,6 +180,9 @@ class HCLLoss(PairLoss):
             {"beta": beta, "tau_plus": tau_plus, "detach_weights": detach_weights},
             reduction=reduction,
             bank_dtype=bank_dtype,
+            gather_distributed=gather_distributed,
+            shard_bank=shard_bank,
+            process_group=process_group,
             seed=seed,
             backend=backend,
         )
@@ -181,7 +201,7 @@ class SSCLLoss(PairLoss):
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form, the paper's.
         num_hard, num_synthetic, beta, tau_plus, mix, detach_weights: see there.
         seed: of the canonical noise; the state [seed, offset] is the buffer `rng_state`.
-        reduction, bank_dtype, backend: as in `InfoNCELoss`.
+        reduction and all else: as in `InfoNCELoss`.
 
     Raises:
         ValueError: an argument is wrong; bank and noise state are as before.
@@ -202,6 +222,9 @@ class SSCLLoss(PairLoss):
         detach_weights: bool = False,
         reduction: str = "mean",
         bank_dtype: torch.dtype = torch.float32,
+        gather_distributed: bool = False,
+        shard_bank: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         backend: str = "auto",
     ):
@@ -218,6 +241,9 @@ class SSCLLoss(PairLoss):
             },
             reduction=reduction,
             bank_dtype=bank_dtype,
+            gather_distributed=gather_distributed,
+            shard_bank=shard_bank,
+            process_group=process_group,
             seed=seed,
             backend=backend,
         )
@@ -245,7 +271,7 @@ class UnReMixLoss(PairLoss):
         temperature: tau > 0.
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form, the paper's.
         similarity_weight, uncertainty_weight, representativeness_weight: see there.
-        reduction, bank_dtype, seed, backend: as in `InfoNCELoss`.
+        reduction and all behind it: as in `InfoNCELoss`.
 
     Raises:
         ValueError: an argument is wrong; bank and noise state are as before.
@@ -263,6 +289,9 @@ class UnReMixLoss(PairLoss):
         representativeness_weight: float = 1 / 3,
         reduction: str = "mean",
         bank_dtype: torch.dtype = torch.float32,
+        gather_distributed: bool = False,
+        shard_bank: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         backend: str = "auto",
     ):
@@ -276,9 +305,14 @@ class UnReMixLoss(PairLoss):
             },
             reduction=reduction,
             bank_dtype=bank_dtype,
+            gather_distributed=gather_distributed,
+            shard_bank=shard_bank,
+            process_group=process_group,
             seed=seed,
             backend=backend,
         )
 
     def _check_settings(self, bank, **settings) -> None:
+        if isinstance(bank, ShardedBank):
+            raise ValueError("shard_bank: got True, which UnReMixLoss does not have")
         functional.check_unremix_settings(**settings)

@@ -23,11 +23,11 @@ def unavailable() -> str | None:
         from psm_kernels import _C
     except ImportError as error:
         return _missing(error)
-    wanted = source_id(Path(__file__).parents[1], __version__)
-    if _C.source_id.partition("+")[0] != wanted.partition("+")[0] or (
-        "+" in wanted and _C.source_id != wanted
-    ):
-        return f"psm_kernels._C was built from other sources ({_C.source_id}, not {wanted}): {_REBUILD}"
+    built, wanted = _C.source_id, source_id(Path(__file__).parents[1], __version__)
+    if "+" not in wanted:  # no sources next to the package: the version has to do
+        built = built.partition("+")[0]
+    if built != wanted:
+        return f"psm_kernels._C was built from other sources ({built}, not {wanted}): {_REBUILD}"
     return None
 
 
@@ -57,7 +57,7 @@ class _Workspace:
     """Lends the kernels memory of torch for one call."""
 
     def __call__(self, size: int) -> int:
-        self.buffer = torch.empty(size, dtype=torch.uint8)
+        self.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self.buffer.data_ptr()
 
 
@@ -85,10 +85,10 @@ def bank_pass(
     from psm_kernels import _C
 
     batch, dim = query.shape
-    neg_lse, neg_sq_lse, neg_count = (torch.empty(batch) for _ in range(3))
-    neg_mean = torch.empty(batch, dim)
-    topk_sim = torch.empty(batch, topk)
-    topk_index = torch.empty(batch, topk, dtype=torch.int64)
+    neg_lse, neg_sq_lse, neg_count, neg_mean = (
+        s_pos.new_empty(shape) for shape in (batch, batch, batch, (batch, dim))
+    )
+    topk_sim, topk_index = _topk_outputs(query, topk)
     seed, offset = (0, 0) if rng_state is None else rng_state.tolist()
     _C.bank_pass(
         query=query.data_ptr(),
@@ -158,8 +158,7 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
     from psm_kernels import _C
 
     batch, dim = query.shape
-    topk_sim = torch.empty(batch, k)
-    topk_index = torch.empty(batch, k, dtype=torch.int64)
+    topk_sim, topk_index = _topk_outputs(query, k)
     _C.bank_topk(
         query=query.data_ptr(),
         bank=bank.data_ptr(),
@@ -175,6 +174,11 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
         allocate=_Workspace(),
     )
     return topk_sim, topk_index
+
+
+def _topk_outputs(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], k)
+    return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
 
 
 def _valid(count: Tensor, bank: Tensor) -> int:

@@ -50,6 +50,13 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
     return _run(None, query, bank, count, k, None, 0)[4:]
 
 
+def psm_finish(*args, **settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss rows, their gradient by the unit query, statistics: `triton_finish.finish`."""
+    from psm_kernels.ops.triton_finish import finish
+
+    return finish(*args, **settings)
+
+
 class Tile(NamedTuple):
     rows: int  # of queries
     cols: int  # of bank slots
@@ -60,17 +67,28 @@ class Tile(NamedTuple):
     columns: int  # of a block in score products
 
 
-def tile(dtype: torch.dtype, padded: int, hopper: bool) -> Tile:
+def tile(dtype: torch.dtype, padded: int, chip: str) -> Tile:
     """Block sizes without spills and with few instructions per element: `benchmarks/sass.py`."""
     if dtype is torch.float32:  # true fp32 products run on the vector units
         return Tile(32 if padded <= 128 else 16, 16, 4, 1, 2, padded <= 256, 16)
     if padded > 256:
         return Tile(64, 32, 8, 1, 1, False, 64)
-    if padded > 128:
-        return Tile(128, 64 if hopper else 32, 8, 2, 1, False, padded)
-    if hopper:
+    if chip == "hopper":
+        if padded > 128:
+            return Tile(128, 64, 8, 2, 1, False, padded)
         return Tile(64, 64, 4, 3, 2, True, padded)
-    return Tile(128, 32, 8, 2, 1, True, padded)
+    if chip == "hip" or padded <= 64:
+        return Tile(64, 64, 4, 2, 2, padded <= 128, padded)
+    if padded > 128:
+        return Tile(64, 64, 8, 2, 1, False, 64)
+    return Tile(128, 32, 8, 2, 1, False, padded)
+
+
+def launches(fused: bool, mine: bool, total: bool) -> list[tuple[bool, bool]]:
+    """What each launch of the pass does: (mine, sum)."""
+    if fused and mine and total:
+        return [(True, True)]
+    return [(True, False)] * mine + [(False, True)] * total
 
 
 def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
@@ -80,8 +98,8 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     size, dim = bank.shape
     batch = (key if query is None else query).shape[0]
     padded = _power_of_2(dim, 16)
-    hopper = _is_hopper(bank.device)
-    rows, cols, warps, stages, resident, fused, columns = tile(bank.dtype, padded, hopper)
+    chip = _chip(bank.device)
+    rows, cols, warps, stages, resident, fused, columns = tile(bank.dtype, padded, chip)
     cells = -(-(size + 15) // CELL)
     blocks = -(-batch // rows)
     splits = _splits(blocks, cells, resident, bank.device)
@@ -95,17 +113,13 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     cell_max = new(batch, cells) if k else None
     part_stats = new(batch, 4, splits) if sums else None
     part_mean = new(batch, splits, dim) if sums else None
-    neg_lse, neg_sq_lse, neg_count = new(3, batch) if sums else [None] * 3
+    # Three tensors, not views of one: outputs of a registered operator may not alias.
+    neg_lse, neg_sq_lse, neg_count = (new(batch) if sums else None for _ in range(3))
     neg_mean = new(batch, dim) if sums else None
     topk_sim, topk_index = new(batch, k), new(batch, k, dtype=torch.int64)
 
-    passes = [(bool(k), bool(sums))]
-    if not fused:  # accumulator and two sets of rows do not fit registers
-        passes = [(mine, total) for mine, total in ((bool(k), False), (False, bool(sums)))]
-    descriptor = _descriptor(bank, cols, padded) if hopper else None
-    for mine, total in passes:
-        if not (mine or total):
-            continue
+    descriptor = _descriptor(bank, cols, padded) if chip == "hopper" else None
+    for mine, total in launches(fused, k > 0, sums is not None):
         bank_pass_kernel[(blocks * splits,)](
             query, key, bank, descriptor, count, s_pos, rng_state, cell_max, part_stats, part_mean,
             batch, size, dim, cells, splits, scale, decay, b, row_offset, col_offset,
@@ -125,15 +139,52 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
 
 
+def weighted_pass(
+    query: Tensor,  # (B, D)
+    bank: Tensor,  # (K, D)
+    count: Tensor,  # ()
+    temperature: float,
+    affine: Tensor,  # (5, B)
+    rho: Tensor,  # (K,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `psm_kernels.ops.affine.weighted_pass`."""
+    from psm_kernels.ops.triton_affine import weighted_pass_kernel
+    from psm_kernels.ops.triton_merge import merge_kernel
+
+    (batch, dim), size = query.shape, len(bank)
+    padded = _power_of_2(dim, 16)
+    rows, cols, warps, stages, resident, _, columns = tile(bank.dtype, padded, _chip(bank.device))
+    blocks = -(-batch // rows)
+    splits = _splits(blocks, -(-size // CELL), resident, bank.device)
+    part_stats = torch.empty(batch, 4, splits, device=bank.device)
+    part_mean = torch.empty(batch, splits, dim, device=bank.device)
+    log_sum, unused, weight = (torch.empty(batch, device=bank.device) for _ in range(3))
+    mean = torch.empty(batch, dim, device=bank.device)
+    weighted_pass_kernel[(blocks * splits,)](
+        query, bank, count, affine, rho, part_stats, part_mean,
+        batch, size, dim, splits, LOG2E / temperature,
+        BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    merge_kernel[(batch,)](
+        part_stats, part_mean, log_sum, unused, weight, mean,
+        None, bank, count, None, None, None, size, dim, 0, splits, 0, 0,
+        MINE=False, SUM=True, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
+        KP=2, DBLOCK=min(padded, 64), CHUNK=1024, GROUP=4, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return log_sum, mean, weight
+
+
 def _splits(blocks: int, tiles: int, resident: int, device: torch.device) -> int:
     """Parts of the bank, so that all programs are resident at once and none has under 4 tiles."""
     return max(1, min(_multiprocessors(device) * resident // blocks, tiles // 4))
 
 
 @functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    """Warp-group products and TMA: sm_90 alone, for Blackwell's are others."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+def _chip(device: torch.device) -> str:
+    """ "hopper" has warp-group products and TMA; Blackwell's are others, and count as "cuda"."""
+    if device.type == "cuda" and torch.version.hip is None:
+        return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
+    return "hip" if device.type == "cuda" else device.type
 
 
 def _descriptor(bank: Tensor, rows: int, padded: int):

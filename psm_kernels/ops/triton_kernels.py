@@ -218,8 +218,8 @@ def bank_pass_kernel(
         held, top, total, squares, kept, mean = _scan(
             held, top, total, squares, kept, mean,
             q, k, query, key, bank, bank_tiles, cell_max, first, full, size, shift,
-            d, d_valid, D, rows, row_valid, cells, center, scale, decay, row_words, group, seed, offset,
-            SELECTION, MINE, SUM, False, BM, BN, DPAD, DBLOCK, STAGES,
+            d, d_valid, D, rows, row_valid, cells, center, scale, decay, row_words,
+            group, seed, offset, SELECTION, MINE, SUM, False, BM, BN, DPAD, DBLOCK, STAGES,
         )  # fmt: skip
         first = full
         if SUM:

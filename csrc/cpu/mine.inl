@@ -1,0 +1,112 @@
+// Mining of the top-k. Part of kernel.inl.
+//
+// A cheap product with a proven bound on its error finds the slots that may enter the top-k of a
+// row; only those get an exact fp32 product. What is dropped is strictly below the k-th best found
+// so far, so the result is the exact top-k of exact similarities, whatever the order of tiles.
+
+// Entries are (similarity, smaller slot first) as one integer that sorts; 0 is a missing entry.
+INLINE uint64_t heap_entry(float similarity, int64_t slot) {
+    const uint32_t bits = float_to_bits(similarity + 0.0f);  // -0 ties with +0
+    const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return uint64_t(ordered) << 32 | (0xFFFFFFFFu - uint32_t(slot));
+}
+INLINE float heap_similarity(uint64_t entry) {
+    if (entry == 0) return -kInfinity;
+    const uint32_t ordered = uint32_t(entry >> 32);
+    return bits_to_float(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered);
+}
+
+void heap_replace_root(uint64_t* heap, int64_t size, uint64_t entry) {
+    int64_t i = 0;
+    for (int64_t child = 1; child < size; child = 2 * i + 1) {
+        const int64_t sibling = child + 1 < size ? child + 1 : child;
+        child = heap[sibling] < heap[child] ? sibling : child;  // no branch: it would be random
+        if (entry <= heap[child]) break;
+        heap[i] = heap[child];
+        i = child;
+    }
+    heap[i] = entry;
+}
+
+// Bit j of masks[r]: slot j of the panel may have a similarity of at least floor[r].
+template <int kRows>
+void screen(const Task& t, const Worker& w, int64_t block, int panel, const float* floor,
+            uint64_t* masks) {
+#if PSM_QUADS
+    I acc[kRows][kPanels];
+    for (int n = 0; n < kPanels; ++n)
+        for (int r = 0; r < kRows; ++r)
+            acc[r][n] = load_i(w.slot_bias + panel * kSub + n * kWidth);
+    const int64_t quads = t.padded / 4;
+    const uint32_t* key = t.key_quads + block * quads * kBlock;
+    const uint32_t* m = w.quads + panel * quads * kSub;
+    for (int64_t d = 0; d < quads; ++d, key += kBlock, m += kSub) {
+        I bank[kPanels];
+        for (int n = 0; n < kPanels; ++n) bank[n] = load_i(m + n * kWidth);
+        for (int r = 0; r < kRows; ++r) {
+            const I x = set1_i(key[r]);
+            for (int n = 0; n < kPanels; ++n) acc[r][n] = dot_bytes(acc[r][n], x, bank[n]);
+        }
+    }
+    for (int r = 0; r < kRows; ++r)
+        for (int n = 0; n < kPanels; ++n)
+            store(w.scores + r * kTile + n * kWidth,
+                  mul(to_float(acc[r][n]), load(w.slot_step + panel * kSub + n * kWidth)));
+#else
+    product<kRows>(t.key_panel + block * t.dim * kBlock, w.panel + panel * t.dim * kSub, t.dim,
+                   w.scores);
+#endif
+    for (int r = 0; r < kRows; ++r) {
+        masks[r] = 0;
+        for (int n = 0; n < kSub; n += kWidth)
+            masks[r] |= at_least(load(w.scores + r * kTile + n), set1(floor[r])) << n;
+    }
+}
+
+INLINE float dot(const float* x, const float* y, int64_t padded) {
+    constexpr int kChains = kPad / kWidth < 4 ? kPad / kWidth : 4;  // hide the latency of an fma
+    V acc[kChains];
+    for (V& chain : acc) chain = set1(0.0f);
+    for (int64_t d = 0; d < padded; d += kChains * kWidth)
+        for (int n = 0; n < kChains; ++n)
+            acc[n] = fma(load(x + d + n * kWidth), load(y + d + n * kWidth), acc[n]);
+    for (int n = 1; n < kChains; ++n) acc[0] = add(acc[0], acc[n]);
+    return sum(acc[0]);
+}
+
+template <int kRows>
+void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
+    const int64_t first_row = block * kBlock;
+    // fp32 rounding of the exact product and of the steps below: D + 16 roundings, doubled.
+    const float rounding = float(t.padded + 16) * 1.2e-7f;
+    float from_norm = tile.residual + rounding * tile.norm;
+    float from_residual = tile.norm + tile.residual;
+    if (!(from_norm < kInfinity)) from_norm = from_residual = kInfinity;  // no bound: take all
+    for (int panel = 0; panel < tile.width / kSub; ++panel) {
+        float floor[kRows];
+        uint64_t masks[kRows];
+        for (int r = 0; r < kRows; ++r) {
+            const int64_t i = first_row + r;
+            // |k.m - k'.m'| <= |k| |m - m'| + |k - k'| |m'|
+            const float error = t.key_norm[i] * from_norm + t.key_residual[i] * from_residual;
+            floor[r] = w.bars[i] - error;
+        }
+        screen<kRows>(t, w, block, panel, floor, masks);
+        const int low = tile.low - panel * kSub, high = tile.high - panel * kSub;
+        uint64_t valid = high >= kSub ? ~0ull : high <= 0 ? 0 : (1ull << high) - 1;
+        if (low > 0) valid &= low >= kSub ? 0 : ~0ull << low;
+        for (int r = 0; r < kRows; ++r) {
+            uint64_t* heap = w.heaps + (first_row + r) * t.topk;
+            const float* key = t.key_rows + (first_row + r) * t.padded;
+            for (uint64_t mask = masks[r] & valid; mask; mask &= mask - 1) {
+                const int j = panel * kSub + __builtin_ctzll(mask);
+                const float similarity = dot(key, w.rows + j * t.padded, t.padded);
+                if (similarity != similarity) continue;
+                const uint64_t entry = heap_entry(similarity, tile.slot + j);
+                if (entry <= heap[0]) continue;
+                heap_replace_root(heap, t.topk, entry);
+                w.bars[first_row + r] = heap_similarity(heap[0]) * t.key_inverse[first_row + r];
+            }
+        }
+    }
+}

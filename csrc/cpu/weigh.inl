@@ -1,0 +1,150 @@
+// Scores of one row become weights, sums and counts. Part of kernel.inl.
+//
+// Weights are 2^(x - shift). The shift is the x of some kept slot, moved up when another exceeds
+// it by kHeadroom: the largest weight stays in [1, 2^40] and its square below 2^80, so neither
+// the sums over any bank overflow nor does anything that matters underflow.
+
+constexpr float kHeadroom = 40.0f;
+
+// 2^(t + kLog2Scale) for t <= 127; 0 below t = -127; NaN stays NaN. Relative error 1.5e-7.
+// Adding 1.5 * 2^23 + 127 leaves the biased exponent of 2^round(t) in the low bits: additions and
+// a shift, where scalef and reduce of AVX-512 cost 2 and 3 cycles of the multipliers on Zen 4.
+template <int kLog2Scale>
+INLINE V exp2(V t) {
+    t = max(set1(-127.0f), t);
+    const V magic = set1(12582912.0f + 127.0f), biased = add(t, magic);
+    const V f = sub(t, sub(biased, magic));
+    V p = set1(kExp2[5] * (1ull << kLog2Scale));
+    for (int i = 4; i >= 0; --i) p = fma(p, f, set1(kExp2[i] * (1ull << kLog2Scale)));
+    return mul(p, shift_to_exponent(biased));
+}
+
+struct RowSums {
+    float *sum, *squares, *count;  // kLanes each
+    float *shift, *sq_shift;
+    float* mean;  // (padded,)
+};
+
+INLINE void scale_lanes(float* x, int64_t n, float factor) {
+    for (int64_t i = 0; i < n; i += kWidth) store(x + i, mul(load(x + i), set1(factor)));
+}
+
+NOINLINE void move_shift(const Task& t, const RowSums& row, V top) {
+    const float shift = largest(top), factor = power_of_two(*row.shift - shift);
+    scale_lanes(row.sum, kLanes, factor);
+    if (t.mean) scale_lanes(row.mean, t.padded, factor);
+    if (t.selection != Selection::kExpected) scale_lanes(row.squares, kLanes, factor * factor);
+    *row.shift = shift;
+}
+
+template <Selection kSelection>
+void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const RowSums& row,
+           float* scores) {
+    const V scale = set1(t.scale), slope = set1(t.slope);
+    V top = set1(-kInfinity);
+    int kept = tile.high - tile.low;
+    if constexpr (kSelection == Selection::kBernoulli) {
+        philox_row(t, tile, w.columns, i, w.words);
+        const V center = set1(t.s_pos[i] + t.b), cap = set1(0.999f * 4294967296.0f);
+        kept = 0;
+        for (int j = 0; j < tile.width; j += kWidth) {
+            const V s = load(scores + j), x = sub(s, center);
+            const V threshold = min(exp2<32>(mul(mul(x, x), slope)), cap);
+            const V kept_s = keep(s, w.words + j, threshold, kept);
+            store(scores + j, kept_s);
+            top = max(top, kept_s);
+        }
+        if (kept == 0) {
+            __builtin_memset(scores, 0, size_t(tile.width) * sizeof(float));
+            return;
+        }
+    } else {
+        for (int j = 0; j < tile.low; ++j) scores[j] = -kInfinity;
+        for (int j = tile.high; j < tile.width; ++j) scores[j] = -kInfinity;
+        for (int j = 0; j < tile.width; j += kWidth) top = max(top, load(scores + j));
+    }
+    row.count[0] += float(kept);
+    top = mul(top, scale);
+    if (any_above(top, set1(*row.shift + kHeadroom))) move_shift(t, row, top);
+    const V shift = set1(-*row.shift);
+    V total = set1(0.0f), squares = set1(0.0f);
+    for (int j = 0; j < tile.width; j += kWidth) {
+        const V e = exp2<0>(fma(load(scores + j), scale, shift));
+        store(scores + j, e);
+        total = add(total, e);
+        squares = fma(e, e, squares);
+    }
+    store(row.sum, add(load(row.sum), total));
+    store(row.squares, add(load(row.squares), squares));
+}
+
+// Weights p exp(s/tau): p may be tiny where exp(s/tau) is large, so that sum p exp(2s/tau) has a
+// shift of its own.
+template <>
+void weigh<Selection::kExpected>(const Task& t, const Worker& w, const Tile& tile, int64_t i,
+                                 const RowSums& row, float* scores) {
+    const V scale = set1(t.scale), slope = set1(t.slope), cap = set1(kLog2Cap);
+    const V center = set1(t.s_pos[i] + t.b);
+    float *squares = w.scratch, *chance = w.scratch + kTile;
+    for (int j = 0; j < tile.width; j += kWidth) {
+        const V s = load(scores + j), x = sub(s, center);
+        const V p = min(mul(mul(x, x), slope), cap), weight = fma(s, scale, p);
+        store(chance + j, p);
+        store(scores + j, weight);
+        store(squares + j, fma(s, scale, weight));
+    }
+    for (int j = 0; j < tile.width; ++j)
+        if (j < tile.low || j >= tile.high) scores[j] = squares[j] = chance[j] = -kInfinity;
+    V top = set1(-kInfinity), sq_top = top;
+    for (int j = 0; j < tile.width; j += kWidth) {
+        top = max(top, load(scores + j));
+        sq_top = max(sq_top, load(squares + j));
+    }
+    if (any_above(top, set1(*row.shift + kHeadroom))) move_shift(t, row, top);
+    if (any_above(sq_top, set1(*row.sq_shift + kHeadroom))) {
+        const float shift = largest(sq_top);
+        scale_lanes(row.squares, kLanes, power_of_two(*row.sq_shift - shift));
+        *row.sq_shift = shift;
+    }
+    if (*row.shift == -kInfinity) {  // every chance underflowed
+        __builtin_memset(scores, 0, size_t(tile.width) * sizeof(float));
+        return;
+    }
+    const V shift = set1(-*row.shift), sq_shift = set1(-*row.sq_shift);
+    for (int j = 0; j < tile.width; j += kWidth) {
+        const V e = exp2<0>(add(load(scores + j), shift));
+        store(scores + j, e);
+        store(row.sum, add(load(row.sum), e));
+        store(row.squares, add(load(row.squares), exp2<0>(add(load(squares + j), sq_shift))));
+        store(row.count, add(load(row.count), exp2<0>(load(chance + j))));
+    }
+}
+
+// Weights that are affine in s and e = exp((s - top)/tau). The row's top is given, so it is the
+// shift from the first tile on.
+template <>
+void weigh<Selection::kAffine>(const Task& t, const Worker& w, const Tile& tile, int64_t i,
+                               const RowSums& row, float* scores) {
+    const float* affine = t.affine + i;
+    const V alpha = set1(affine[0]), beta = set1(affine[t.rows]), gamma = set1(affine[2 * t.rows]);
+    const V scale = set1(t.scale), cap = set1(affine[4 * t.rows]), zero = set1(0.0f);
+    *row.shift = affine[3 * t.rows] * t.scale;
+    const V shift = set1(-*row.shift);
+    float* weights = w.scratch;
+    for (int j = 0; j < tile.width; j += kWidth) {
+        const V s = load(scores + j), e = exp2<0>(fma(s, scale, shift));
+        const V line = fma(beta, s, add(alpha, load(w.rho + j)));
+        const V weight = max(zero, fma(gamma, min(cap, e), line));  // NaN stays NaN
+        store(weights + j, weight);
+        store(scores + j, mul(weight, e));
+    }
+    for (int j = 0; j < tile.width; ++j)
+        if (j < tile.low || j >= tile.high) scores[j] = weights[j] = 0.0f;
+    V total = load(row.sum), count = load(row.count);
+    for (int j = 0; j < tile.width; j += kWidth) {
+        total = add(total, load(scores + j));
+        count = add(count, load(weights + j));
+    }
+    store(row.sum, total);
+    store(row.count, count);
+}

@@ -1,0 +1,41 @@
+"""Batch norm over many processes, or in one process as many would have it."""
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class SplitBatchNorm(_BatchNorm):
+    """Normalizes `splits` parts of a batch each by its own mean and variance.
+
+    That is what as many data-parallel processes do without SyncBatchNorm, so that one process can
+    repeat their run. The running statistics are the mean over the parts
+    (facebookresearch/moco, the CIFAR-10 demo, which interleaves the parts).
+    """
+
+    splits = 1
+
+    def _check_input_dim(self, x):
+        """Any shape (B, C, ...)."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        s = self.splits
+        wide = x.unflatten(0, (s, -1)).transpose(0, 1).flatten(1, 2)  # (B / s, s C, ...)
+        mean, var = self.running_mean.repeat(s), self.running_var.repeat(s)
+        affine = [None if p is None else p.repeat(s) for p in (self.weight, self.bias)]
+        wide = nn.functional.batch_norm(wide, mean, var, *affine, True, self.momentum, self.eps)
+        with torch.no_grad():
+            self.running_mean.copy_(mean.view(s, -1).mean(0))
+            self.running_var.copy_(var.view(s, -1).mean(0))
+            self.num_batches_tracked += 1
+        return wide.unflatten(1, (s, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def set_batch_norm(module: nn.Module, *, sync: bool = False, splits: int = 1) -> nn.Module:
+    """`sync`: statistics over all processes (GPUs only). `splits`: over parts of a batch."""
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm) and splits > 1:
+            layer.__class__, layer.splits = SplitBatchNorm, splits
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module) if sync else module

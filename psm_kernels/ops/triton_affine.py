@@ -1,0 +1,79 @@
+"""UnReMix's weighted pass in Triton; the splits are merged by the pass's own merge kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from psm_kernels.ops.triton_kernels import _dot, _products
+
+
+@triton.jit(do_not_specialize=["B", "K", "splits"])
+def weighted_pass_kernel(
+    query,  # (B, D)
+    bank,  # (K, D)
+    count,  # ()
+    affine,  # (5, B): alpha, beta, gamma, top, cap
+    rho,  # (K,)
+    part_stats,  # (B, 4, splits): shift, sum, sum of squares, sum of weights
+    part_mean,  # (B, splits, D)
+    B, K, D, splits, scale,
+    BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One block of rows against one split of the bank. The row's top is known, so it is the shift
+    of all exponents and nothing is scaled again."""
+    row_blocks = tl.cdiv(B, BM)
+    split = tl.program_id(0) // row_blocks
+    rows = (tl.program_id(0) % row_blocks * BM + tl.arange(0, BM)).to(tl.int64)
+    row_valid = rows < B
+    d = tl.arange(0, DPAD)
+    d_valid = d < D
+    local = tl.arange(0, BN)
+
+    alpha = tl.load(affine + rows, mask=row_valid, other=0.0)[:, None]
+    beta = tl.load(affine + B + rows, mask=row_valid, other=0.0)[:, None]
+    gamma = tl.load(affine + 2 * B + rows, mask=row_valid, other=0.0)[:, None]
+    top = tl.load(affine + 3 * B + rows, mask=row_valid, other=0.0)
+    cap = tl.load(affine + 4 * B + rows, mask=row_valid, other=0.0)[:, None]
+    query_rows = query + rows[:, None] * D
+    q = 0.0
+    if DBLOCK == DPAD:
+        q = tl.load(
+            query_rows + d[None, :], mask=row_valid[:, None] & d_valid[None, :], other=0.0
+        )  # (BM, D)
+
+    size = tl.minimum(tl.load(count), K).to(tl.int32)
+    tiles = tl.cdiv(size, BN)
+    per_split = tl.cdiv(tiles, splits)
+    first = tl.minimum(split * per_split, tiles)
+    total = tl.zeros((BM,), tl.float32)
+    weight = tl.zeros((BM,), tl.float32)
+    mean = tl.zeros((BM, DPAD), tl.float32)
+    for tile in tl.range(first, tl.minimum(first + per_split, tiles), num_stages=STAGES):
+        slots = tile * BN + local
+        slot_valid = slots < size
+        bank_rows = bank + slots.to(tl.int64)[:, None] * D
+        m = tl.load(
+            bank_rows + d[None, :], mask=slot_valid[:, None] & d_valid[None, :], other=0.0
+        )  # (BN, D)
+        s = _products(
+            q, query_rows, row_valid[:, None], m, bank_rows, slot_valid[:, None],
+            D, BM, BN, DPAD, DBLOCK,
+        )  # (BM, BN)  # fmt: skip
+        e = tl.math.exp2((s - top[:, None]) * scale)
+        line = alpha + beta * s + tl.load(rho + slots, mask=slot_valid, other=0.0)[None, :]
+        w = tl.maximum(line + gamma * tl.minimum(e, cap), 0.0)
+        w = tl.where(slot_valid[None, :], w, 0.0)
+        weight += tl.sum(w, 1)
+        w *= e
+        total += tl.sum(w, 1)
+        mean = _dot(w.to(m.dtype), m, mean)
+
+    stats = part_stats + rows * 4 * splits + split
+    tl.store(stats, top * scale, mask=row_valid)
+    tl.store(stats + splits, total, mask=row_valid)
+    tl.store(stats + 2 * splits, total, mask=row_valid)  # nobody asks for the squares
+    tl.store(stats + 3 * splits, weight, mask=row_valid)
+    out = part_mean + (rows * splits + split)[:, None] * D + d[None, :]
+    tl.store(out, mean, mask=row_valid[:, None] & d_valid[None, :])
