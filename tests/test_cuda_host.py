@@ -105,7 +105,7 @@ def test_rows_that_are_not_aligned(dtype, dim):
 def test_exact_products_give_the_same_masks_and_indices(path, dtype):
     query, key, bank, s_pos = problem(9, 1500, 64, dtype=dtype, few_bits=True)
     bank[700:720] = bank[10:30]  # duplicates: ties go to the smaller slot
-    for a in (0.0, 0.5, 8.0, 1e30):
+    for a in (0.0, 8.0, 1e30):
         got, want = both((query, key, bank, s_pos), path, a=a, b=0.0, topk=20)
         assert torch.equal(got.neg_count, want.neg_count.float())
         assert torch.equal(got.topk_index, want.topk_index)
@@ -128,9 +128,9 @@ def test_masks_do_not_depend_on_how_the_bank_is_cut(path, dtype):
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 def test_the_cut_of_the_work_changes_nothing_but_rounding(path, dtype):
-    one = both(problem(70, 900, 64, dtype=dtype), path, {"splits": 1, "grid": 1})[0]
+    one = both(problem(20, 500, 64, dtype=dtype), path, {"splits": 1, "grid": 1})[0]
     for cut in ({"splits": 2, "grid": 3}, {"splits": 5, "grid": 2}, {"splits": 40, "grid": 7}):
-        other = both(problem(70, 900, 64, dtype=dtype), path, cut)[0]
+        other = both(problem(20, 500, 64, dtype=dtype), path, cut)[0]
         assert torch.equal(one.topk_index, other.topk_index)
         assert torch.equal(one.topk_sim, other.topk_sim)
         assert torch.equal(one.neg_count, other.neg_count)
