@@ -14,6 +14,12 @@
 
 namespace py = pybind11;
 
+#ifdef PSM_CUDA
+namespace psm::cuda {
+void bind(py::module_& parent);  // csrc/cuda/bindings.cpp
+}
+#endif
+
 namespace {
 
 [[noreturn]] void refuse(const std::string& name, const std::string& got, const std::string& want) {
@@ -129,4 +135,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("bank_topk", &bank_topk, py::kw_only(), arg("query"), arg("bank"), arg("batch"),
           arg("count"), arg("dim"), arg("dtype"), arg("topk"), arg("topk_sim"),
           arg("topk_index"), arg("isa"), arg("threads"), arg("allocate"));
+#ifdef PSM_CUDA
+    psm::cuda::bind(m);
+#endif
 }

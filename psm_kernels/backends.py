@@ -27,12 +27,20 @@ TABLE = {
         Backend(
             "triton", ("cuda", "xpu", "cpu"), _LOW, 512, "Triton kernels (cpu: interpreter only)"
         ),
+        Backend(
+            "cuda",
+            ("cuda",),
+            _LOW,
+            512,
+            "CUDA C++ kernels, sm_80 and newer; not in auto: no measured results yet",
+        ),
         Backend("cpp", ("cpu",), _LOW, 4096, "C++ kernels: AVX-512, AVX2, portable"),
         Backend("reference", None, (*_LOW, torch.float64), None, "plain torch, B x K matrices"),
     )
 }
 
-# What auto tries, best first. Triton on a CPU is the interpreter: for tests, never chosen.
+# What auto tries, best first. Triton on a CPU is the interpreter: for tests, never chosen. "cuda"
+# waits for a file in benchmarks/results that shows where it is ahead of "triton".
 AUTO = {
     "cpu": ("cpp", "reference"),
     "cuda": ("triton", "reference"),

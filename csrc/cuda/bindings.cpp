@@ -1,0 +1,118 @@
+// psm_kernels._C.cuda: device addresses, sizes and a stream in. psm_kernels/ops/cuda.py is the
+// caller that knows torch.
+#include <pybind11/pybind11.h>
+
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace psm::cuda {
+
+namespace {
+
+template <class V>
+V* address(uintptr_t value) {
+    return reinterpret_cast<V*>(value);
+}
+
+void check_range(const char* name, int64_t value, int64_t least, int64_t most) {
+    if (value < least || value > most)
+        throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value) +
+                                    ", wanted an integer in [" + std::to_string(least) + ", " +
+                                    std::to_string(most) + "]");
+}
+
+void bind_bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t count,
+                    uintptr_t s_pos, uintptr_t rng_state, int64_t batch, int64_t slots, int64_t dim,
+                    int dtype, int selection, double temperature, double a, double b, int64_t topk,
+                    int64_t row_offset, int64_t col_offset, bool sums, bool null_epilogue,
+                    bool force_sm80, uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse,
+                    uintptr_t neg_count, uintptr_t topk_sim, uintptr_t topk_index, int device,
+                    uintptr_t stream, const py::function& allocate) {
+    check_range("batch", batch, 0, (1 << 30) - 1);
+    check_range("slots", slots, 1, (int64_t(1) << 31) - 4096);
+    check_range("dim", dim, 1, sums ? 256 : 512);
+    check_range("topk", topk, 0, 1 << 30);
+    check_range("dtype", dtype, 0, 2);
+    check_range("selection", selection, 0, 2);
+    Request request = {};
+    BankPassArgs& pass = request.pass;
+    pass.query = address<void>(query), pass.key = address<void>(key);
+    pass.bank = address<void>(bank), pass.s_pos = address<float>(s_pos);
+    pass.batch = batch, pass.dim = dim, pass.topk = topk;
+    pass.dtype = Dtype(dtype), pass.selection = Selection(selection);
+    pass.temperature = float(temperature), pass.a = float(a), pass.b = float(b);
+    pass.row_offset = row_offset, pass.col_offset = col_offset;
+    pass.neg_lse = address<float>(neg_lse), pass.neg_mean = address<float>(neg_mean);
+    pass.neg_sq_lse = address<float>(neg_sq_lse), pass.neg_count = address<float>(neg_count);
+    pass.topk_sim = address<float>(topk_sim), pass.topk_index = address<int64_t>(topk_index);
+    request.count = address<int64_t>(count), request.rng_state = address<int64_t>(rng_state);
+    request.slots = slots, request.sums = sums;
+    request.null_epilogue = null_epilogue, request.force_sm80 = force_sm80;
+    request.device = device, request.stream = address<void>(stream);
+    bank_pass(request, [&](size_t bytes) {
+        return address<void>(allocate(bytes).cast<uintptr_t>());
+    });
+}
+
+void bind_enqueue(uintptr_t keys, uintptr_t labels, uintptr_t bank, uintptr_t bank_labels,
+                  uintptr_t ptr, uintptr_t count, uintptr_t ticket, int64_t batch, int64_t slots,
+                  int64_t dim, int key_dtype, int bank_dtype, int device, uintptr_t stream) {
+    check_range("key_dtype", key_dtype, 0, 2);
+    check_range("bank_dtype", bank_dtype, 0, 2);
+    enqueue({address<void>(keys), address<int64_t>(labels), address<void>(bank),
+             address<int64_t>(bank_labels), address<int64_t>(ptr), address<int64_t>(count),
+             address<int32_t>(ticket), batch, slots, dim, Dtype(key_dtype), Dtype(bank_dtype),
+             device, address<void>(stream)});
+}
+
+void bind_finish(uintptr_t query, uintptr_t key, uintptr_t projection, uintptr_t bank,
+                 uintptr_t s_pos, uintptr_t rng_state, uintptr_t neg_lse, uintptr_t neg_mean,
+                 uintptr_t neg_sq_lse, uintptr_t neg_count, uintptr_t topk_index,
+                 int64_t row_offset, int64_t col_offset, int batch, int dim, int topk,
+                 int selection, int soft_weights, double temperature, double weight_temperature,
+                 double hard_weight, double a, double b, uintptr_t loss, uintptr_t grad_query,
+                 uintptr_t grad_projection, uintptr_t kept, uintptr_t grad_mean,
+                 uintptr_t grad_var, int dtype, int device, uintptr_t stream) {
+    check_range("dtype", dtype, 0, 2);
+    check_range("selection", selection, 0, 2);
+    check_range("soft_weights", soft_weights, 0, 2);
+    check_range("topk", topk, 0, kMaxFinishTopk);
+    using F = float;
+    finish({address<F>(query), address<F>(key), address<F>(projection), address<void>(bank),
+            address<F>(s_pos), address<int64_t>(rng_state), address<F>(neg_lse),
+            address<F>(neg_mean), address<F>(neg_sq_lse), address<F>(neg_count),
+            address<int64_t>(topk_index), row_offset, col_offset, batch, dim, topk,
+            Selection(selection), SoftWeights(soft_weights), float(temperature),
+            float(weight_temperature), float(hard_weight), sharpness_of(a), float(b),
+            address<F>(loss), address<F>(grad_query), address<F>(grad_projection),
+            address<F>(kept), address<F>(grad_mean), address<F>(grad_var)},
+           Dtype(dtype), device, address<void>(stream));
+}
+
+}  // namespace
+
+void bind(py::module_& parent) {
+    py::module_ m = parent.def_submodule("cuda", "Kernels for NVIDIA GPUs.");
+    m.attr("architectures") = PSM_CUDA_ARCHS;
+    m.def("unavailable", &unavailable, "Empty, or why this device cannot run the kernels.");
+    using py::arg;
+    m.def("bank_pass", &bind_bank_pass, py::kw_only(), arg("query"), arg("key"), arg("bank"),
+          arg("count"), arg("s_pos"), arg("rng_state"), arg("batch"), arg("slots"), arg("dim"),
+          arg("dtype"), arg("selection"), arg("temperature"), arg("a"), arg("b"), arg("topk"),
+          arg("row_offset"), arg("col_offset"), arg("sums"), arg("null_epilogue"),
+          arg("force_sm80"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"), arg("neg_count"),
+          arg("topk_sim"), arg("topk_index"), arg("device"), arg("stream"), arg("allocate"));
+    m.def("finish", &bind_finish, py::kw_only(), arg("query"), arg("key"), arg("projection"),
+          arg("bank"), arg("s_pos"), arg("rng_state"), arg("neg_lse"), arg("neg_mean"),
+          arg("neg_sq_lse"), arg("neg_count"), arg("topk_index"), arg("row_offset"),
+          arg("col_offset"), arg("batch"), arg("dim"), arg("topk"), arg("selection"),
+          arg("soft_weights"), arg("temperature"), arg("weight_temperature"), arg("hard_weight"),
+          arg("a"), arg("b"), arg("loss"), arg("grad_query"), arg("grad_projection"), arg("kept"),
+          arg("grad_mean"), arg("grad_var"), arg("dtype"), arg("device"), arg("stream"));
+    m.def("enqueue", &bind_enqueue, py::kw_only(), arg("keys"), arg("labels"), arg("bank"),
+          arg("bank_labels"), arg("ptr"), arg("count"), arg("ticket"), arg("batch"), arg("slots"),
+          arg("dim"), arg("key_dtype"), arg("bank_dtype"), arg("device"), arg("stream"));
+}
+
+}  // namespace psm::cuda

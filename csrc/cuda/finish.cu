@@ -1,0 +1,33 @@
+#include "finish.cuh"
+
+#include <algorithm>
+
+#include "launch.h"
+#include "runtime.h"
+
+namespace psm::cuda {
+
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_kernel(const __grid_constant__ FinishArgs args) {
+    __shared__ FinishShared shared;
+    finish_rows<T>(args, shared);
+}
+
+}  // namespace
+
+void finish(const FinishArgs& request, Dtype dtype, int device, void* stream) {
+    if (request.batch == 0) return;
+    const DeviceGuard guard(device);
+    const void* kernel =
+        dtype == Dtype::kFloat32    ? reinterpret_cast<const void*>(finish_kernel<float>)
+        : dtype == Dtype::kBFloat16 ? reinterpret_cast<const void*>(finish_kernel<BFloat16>)
+                                    : reinterpret_cast<const void*>(finish_kernel<Float16>);
+    FinishArgs args = request;
+    void* arguments[] = {&args};
+    launch(kernel, "finish", std::min(args.batch, 1 << 16), kFinishThreads, 0, stream, arguments);
+}
+
+}  // namespace psm::cuda

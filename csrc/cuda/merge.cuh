@@ -1,0 +1,173 @@
+// After the pass, one CTA per row: partial sums of the splits added in their order, and the exact
+// top-k. The k best slots lie in the k cells with the largest maxima (a slot outside has k better
+// ones, ties going to the smaller slot), so those cells are looked at again, in fp32.
+#pragma once
+
+#include "select.cuh"
+
+namespace psm::cuda {
+
+constexpr int kMergeThreads = 128;
+constexpr int kMaxSplits = 1024;
+constexpr int kDotLanes = 8;  // threads that share a dot product
+
+struct MergeArgs {
+    PassArgs pass;
+    int topk;
+    float* neg_lse;       // (B,), null: no sums
+    float* neg_mean;      // (B, D)
+    float* neg_sq_lse;    // (B,)
+    float* neg_count;     // (B,)
+    float* topk_sim;      // (B, k)
+    int64_t* topk_index;  // (B, k)
+    uint64_t* cell_keys;  // (grid, power_of_two(chosen cells))
+    uint64_t* slot_keys;  // (grid, power_of_two(k))
+    float* scores;        // (grid, chosen cells << cell_log2)
+};
+
+// At most k cells can matter.
+PSM_HD int chosen_cells(int topk, int cells) { return topk < cells ? topk : cells; }
+
+struct MergeShared {
+    SelectScratch select;
+    float weight[kMaxSplits];
+    float value[kMergeThreads / 32];
+};
+
+template <bool kMax>
+PSM_DEVICE float block_reduce(float x, MergeShared& shared) {
+    const auto join = [](float a, float b) { return kMax ? fmaxf(a, b) : a + b; };
+    for (int mask = 16; mask > 0; mask /= 2) x = join(x, shuffle_xor(x, mask));
+    block_sync();  // the last result has been read
+    if (thread_index() % 32 == 0) shared.value[thread_index() / 32] = x;
+    block_sync();
+    x = shared.value[0];
+    for (int warp = 1; warp < kMergeThreads / 32; ++warp) x = join(x, shared.value[warp]);
+    return x;
+}
+
+template <class T>
+PSM_DEVICE void merge_sums(const MergeArgs& args, int row, MergeShared& shared) {
+    const PassArgs& pass = args.pass;
+    const int thread = thread_index();
+    float shift = kLowest, square_shift = kLowest;
+    for (int split = thread; split < pass.splits; split += kMergeThreads) {
+        const RowSums& part = pass.sums[int64_t(split) * pass.batch + row];
+        shift = fmaxf(shift, part.shift);
+        square_shift = fmaxf(square_shift, part.square_shift);
+    }
+    shift = block_reduce<true>(shift, shared);
+    square_shift = block_reduce<true>(square_shift, shared);
+
+    float sum = 0, square = 0, count = 0, spoiled = 0;
+    for (int split = thread; split < pass.splits; split += kMergeThreads) {
+        const RowSums& part = pass.sums[int64_t(split) * pass.batch + row];
+        const float weight = exp2f(part.shift - shift);
+        shared.weight[split] = weight;
+        sum += weight * part.sum;
+        square += exp2f(part.square_shift - square_shift) * part.square;
+        count += part.count;
+    }
+    sum = block_reduce<false>(sum, shared);
+    square = block_reduce<false>(square, shared);
+    count = block_reduce<false>(count, shared);
+
+    // A NaN or inf in the query or in a valid slot must show, though a mask drops NaN.
+    const auto* query = static_cast<const T*>(pass.query) + int64_t(row) * pass.dim;
+    for (int d = thread; d < pass.dim; d += kMergeThreads) spoiled += to_float(query[d]) * 0.0f;
+    spoiled = block_reduce<false>(spoiled, shared);
+    for (int d = thread; d < pass.dim; d += kMergeThreads) {
+        float mean = 0;
+#pragma unroll 8
+        for (int split = 0; split < pass.splits; ++split) {
+            const int64_t at = int64_t(split) * pass.batch + row;
+            mean = fmaf(shared.weight[split], pass.means[at * pass.dim + d], mean);
+        }
+        args.neg_mean[int64_t(row) * pass.dim + d] = (sum == 0 ? mean : mean / sum) + spoiled;
+        spoiled += mean * 0.0f;
+    }
+    spoiled = block_reduce<false>(spoiled, shared);
+    if (thread == 0) {
+        const float all = float(valid_slots(pass));
+        args.neg_lse[row] = (sum == 0 ? -INFINITY : (shift + log2f(sum)) * kLn2) + spoiled;
+        args.neg_sq_lse[row] =
+            (square == 0 ? -INFINITY : (square_shift + log2f(square)) * kLn2) + spoiled;
+        args.neg_count[row] = pass.selection == Selection::kAll ? all : count;
+    }
+    block_sync();
+}
+
+// left . slot in fp32 by kDotLanes neighbouring threads, in a fixed order
+template <class T>
+PSM_DEVICE float dot(const T* left, const T* right, int dim, bool aligned, int lane) {
+    constexpr int kVector = 16 / sizeof(T);
+    struct alignas(16) Vector {
+        T x[kVector];
+    };
+    float sum = 0;
+    for (int d = lane * kVector; d < dim; d += kDotLanes * kVector) {
+        if (aligned) {
+            const Vector a = *reinterpret_cast<const Vector*>(left + d);
+            const Vector b = *reinterpret_cast<const Vector*>(right + d);
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) sum = fmaf(to_float(a.x[i]), to_float(b.x[i]), sum);
+        } else {
+            for (int i = d; i < d + kVector && i < dim; ++i)
+                sum = fmaf(to_float(left[i]), to_float(right[i]), sum);
+        }
+    }
+    for (int mask = 1; mask < kDotLanes; mask *= 2) sum += shuffle_xor(sum, mask);
+    return sum;
+}
+
+template <class T>
+PSM_DEVICE void mine(const MergeArgs& args, int row, MergeShared& shared) {
+    const PassArgs& pass = args.pass;
+    const int thread = thread_index(), count = valid_slots(pass);
+    const int lead = lead_slots(pass.col_offset), cell_slots = 1 << pass.cell_log2;
+    const int cells = cell_count(count, lead, pass.cell_log2);
+    const int room = chosen_cells(args.topk, pass.cells), chosen = chosen_cells(args.topk, cells);
+    const int n = chosen << pass.cell_log2;
+    uint64_t* cell_keys = args.cell_keys + int64_t(block_index()) * power_of_two(room);
+    uint64_t* keys = args.slot_keys + int64_t(block_index()) * power_of_two(args.topk);
+    float* scores = args.scores + (int64_t(block_index()) * room << pass.cell_log2);
+
+    const float* best = pass.cell_max + int64_t(row) * pass.cells;
+    const auto cell_key = [&](int i) { return select_key(float_bits(best[i]), uint32_t(i)); };
+    if (chosen > 0) select_largest(cells, chosen, cell_key, cell_keys, shared.select);
+
+    const auto slot_at = [&](int i) {  // of the i-th score, outside [0, count) where there is none
+        const uint64_t key = cell_keys[i >> pass.cell_log2];
+        const int first = int(key_position(key) << pass.cell_log2) - lead;
+        return key == 0 ? -1 : first + (i & (cell_slots - 1));
+    };
+    const T* left = static_cast<const T*>(pass.key) + int64_t(row) * pass.dim;
+    for (int i = thread / kDotLanes; i < n; i += kMergeThreads / kDotLanes) {
+        const int slot = slot_at(i);
+        const bool inside = slot >= 0 && slot < count;
+        const T* right = static_cast<const T*>(pass.bank) + int64_t(inside ? slot : 0) * pass.dim;
+        const float score = dot(left, right, pass.dim, pass.aligned, thread % kDotLanes);
+        if (thread % kDotLanes == 0) scores[i] = inside ? score : -INFINITY;
+    }
+    block_sync();
+    const auto score_key = [&](int i) {
+        return select_key(float_bits(scores[i]), uint32_t(slot_at(i)));
+    };
+    select_largest(n, args.topk, score_key, keys, shared.select);
+    for (int i = thread; i < args.topk; i += kMergeThreads) {
+        const int64_t at = int64_t(row) * args.topk + i;
+        args.topk_sim[at] = keys[i] == 0 ? -INFINITY : bits_float(key_value_bits(keys[i]));
+        args.topk_index[at] = keys[i] == 0 ? -1 : int64_t(key_position(keys[i]));
+    }
+    block_sync();
+}
+
+template <class T>
+PSM_DEVICE void merge_rows(const MergeArgs& args, MergeShared& shared) {
+    for (int row = block_index(); row < args.pass.batch; row += grid_size()) {
+        if (args.neg_lse != nullptr) merge_sums<T>(args, row, shared);
+        if (args.topk > 0) mine<T>(args, row, shared);
+    }
+}
+
+}  // namespace psm::cuda

@@ -1,0 +1,94 @@
+// What every version of the bank pass shares: its arguments, how the work is cut, where partial
+// results go. Host and device.
+#pragma once
+
+#include <cmath>
+
+#include "../bank_pass.h"
+#include "../philox.h"
+#include "primitives.cuh"
+
+namespace psm::cuda {
+
+enum class Work : int {
+    kPass,      // sums over query . M, and cell maxima of key . M when asked to mine
+    kProducts,  // the same products with a null epilogue: the floor of a kernel
+    kMine,      // cell maxima of key . M alone
+};
+
+constexpr int kCellLog2 = 6;      // smallest cell, whose best similarity is kept for mining
+constexpr int kMaxCells = 16384;  // per row: with more slots the cells grow, memory does not
+constexpr float kLowest = -1e30f;  // a shift below every logit; finite, so that -inf - shift = -inf
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kKeepMax = 0.999f;  // cap of p
+
+// One row's sums over one split. Logits are s / tau in base 2; sum = sum weight 2^(logit - shift),
+// square = sum weight 2^(2 logit - square_shift).
+struct RowSums {
+    float shift, sum, square_shift, square, count;
+};
+
+struct PassArgs {
+    const void *query, *key, *bank;  // (B, D), (B, D) or null, (K, D)
+    const int64_t* count;            // () valid slots
+    const float* s_pos;              // (B,)
+    const int64_t* rng_state;        // (2,) or null
+    int64_t slots;                   // K, below 2^31
+    int64_t row_offset, col_offset;
+    int batch, dim;
+    Selection selection;
+    bool mine;         // keep cell maxima of key . bank
+    bool aligned;      // rows and pointers are multiples of 16 bytes
+    float scale;       // log2 e / tau
+    float sharpness;   // sqrt(a log2 e)
+    float b;
+    int row_blocks, splits;
+    int cell_log2;     // slots of a cell, a power of two
+    int cells;         // room per row in `cell_max`
+    RowSums* sums;     // (splits, B)
+    float* means;      // (splits, B, D) sum weight 2^(logit - shift) bank
+    float* cell_max;   // (B, cells)
+};
+
+// The kernels walk global slots in aligned groups of 16, so that a thread owns the four elements of
+// a Philox call wherever this shard of the bank starts: `lead` slots before slot 0 are not there.
+PSM_HD int lead_slots(int64_t col_offset) { return int(((col_offset % 16) + 16) % 16); }
+PSM_DEVICE int valid_slots(const PassArgs& args) {
+    const int64_t count = *args.count;
+    return int(count < 0 ? 0 : count > args.slots ? args.slots : count);
+}
+PSM_HD int cell_count(int count, int lead, int cell_log2) {
+    return count > 0 ? ((count + lead - 1) >> cell_log2) + 1 : 0;
+}
+PSM_HD int split_begin(int cells, int split, int splits) {
+    return int(int64_t(cells) * split / splits);
+}
+
+// The tiles of one split: tile t covers slots [start(t), start(t + 1)), counted with `lead`.
+struct Walk {
+    int lead, tile_slots, first_tile, tiles;
+    int end;  // of the valid slots
+    PSM_DEVICE int start(int tile) const { return (first_tile + tile) * tile_slots; }
+    PSM_DEVICE int left(int tile) const { return end - start(tile); }
+    PSM_DEVICE bool whole(int tile) const {  // all of its slots are there
+        return start(tile) >= lead && start(tile) + tile_slots <= end;
+    }
+};
+// Splits begin at whole tiles and whole cells.
+PSM_DEVICE Walk walk_of(const PassArgs& args, int tile_slots, int split) {
+    const int lead = lead_slots(args.col_offset), count = valid_slots(args);
+    const int cell_slots = 1 << args.cell_log2, end = count + lead;
+    const int grain = cell_slots > tile_slots ? cell_slots : tile_slots;
+    const int grains = count > 0 ? (end - 1) / grain + 1 : 0, grain_tiles = grain / tile_slots;
+    const int tiles = count > 0 ? (end - 1) / tile_slots + 1 : 0;
+    const int first = split_begin(grains, split, args.splits) * grain_tiles;
+    const int last = split_begin(grains, split + 1, args.splits) * grain_tiles;
+    return {lead, tile_slots, first, (last < tiles ? last : tiles) - first, end};
+}
+
+template <class T>
+struct Type {
+    using type = T;
+};
+
+}  // namespace psm::cuda

@@ -1,0 +1,64 @@
+// The __global__ functions around the passes of configs.cuh, and how to find the right one.
+#pragma once
+
+#include "configs.cuh"
+#include "kernels.h"
+
+namespace psm::cuda {
+
+extern __shared__ __align__(1024) char dynamic_shared[];
+
+template <class Config, Selection kSelection, Work kWork>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    bank_pass_sm80(const __grid_constant__ PassArgs args) {
+    Config::template run<kSelection, kWork>(args, dynamic_shared);
+}
+
+template <class Config, Selection kSelection, Work kWork>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    bank_pass_sm90(const __grid_constant__ PassArgs args, const __grid_constant__ TensorMaps maps) {
+    Config::template run<kSelection, kWork>(args, maps, dynamic_shared);
+}
+
+template <class Config, class Function>
+PassKernel handle(Function* function, const char* name, Work work) {
+    return {reinterpret_cast<const void*>(function), name, Config::kThreads, Config::kRows,
+            Config::kTileSlots, Config::shared_bytes(work)};
+}
+
+template <class T>
+PassKernel find_sm80(Selection selection, Work work, int dim) {
+    if (work == Work::kMine) {
+        return visit_mine<Sm80<T>>(dim, [&](auto config) {
+            using Config = typename decltype(config)::type;
+            return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kMine>,
+                                  "bank_topk (sm_80)", work);
+        });
+    }
+    return visit_pass<Sm80<T>>(dim, [&](auto config) {
+        using Config = typename decltype(config)::type;
+        if (work == Work::kProducts)
+            return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kProducts>,
+                                  "null bank_pass (sm_80)", work);
+        return visit_selection(selection, [&](auto chosen) {
+            return handle<Config>(bank_pass_sm80<Config, decltype(chosen)::value, Work::kPass>,
+                                  "bank_pass (sm_80)", work);
+        });
+    });
+}
+
+template <class T>
+PassKernel find_sm90(Selection selection, Work work, int dim) {
+    return visit_pass<Sm90<T>>(dim, [&](auto config) {
+        using Config = typename decltype(config)::type;
+        if (work == Work::kProducts)
+            return handle<Config>(bank_pass_sm90<Config, Selection::kAll, Work::kProducts>,
+                                  "null bank_pass (sm_90a)", work);
+        return visit_selection(selection, [&](auto chosen) {
+            return handle<Config>(bank_pass_sm90<Config, decltype(chosen)::value, Work::kPass>,
+                                  "bank_pass (sm_90a)", work);
+        });
+    });
+}
+
+}  // namespace psm::cuda

@@ -1,0 +1,45 @@
+// Calls of the CUDA runtime, each checked.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace psm::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // a launch error that is not sticky must not fail the next call
+    throw std::runtime_error(std::string("psm_kernels: ") + what + ": " +
+                             cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+}
+
+class DeviceGuard {
+   public:
+    explicit DeviceGuard(int device) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        check(cudaSetDevice(device), "cudaSetDevice");
+    }
+    ~DeviceGuard() { cudaSetDevice(before_); }
+    DeviceGuard(const DeviceGuard&) = delete;
+
+   private:
+    int before_ = 0;
+};
+
+inline int attribute(cudaDeviceAttr which, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+// Starts a kernel; nothing here waits for the device.
+inline void launch(const void* function, const char* name, int grid, int threads, int shared_bytes,
+                   void* stream, void** arguments) {
+    check(cudaLaunchKernel(function, dim3(grid), dim3(threads), arguments, shared_bytes,
+                           static_cast<cudaStream_t>(stream)),
+          name);
+}
+
+}  // namespace psm::cuda

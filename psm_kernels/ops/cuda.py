@@ -1,0 +1,258 @@
+"""Backend `cuda`: hands tensors to psm_kernels._C.cuda as addresses. Kernels: csrc/cuda."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psm_kernels.ops import cpp
+
+MAX_DIM = 256  # of bank_pass; bank_topk, which keeps no sums per column, takes MAX_TOPK_DIM
+MAX_TOPK_DIM = 512
+MAX_FINISH_TOPK = 64
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
+_SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2}
+
+
+@functools.cache
+def unavailable() -> str | None:
+    reason = cpp.unavailable()
+    if reason is not None:
+        return reason
+    from psm_kernels import _C
+
+    if not hasattr(_C, "cuda"):
+        return "psm_kernels._C was built without nvcc: put one on PATH or set CUDA_HOME, reinstall"
+    if not torch.cuda.is_available():
+        return "no CUDA device was found"
+    return _C.cuda.unavailable(torch.cuda.current_device()) or None
+
+
+class _Workspace:
+    """Lends the kernels memory of torch's allocator, on the stream they run on."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(self, size: int) -> int:
+        self.buffer = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self.buffer.data_ptr()
+
+
+def bank_pass(
+    query: Tensor,  # (B, D)
+    key: Tensor | None,  # (B, D)
+    bank: Tensor,  # (K, D)
+    count: Tensor,  # ()
+    s_pos: Tensor,  # (B,)
+    temperature: float,
+    selection: str,
+    a: float,
+    b: float,
+    topk: int,
+    rng_state: Tensor | None,  # (2,)
+    row_offset: int,
+    col_offset: int,
+    *,
+    null_epilogue: bool = False,
+    force_sm80: bool = False,
+) -> tuple[Tensor, ...]:
+    """See `psm_kernels.ops.bank_pass`. The last two flags exist for benchmarks and tests: products
+    alone, whose outputs mean nothing, and the kernels of sm_80 on a Hopper GPU."""
+    batch, dim = query.shape
+    if dim > MAX_DIM:
+        raise ValueError(f"query: got {dim} columns, wanted at most {MAX_DIM} on backend 'cuda'")
+    fp32 = functools.partial(torch.empty, dtype=torch.float32, device=bank.device)
+    neg_lse, neg_sq_lse, neg_count = fp32(batch), fp32(batch), fp32(batch)
+    neg_mean, topk_sim = fp32(batch, dim), fp32(batch, topk)
+    topk_index = torch.empty(batch, topk, dtype=torch.int64, device=bank.device)
+    _run(
+        query,
+        key if topk else None,
+        bank,
+        count,
+        (neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index),
+        s_pos=s_pos.data_ptr(),
+        rng_state=0 if rng_state is None else rng_state.data_ptr(),
+        selection=_SELECTIONS[selection],
+        temperature=temperature,
+        a=a,
+        b=b,
+        row_offset=row_offset,
+        col_offset=col_offset,
+        null_epilogue=null_epilogue,
+        force_sm80=force_sm80,
+    )
+    return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+
+
+def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:
+    """See `psm_kernels.ops.bank_topk`."""
+    batch = query.shape[0]
+    topk_sim = torch.empty(batch, k, device=bank.device)
+    topk_index = torch.empty(batch, k, dtype=torch.int64, device=bank.device)
+    if k:
+        _run(
+            None,
+            query,
+            bank,
+            count,
+            (None, None, None, None, topk_sim, topk_index),
+            s_pos=0,
+            rng_state=0,
+            selection=_SELECTIONS["all"],
+            temperature=1.0,
+            a=0.0,
+            b=0.0,
+            row_offset=0,
+            col_offset=0,
+            null_epilogue=False,
+            force_sm80=False,
+        )
+    return topk_sim, topk_index
+
+
+def _run(
+    query: Tensor | None,
+    key: Tensor | None,
+    bank: Tensor,
+    count: Tensor,
+    outputs: tuple[Tensor | None, ...],
+    **settings,
+) -> None:
+    from psm_kernels import _C
+
+    names = ("neg_lse", "neg_mean", "neg_sq_lse", "neg_count", "topk_sim", "topk_index")
+    rows = key if query is None else query
+    _C.cuda.bank_pass(
+        query=_address(query),
+        key=_address(key),
+        bank=bank.data_ptr(),
+        count=count.data_ptr(),
+        batch=rows.shape[0],
+        slots=bank.shape[0],
+        dim=bank.shape[1],
+        dtype=_DTYPES[bank.dtype],
+        topk=outputs[-1].shape[1],
+        sums=query is not None,
+        **dict(zip(names, map(_address, outputs), strict=True)),
+        **settings,
+        **_place(bank),
+        allocate=_Workspace(bank.device),
+    )
+
+
+class Finish(NamedTuple):
+    """Per row; gradients are of the sum of the losses, with respect to unit rows."""
+
+    loss: Tensor  # (B,)
+    grad_query: Tensor  # (B, D)
+    grad_projection: Tensor  # (B, D)
+    kept: Tensor  # (B,) negatives that are left
+    grad_mean: Tensor  # (B,) of g over them, see MiningStats
+    grad_var: Tensor  # (B,)
+
+
+def psm_finish(
+    query: Tensor,  # (B, D) fp32
+    key: Tensor,  # (B, D) fp32
+    projection: Tensor,  # (B, D) fp32
+    bank: Tensor,  # (K, D)
+    s_pos: Tensor,  # (B,)
+    rng_state: Tensor | None,  # (2,)
+    swept: tuple[Tensor, ...],  # what bank_pass returned
+    *,
+    temperature: float,
+    selection: str,
+    soft_weights: str,
+    weight_temperature: float,
+    hard_weight: float,
+    a: float,
+    b: float,
+    row_offset: int = 0,
+    col_offset: int = 0,
+) -> Finish:
+    """Loss, gradients and statistics of `functional.psm_loss` after its pass, in one kernel.
+
+    All (B, D) inputs are unit rows, contiguous. Mined positives: at most MAX_FINISH_TOPK.
+    """
+    from psm_kernels import _C
+
+    neg_lse, neg_mean, neg_sq_lse, neg_count, _, topk_index = swept
+    if topk_index.shape[1] > MAX_FINISH_TOPK:
+        raise ValueError(f"topk: got {topk_index.shape[1]}, wanted at most {MAX_FINISH_TOPK}")
+    loss, kept, grad_mean, grad_var = (torch.empty_like(s_pos) for _ in range(4))
+    out = Finish(loss, torch.empty_like(query), torch.empty_like(query), kept, grad_mean, grad_var)
+    _C.cuda.finish(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        projection=projection.data_ptr(),
+        bank=bank.data_ptr(),
+        s_pos=s_pos.data_ptr(),
+        rng_state=_address(rng_state),
+        neg_lse=neg_lse.data_ptr(),
+        neg_mean=neg_mean.data_ptr(),
+        neg_sq_lse=neg_sq_lse.data_ptr(),
+        neg_count=neg_count.data_ptr(),
+        topk_index=topk_index.data_ptr(),
+        row_offset=row_offset,
+        col_offset=col_offset,
+        batch=query.shape[0],
+        dim=query.shape[1],
+        topk=topk_index.shape[1],
+        selection=_SELECTIONS[selection],
+        soft_weights=_SOFT_WEIGHTS[soft_weights],
+        temperature=temperature,
+        weight_temperature=weight_temperature,
+        hard_weight=hard_weight,
+        a=a,
+        b=b,
+        **{name: tensor.data_ptr() for name, tensor in out._asdict().items()},
+        dtype=_DTYPES[bank.dtype],
+        **_place(bank),
+    )
+    return out
+
+
+def enqueue(
+    keys: Tensor,  # (B, D) fp32 | bf16 | fp16
+    labels: Tensor | None,  # (B,) int64
+    bank: Tensor,  # (K, D) fp32 | bf16 | fp16
+    bank_labels: Tensor,  # (K,) int64
+    ptr: Tensor,  # ()
+    count: Tensor,  # ()
+) -> None:
+    """`MemoryBank.enqueue` in one kernel: normalize, cast, write, advance."""
+    from psm_kernels import _C
+
+    keys = keys.contiguous()
+    _C.cuda.enqueue(
+        keys=keys.data_ptr(),
+        labels=_address(labels),
+        bank=bank.data_ptr(),
+        bank_labels=bank_labels.data_ptr(),
+        ptr=ptr.data_ptr(),
+        count=count.data_ptr(),
+        ticket=torch.zeros((), dtype=torch.int32, device=bank.device).data_ptr(),
+        batch=keys.shape[0],
+        slots=bank.shape[0],
+        dim=bank.shape[1],
+        key_dtype=_DTYPES[keys.dtype],
+        bank_dtype=_DTYPES[bank.dtype],
+        **_place(bank),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _place(bank: Tensor) -> dict[str, int]:
+    """The device and its current stream, which a graph capture replaces by its own."""
+    stream = torch.cuda.current_stream(bank.device).cuda_stream
+    return {"device": bank.device.index, "stream": stream}

@@ -1,0 +1,157 @@
+"""The cuda backend on a GPU: the matrix of test_cuda_host.py natively, streams, graphs, devices."""
+
+import pytest
+import torch
+from conftest import problem
+from test_cuda_host import LOW, arguments, assert_agree
+
+from psm_kernels import backends, functional
+from psm_kernels.memory_bank import MemoryBank
+from psm_kernels.ops import BankPass, cuda, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def built():
+    reason = backends.load("cuda")
+    if isinstance(reason, str):
+        pytest.fail(reason)
+
+
+def on_device(args, device="cuda"):
+    return [x.to(device) if torch.is_tensor(x) else x for x in args]
+
+
+def run(args, device="cuda", **flags) -> BankPass:
+    return BankPass(*(x.cpu() for x in cuda.bank_pass(*on_device(args, device), **flags)))
+
+
+def truth(args) -> BankPass:
+    wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+    return BankPass(*reference.bank_pass(*wide))
+
+
+@pytest.mark.parametrize("force_sm80", [False, True])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
+@pytest.mark.parametrize("topk", [0, 5])
+@pytest.mark.parametrize("dim", [20, 64, 128, 200, 256])
+@pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 63), (257, 1000), (130, 4097)])
+def test_odd_sizes(batch, size, dim, topk, selection, dtype, force_sm80):
+    count = max(1, size - size // 3)
+    query, key, bank, s_pos = problem(batch, size, dim, dtype=dtype)
+    bank[count:] = torch.nan
+    args = arguments(query, key, bank, s_pos, selection=selection, topk=topk, count=count)
+    got = run(args, force_sm80=force_sm80)
+    assert_agree(got, truth(args), dtype)
+    again = run(args, force_sm80=force_sm80)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("force_sm80", [False, True])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_exact_products_give_the_same_masks_and_indices(dtype, force_sm80):
+    query, key, bank, s_pos = problem(9, 1500, 64, dtype=dtype, few_bits=True)
+    bank[700:720] = bank[10:30]
+    for a in (0.0, 0.5, 1e30):
+        for col_offset in (0, 37):
+            args = arguments(query, key, bank, s_pos, a=a, b=0.0, topk=20, col_offset=col_offset)
+            got, want = run(args, force_sm80=force_sm80), truth(args)
+            assert torch.equal(got.neg_count, want.neg_count.float())
+            assert torch.equal(got.topk_index, want.topk_index)
+            assert torch.equal(got.topk_sim, want.topk_sim.float())
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(("size", "dim", "k"), [(3000, 500, 7), (90, 64, 200), (5000, 512, 200)])
+def test_bank_topk(dtype, size, dim, k):
+    _, key, bank, _ = problem(40, size, dim, dtype=dtype)
+    key, count = key.to(dtype), torch.tensor(size - 10)
+    sim, index = cuda.bank_topk(*on_device((key, bank, k, count)))
+    want_sim, want_index = reference.bank_topk(key.double(), bank.double(), k, count)
+    torch.testing.assert_close(sim.cpu().double(), want_sim, atol=1e-6, rtol=1e-5)
+    assert (index.cpu() == want_index).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_streams_and_graphs_see_current_inputs(dtype):
+    args = on_device(arguments(*problem(70, 3000, 128, dtype=dtype)))
+    want = cuda.bank_pass(*args)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = cuda.bank_pass(*args)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda.bank_pass(*args)
+    query, count, rng_state = args[0], args[3], args[10]
+    for step in range(3):
+        query.copy_(query.roll(1, 0))
+        count.sub_(100)
+        rng_state[1] += step
+        graph.replay()
+        want = cuda.bank_pass(*args)
+        assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+def test_the_device_of_the_bank_is_used():
+    args = arguments(*problem(5, 500, 64, dtype=torch.bfloat16))
+    with torch.cuda.device(0):
+        first, second = run(args, "cuda:0"), run(args, "cuda:1")
+        assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("key_dtype", LOW, ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_enqueue(key_dtype, dtype):
+    want, got = (MemoryBank(1000, 72, dtype=dtype, device="cuda") for _ in range(2))
+    for batch in (3, 400, 998, 2500):
+        keys = torch.randn(batch, 72, device="cuda").to(key_dtype)
+        keys[1] = torch.nan
+        labels = torch.arange(batch, device="cuda")
+        want.enqueue(keys, labels)
+        cuda.enqueue(keys, labels, got.bank, got.labels, got.ptr, got.count)
+        assert torch.equal(got.ptr, want.ptr)
+        assert torch.equal(got.count, want.count)
+        assert torch.equal(got.labels, want.labels)
+        torch.testing.assert_close(got.bank, want.bank, atol=0, rtol=2.0**-7)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
+def test_finish_is_the_loss_and_its_gradient(selection, dtype):
+    query, key, bank, s_pos = on_device(problem(40, 900, 96, dtype=dtype))
+    count, rng_state = torch.tensor(900, device="cuda"), torch.tensor([3, 4], device="cuda")
+    settings = {"temperature": 0.3, "selection": selection, "a": 2.0, "b": -0.1}
+    rest = {"soft_weights": "attention", "weight_temperature": 0.7, "hard_weight": 0.6}
+    swept = cuda.bank_pass(
+        query.to(dtype), key.to(dtype), bank, count, s_pos, *settings.values(), 5, rng_state, 0, 0
+    )
+    got = cuda.psm_finish(query, key, query, bank, s_pos, rng_state, swept, **settings, **rest)
+    leaf = query.clone().requires_grad_()
+    want = functional.psm_loss(
+        leaf, key, bank, rng_state=rng_state, topk=5, reduction="none", backend="cuda",
+        **settings, **rest,
+    )  # fmt: skip
+    want.sum().backward()
+    torch.testing.assert_close(got.loss, want.detach(), atol=2e-5, rtol=1e-5)
+    grad = got.grad_query + got.grad_projection
+    along = (grad * query).sum(1, keepdim=True) * query  # psm_loss normalizes its inputs
+    torch.testing.assert_close(grad - along, leaf.grad, atol=2e-5, rtol=1e-4)
+
+
+def test_memory_does_not_grow_with_batch_times_bank():
+    args = on_device(arguments(*problem(256, 1 << 20, 64, dtype=torch.bfloat16)))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    cuda.bank_pass(*args)
+    assert torch.cuda.max_memory_allocated() - before < 64 << 20  # B x K fp32 would be 1 GB
