@@ -2,8 +2,8 @@
 
 The module includes no torch header and links no torch library, so one build serves every torch.
 Environment: CXX names the compiler; PSM_SANITIZE=address,undefined makes an instrumented build;
-PSM_CUDA=0 leaves the CUDA kernels out, =1 makes a missing nvcc an error; PSM_CUDA_ARCHS names the
-architectures (80,86,89,90a,120); CUDA_HOME the toolkit.
+PSM_CUDA=1 adds the CUDA kernels, which no GPU has run yet and `auto` does not pick; PSM_CUDA_ARCHS
+names the architectures (80,86,89,90a,120); CUDA_HOME the toolkit.
 """
 
 from __future__ import annotations
@@ -80,16 +80,13 @@ class Cuda(NamedTuple):
 
 
 def find_cuda() -> Cuda | None:
-    if os.environ.get("PSM_CUDA") == "0":
+    if os.environ.get("PSM_CUDA", "0") == "0":
         return None
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None:
         where = f"{home}/bin" if home else "PATH"
-        if os.environ.get("PSM_CUDA") == "1":
-            raise SystemExit(f"psm_kernels: PSM_CUDA=1, but there is no nvcc in {where}")
-        print(f"psm_kernels: no nvcc in {where}; the cuda backend will not be available")
-        return None
+        raise SystemExit(f"psm_kernels: PSM_CUDA=1, but there is no nvcc in {where}")
     # nvcc may be a link or a script: it says itself where the toolkit is.
     dry = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True

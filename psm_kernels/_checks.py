@@ -18,11 +18,13 @@ def check_matrix(
     """A floating (rows, dim) tensor whose sizes equal those of `shape` that are not None."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: got {type(value).__name__}, wanted a tensor")
-    wanted = tuple("any" if s is None else int(s) for s in (shape or (None, None)))
-    text = f"({', '.join(map(str, wanted))})" + (f" as {like}" if like else "")
-    if value.ndim != 2:
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted two dimensions {text}")
-    if any(w != "any" and w != s for w, s in zip(wanted, value.shape, strict=True)):
+    wanted = tuple(shape) or (None, None)
+    if value.ndim != 2 or any(
+        w is not None and w != s for w, s in zip(wanted, value.shape, strict=True)
+    ):
+        # The text is made here alone: torch.compile cannot print a dynamic size.
+        sizes = ", ".join("any" if w is None else str(int(w)) for w in wanted)
+        text = f"two dimensions ({sizes})" + (f" as {like}" if like else "")
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {text}")
     if 0 in value.shape:
         raise ValueError(

@@ -91,7 +91,7 @@ def knn_accuracy(
         similarity, index = bank_topk(query, bank, min(k, len(bank)), backend=backend)  # (C, k)
         # exp(88) is infinite in fp32; a shift per row leaves the winner as it is.
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)
-        votes = torch.zeros(len(query), num_classes, device=bank.device)  # (C, classes)
+        votes = weight.new_zeros(len(query), num_classes)  # (C, classes)
         votes.scatter_add_(1, train_labels[index], weight)
         correct += (votes.argmax(dim=1) == label).sum()
     return correct.item() / len(queries)

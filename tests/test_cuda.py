@@ -136,7 +136,7 @@ def test_finish_is_the_loss_and_its_gradient(selection, dtype):
     swept = cuda.bank_pass(
         query.to(dtype), key.to(dtype), bank, count, s_pos, *settings.values(), 5, rng_state, 0, 0
     )
-    got = cuda.psm_finish(query, key, query, bank, s_pos, rng_state, swept, **settings, **rest)
+    got = cuda.finish(query, key, query, bank, s_pos, rng_state, swept, **settings, **rest)
     leaf = query.clone().requires_grad_()
     want = functional.psm_loss(
         leaf, key, bank, rng_state=rng_state, topk=5, reduction="none", backend="cuda",

@@ -28,7 +28,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch, train
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
-train.PSMLoss = functools.partial(train.PSMLoss, bank_dtype=torch.float64)
+loss, *settings = train.METHODS["psm"]
+train.METHODS["psm"] = functools.partial(loss, bank_dtype=torch.float64), *settings
 single = train.Views.__getitem__
 def double(views, index):
     *images, label = single(views, index)

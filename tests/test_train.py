@@ -56,10 +56,13 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def interrupt(monkeypatch):
+def interrupt(monkeypatch, request):
     """Send a real SIGINT at the n-th time the bank is written."""
 
     def at(call: int) -> None:
+        # A background job starts with SIGINT ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
         enqueue, calls = train.PSMLoss.enqueue, []
 
         def spy(self, *args, **kwargs):

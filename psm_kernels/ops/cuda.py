@@ -27,7 +27,7 @@ def unavailable() -> str | None:
     from psm_kernels import _C
 
     if not hasattr(_C, "cuda"):
-        return "psm_kernels._C was built without nvcc: put one on PATH or set CUDA_HOME, reinstall"
+        return "psm_kernels._C has no CUDA kernels: build it with PSM_CUDA=1 and nvcc"
     if not torch.cuda.is_available():
         return "no CUDA device was found"
     return _C.cuda.unavailable(torch.cuda.current_device()) or None
@@ -158,7 +158,7 @@ class Finish(NamedTuple):
     grad_var: Tensor  # (B,)
 
 
-def psm_finish(
+def finish(
     query: Tensor,  # (B, D) fp32
     key: Tensor,  # (B, D) fp32
     projection: Tensor,  # (B, D) fp32
