@@ -182,6 +182,13 @@ def make_lightly(p: Problem) -> Run:
     return step(p, lambda: criterion(p.query, p.key))
 
 
+def fits_metric_learning(case: Case, device: str) -> str | None:
+    reason = peer("pytorch_metric_learning", "info_nce")(case, device)
+    if reason is None and case.batch * case.size > 1 << 22:
+        return "its pairs took more than 24 GB at 256 x 65,536"
+    return reason
+
+
 def make_metric_learning(p: Problem) -> Run:
     """Its memory enqueues the keys first, so a batch's other keys are negatives too."""
     from pytorch_metric_learning.losses import CrossBatchMemory, NTXentLoss
@@ -241,7 +248,7 @@ PROVIDERS = {
     "lightly": Provider("NTXentLoss with a bank", peer("lightly", "info_nce"), make_lightly),
     "metric-learning": Provider(
         "CrossBatchMemory(NTXentLoss)",
-        peer("pytorch_metric_learning", "info_nce"),
+        fits_metric_learning,
         make_metric_learning,
     ),
     "liger": Provider(
