@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ LOG2E = 1.4426950408889634
 def unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if _interpreted():
+    if interpreted():
         return None
     if not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())):
         return "no GPU was found, and TRITON_INTERPRET=1 is not set"
@@ -41,7 +42,7 @@ def bank_pass(
     col_offset: int,
 ) -> tuple[Tensor, ...]:
     _check("topk", topk)
-    sums = (s_pos, LOG2E / temperature, selection, -a * LOG2E, b, rng_state, row_offset)
+    sums = (s_pos, LOG2E / temperature, selection, sharpness_of(a), b, rng_state, row_offset)
     return _run(query, key, bank, count, topk, sums, col_offset)
 
 
@@ -57,6 +58,13 @@ def psm_finish(*args, **settings) -> tuple[Tensor, Tensor, Tensor]:
     return finish(*args, **settings)
 
 
+def sharpness_of(a: float) -> float:
+    """r of p = 2^-(r s - r (s_pos + b))^2, which takes one FFMA and one FMUL. Only a very sharp p
+    could tell that r (s_pos + b) is rounded; there r is a power of two, and nothing is."""
+    sharpness = math.sqrt(a * LOG2E)
+    return 2.0 ** min(round(math.log2(sharpness)), 60) if sharpness > 2**20 else sharpness
+
+
 class Tile(NamedTuple):
     rows: int  # of queries
     cols: int  # of bank slots
@@ -67,6 +75,7 @@ class Tile(NamedTuple):
     columns: int  # of a block in score products
 
 
+@functools.cache
 def tile(dtype: torch.dtype, padded: int, chip: str) -> Tile:
     """Block sizes without spills and with few instructions per element: `benchmarks/sass.py`."""
     if dtype is torch.float32:  # true fp32 products run on the vector units
@@ -81,7 +90,7 @@ def tile(dtype: torch.dtype, padded: int, chip: str) -> Tile:
         return Tile(64, 64, 4, 2, 2, padded <= 128, padded)
     if padded > 128:
         return Tile(64, 64, 8, 2, 1, False, 64)
-    return Tile(128, 32, 8, 2, 1, False, padded)
+    return Tile(128, 64, 8, 2, 1, False, padded)
 
 
 def launches(fused: bool, mine: bool, total: bool) -> list[tuple[bool, bool]]:
@@ -103,7 +112,7 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     cells = -(-(size + 15) // CELL)
     blocks = -(-batch // rows)
     splits = _splits(blocks, cells, resident, bank.device)
-    s_pos, scale, selection, decay, b, rng_state, row_offset = sums or (
+    s_pos, scale, selection, sharpness, b, rng_state, row_offset = sums or (
         None, 0.0, "all", 0.0, 0.0, None, 0,
     )  # fmt: skip
 
@@ -111,8 +120,7 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
         return torch.empty(shape, dtype=dtype, device=bank.device)
 
     cell_max = new(batch, cells) if k else None
-    part_stats = new(batch, 4, splits) if sums else None
-    part_mean = new(batch, splits, dim) if sums else None
+    parts = new(batch, splits, dim + 4) if sums else None
     # Three tensors, not views of one: outputs of a registered operator may not alias.
     neg_lse, neg_sq_lse, neg_count = (new(batch) if sums else None for _ in range(3))
     neg_mean = new(batch, dim) if sums else None
@@ -121,8 +129,8 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     descriptor = _descriptor(bank, cols, padded) if chip == "hopper" else None
     for mine, total in launches(fused, k > 0, sums is not None):
         bank_pass_kernel[(blocks * splits,)](
-            query, key, bank, descriptor, count, s_pos, rng_state, cell_max, part_stats, part_mean,
-            batch, size, dim, cells, splits, scale, decay, b, row_offset, col_offset,
+            query, key, bank, descriptor, count, s_pos, rng_state, cell_max, parts,
+            batch, size, dim, cells, splits, scale, sharpness, b, row_offset, col_offset,
             SELECTION=selection if total else "all", MINE=mine, SUM=total,
             FAST=bank.dtype is not torch.float16,  # unshifted weights leave its range
             BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages,
@@ -130,7 +138,7 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
         )  # fmt: skip
     kp = _power_of_2(k, 2)
     merge_kernel[(batch,)](
-        part_stats, part_mean, neg_lse, neg_sq_lse, neg_count, neg_mean,
+        parts, neg_lse, neg_sq_lse, neg_count, neg_mean,
         key, bank, count, cell_max, topk_sim, topk_index, size, dim, cells, splits, k, col_offset,
         MINE=k > 0, SUM=sums is not None, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
         KP=kp, DBLOCK=min(padded, 64), CHUNK=max(1024, kp),
@@ -156,17 +164,17 @@ def weighted_pass(
     rows, cols, warps, stages, resident, _, columns = tile(bank.dtype, padded, _chip(bank.device))
     blocks = -(-batch // rows)
     splits = _splits(blocks, -(-size // CELL), resident, bank.device)
-    part_stats = torch.empty(batch, 4, splits, device=bank.device)
-    part_mean = torch.empty(batch, splits, dim, device=bank.device)
+    parts = torch.empty(batch, splits, dim + 4, device=bank.device)
     log_sum, unused, weight = (torch.empty(batch, device=bank.device) for _ in range(3))
     mean = torch.empty(batch, dim, device=bank.device)
     weighted_pass_kernel[(blocks * splits,)](
-        query, bank, count, affine, rho, part_stats, part_mean,
+        query, bank, count, affine, rho, parts,
         batch, size, dim, splits, LOG2E / temperature,
-        BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages, num_warps=warps,
+        BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages,
+        num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     merge_kernel[(batch,)](
-        part_stats, part_mean, log_sum, unused, weight, mean,
+        parts, log_sum, unused, weight, mean,
         None, bank, count, None, None, None, size, dim, 0, splits, 0, 0,
         MINE=False, SUM=True, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
         KP=2, DBLOCK=min(padded, 64), CHUNK=1024, GROUP=4, num_warps=4, enable_fp_fusion=True,
@@ -217,5 +225,5 @@ def _power_of_2(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length()) if n else least
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")

@@ -9,29 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psm_kernels.ops.triton_kernels import P_MAX, _multiply
+from psm_kernels.ops.triton import sharpness_of
+from psm_kernels.ops.triton_noise import is_drawn, keep_center, keep_probability, noise_words
 
 SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
 SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2}
 ATTENTION, UNIFORM = tl.constexpr(0), tl.constexpr(1)
 BERNOULLI, EXPECTED = tl.constexpr(0), tl.constexpr(1)
-
-
-@triton.jit
-def _word(slot, row, seed, offset):
-    """Canonical noise of (row, slot) pairs, (KP,) uint32."""
-    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0 = (slot // 16 * 4 + slot % 8 // 2).to(tl.uint32)
-    c1 = row.to(tl.uint32)
-    c2, c3 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
-        high0, low0 = _multiply(c0, 0xD2511F53)
-        high1, low1 = _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
-    even = slot % 2 == 0
-    return tl.where(slot % 16 < 8, tl.where(even, c0, c1), tl.where(even, c2, c3))
 
 
 @triton.jit
@@ -43,7 +27,7 @@ def _less(log_sum, logits, keep, none):
     return tl.where(none, -float("inf"), shift + tl.log(tl.where(none, 1.0, rest)))
 
 
-@triton.jit(do_not_specialize=["k", "row_offset"])
+@triton.jit(do_not_specialize=["B", "k", "row_offset"])
 def finish_kernel(
     query, key,  # (B, D) fp32 unit rows
     bank,  # (K, D)
@@ -54,7 +38,8 @@ def finish_kernel(
     loss,  # (B,)
     grad_query,  # (B, D)
     stats,  # (3, B)
-    B, D, k, temperature, weight_temperature, hard_weight, a, b, row_offset,
+    B: tl.int32, D: tl.int32, k: tl.int32,
+    temperature, weight_temperature, hard_weight, sharpness, b, row_offset: tl.int64,
     SELECTION: tl.constexpr, SOFT: tl.constexpr, KP: tl.constexpr, DPAD: tl.constexpr,
 ):  # fmt: skip
     """One row; c runs over its mined positives, plus over its key, N over its negatives."""
@@ -77,11 +62,12 @@ def finish_kernel(
 
     keep = tl.where(found, 1.0, 0.0)
     if SELECTION <= EXPECTED:
-        distance = s - s_plus - b
-        p = tl.minimum(tl.exp(-a * distance * distance), P_MAX)
+        p = keep_probability(s, keep_center(s_plus, b, sharpness), sharpness)  # (KP,)
         if SELECTION == BERNOULLI:
-            word = _word(slot, row + row_offset, tl.load(rng_state), tl.load(rng_state + 1))
-            p = tl.where(word < (p * 4294967296.0).to(tl.uint32), 1.0, 0.0)
+            seed, offset = tl.load(rng_state), tl.load(rng_state + 1)
+            p = tl.where(
+                is_drawn(noise_words(0, slot, row + row_offset, seed, offset), p), 1.0, 0.0
+            )
         keep = tl.where(found, p, 0.0)
     count = tl.load(neg_count + row) - tl.sum(keep)
     none = (count <= 0) & (SELECTION != EXPECTED)
@@ -161,8 +147,9 @@ def finish(
     finish_kernel[(batch,)](
         query, key, bank, s_pos, neg_lse, neg_sq_lse, neg_count, neg_mean, topk_index, rng_state,
         loss, grad_query, stats, batch, dim, k,
-        float(temperature), float(weight_temperature), float(hard_weight), float(a), float(b),
-        row_offset, SELECTION=SELECTIONS[selection], SOFT=SOFT_WEIGHTS[soft_weights],
+        float(temperature), float(weight_temperature), float(hard_weight),
+        sharpness_of(a), float(b), row_offset,
+        SELECTION=SELECTIONS[selection], SOFT=SOFT_WEIGHTS[soft_weights],
         KP=triton.next_power_of_2(max(k, 2)), DPAD=triton.next_power_of_2(max(dim, 16)),
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
