@@ -52,7 +52,7 @@ def chip(arch: str) -> str:
 
 def compile_pass(arch: str, dtype: torch.dtype, dim: int, mine=True, total=True, selection=None):
     """The compiled kernel of one launch, as the launcher of `ops/triton.py` sets it up."""
-    block = tile(dtype, dim, chip(arch))
+    block = tile(dtype, dim, chip(arch), total)
     name = TYPES[dtype]
     types = dict.fromkeys(("query", "key", "bank"), f"*{name}") | ARGUMENTS
     types |= dict.fromkeys(INTEGERS, "i32")

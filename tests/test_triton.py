@@ -240,10 +240,12 @@ def test_addresses_beyond_2_to_the_31(device, monkeypatch):
 
     from psm_kernels.ops import triton_kernels
 
-    size, dim = 2**24 + 64, 128  # of the 4 GB of addresses the last 64 rows are touched
+    size, dim = 2**24 + 64, 128  # of the 4 GB of addresses the last 128 rows are touched
     bank = torch.empty(size, dim, dtype=torch.bfloat16)
-    query, key, bank[-64:], s_pos = problem(device, 2, 64, dim, torch.bfloat16)
-    splits, kernel = size // 64, triton_kernels.bank_pass_kernel
+    query, key, tail, s_pos = problem(device, 2, 128, dim, torch.bfloat16)
+    bank[-128:] = tail
+    splits = 512  # of 513 tiles, but for the last, which has these two
+    kernel = triton_kernels.bank_pass_kernel
 
     class Last:
         """The kernel, of whose programs the last alone runs."""
@@ -267,8 +269,8 @@ def test_addresses_beyond_2_to_the_31(device, monkeypatch):
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
     settings = {"selection": "all", "topk": 1, "temperature": 0.2}
     got = ops.bank_pass(query, bank[-2:], bank, None, s_pos, backend="triton", **settings)
-    want = ops.bank_pass(query, bank[-2:], bank[-64:], None, s_pos, backend="reference", **settings)
-    want = want._replace(topk_index=want.topk_index + size - 64)
+    want = ops.bank_pass(query, bank[-2:], tail, None, s_pos, backend="reference", **settings)
+    want = want._replace(topk_index=want.topk_index + size - 128)
     check(got, want, torch.bfloat16)
 
     from psm_kernels.ops.triton_finish import finish
@@ -276,8 +278,8 @@ def test_addresses_beyond_2_to_the_31(device, monkeypatch):
     finishing = {"temperature": 0.2, "selection": "all", "a": 1.0, "b": 0.0, "rng_state": None}
     finishing |= {"soft_weights": "uniform", "weight_temperature": 1.0, "hard_weight": 1.0}
     loss, _, _ = finish(query, key, bank, s_pos, got, **finishing)
-    want = want._replace(topk_index=want.topk_index - size + 64)
-    near, _, _ = finish(query, key, bank[-64:], s_pos, want, **finishing)
+    want = want._replace(topk_index=want.topk_index - size + 128)
+    near, _, _ = finish(query, key, tail, s_pos, want, **finishing)
     torch.testing.assert_close(loss, near)
 
 
@@ -335,6 +337,10 @@ def test_limits_are_said(device):
 def test_the_tiles_of_every_chip(device, chip, dim, monkeypatch):
     monkeypatch.setattr(backend, "_chip", lambda device: chip)
     check(*both(*problem(device, 3, 200, dim, torch.bfloat16), topk=2), torch.bfloat16)
+    query, _, bank, _ = problem(device, 2, 140, dim, torch.bfloat16)  # its last cell ends a tile
+    got = ops.bank_topk(query, bank, 3, backend="triton")
+    want = ops.bank_topk(query, bank, 3, backend="reference")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("soft_weights", ["attention", "uniform", "binary"])

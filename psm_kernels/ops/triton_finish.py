@@ -12,11 +12,6 @@ from torch import Tensor
 from psm_kernels.ops.triton import sharpness_of
 from psm_kernels.ops.triton_noise import is_drawn, keep_center, keep_probability, noise_words
 
-SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
-SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2}
-ATTENTION, UNIFORM = tl.constexpr(0), tl.constexpr(1)
-BERNOULLI, EXPECTED = tl.constexpr(0), tl.constexpr(1)
-
 
 @triton.jit
 def _less(log_sum, logits, keep, none):
@@ -61,16 +56,16 @@ def finish_kernel(
     logit_plus = s_plus / temperature
 
     keep = tl.where(found, 1.0, 0.0)
-    if SELECTION <= EXPECTED:
+    if SELECTION != "all":
         p = keep_probability(s, keep_center(s_plus, b, sharpness), sharpness)  # (KP,)
-        if SELECTION == BERNOULLI:
+        if SELECTION == "bernoulli":
             seed, offset = tl.load(rng_state), tl.load(rng_state + 1)
             p = tl.where(
                 is_drawn(noise_words(0, slot, row + row_offset, seed, offset), p), 1.0, 0.0
             )
         keep = tl.where(found, p, 0.0)
     count = tl.load(neg_count + row) - tl.sum(keep)
-    none = (count <= 0) & (SELECTION != EXPECTED)
+    none = (count <= 0) & (SELECTION != "expected")
     lse = tl.load(neg_lse + row)
     log_n = _less(lse, logit, keep, none)
     log_sq = _less(tl.load(neg_sq_lse + row), 2 * logit, keep, none)
@@ -78,11 +73,11 @@ def finish_kernel(
 
     weight = tl.where(found, 1.0, 0.0)
     mined = tl.maximum(tl.sum(weight), 1.0)
-    if SOFT == ATTENTION:
+    if SOFT == "attention":
         score = tl.where(found, tl.sum(m * q[None, :], 1) / weight_temperature, -1e30)
         weight *= tl.exp(score - tl.max(score))
         weight /= tl.maximum(tl.sum(weight), 1e-30)
-    elif SOFT == UNIFORM:
+    elif SOFT == "uniform":
         weight /= mined
     pull = 1.0 + tl.sum(weight)
 
@@ -105,7 +100,7 @@ def finish_kernel(
     average = tl.load(neg_mean + row * D + d, mask=d < D, other=0.0)
     g_n = left * force * tl.where(left > 0, tl.exp(lse - log_h), 0.0)
     gradient = (g_plus * plus + g_n * average + tl.sum(g_c[:, None] * m, 0)) / temperature
-    if SOFT == ATTENTION:
+    if SOFT == "attention":
         g_w = weight * (gap - tl.sum(weight * gap)) / weight_temperature
         gradient += tl.sum(g_w[:, None] * m, 0)
     tl.store(grad_query + row * D + d, gradient, mask=d < D)
@@ -149,7 +144,7 @@ def finish(
         loss, grad_query, stats, batch, dim, k,
         float(temperature), float(weight_temperature), float(hard_weight),
         sharpness_of(a), float(b), row_offset,
-        SELECTION=SELECTIONS[selection], SOFT=SOFT_WEIGHTS[soft_weights],
+        SELECTION=selection, SOFT=soft_weights,
         KP=triton.next_power_of_2(max(k, 2)), DPAD=triton.next_power_of_2(max(dim, 16)),
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

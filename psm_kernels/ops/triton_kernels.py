@@ -8,9 +8,6 @@ import triton.language as tl
 from psm_kernels.ops.triton_noise import is_drawn, keep_center, keep_probability, noise_words
 from psm_kernels.ops.triton_tiles import add_weighted_rows, partial_sum, products, store_part
 
-# Sums of squares inside these bounds have lost nothing to underflow or overflow.
-TINY = tl.constexpr(2.0**-80)
-HUGE = tl.constexpr(2.0**120)
 # Neither a size of 1 nor one divisible by 16 is worth a compilation of its own.
 RUNTIME = ["count", "s_pos", "rng_state", "B", "K", "cells", "splits", "row_offset", "col_offset"]
 
@@ -30,7 +27,7 @@ def _scan(
     GENERAL takes partly valid tiles and shifts exponents by a running maximum, as in attention.
     Without it tiles are full and the shift is 0, which costs fewer instructions.
     """
-    CELL_TILES: tl.constexpr = 64 // BN
+    CELL_TILES: tl.constexpr = (63 + BN) // BN
     local = tl.arange(0, BN)
     in_tile = local[:, None] * D + d[None, :]  # offsets within a tile fit 32 bits
     # Hoisting what little is invariant takes 20 to 40 registers, and spills at D = 256.
@@ -53,9 +50,15 @@ def _scan(
             )  # (BM, BN)  # fmt: skip
             if GENERAL:
                 mined = tl.where(slot_valid[None, :], mined, -float("inf"))
-            held = tl.where(tile % CELL_TILES == 0, -float("inf"), held)
-            held = tl.maximum(held, tl.max(mined, 1))
-            tl.store(cell_max + rows * cells + tile // CELL_TILES, held, mask=row_valid)
+            if BN > 64:
+                cell = tile * (BN // 64) + tl.arange(0, BN // 64)[None, :]
+                maxima = tl.max(tl.reshape(mined, (BM, BN // 64, 64)), 2)
+                out = cell_max + rows[:, None] * cells + cell
+                tl.store(out, maxima, mask=row_valid[:, None] & (cell < cells))
+            else:
+                held = tl.where(tile % CELL_TILES == 0, -float("inf"), held)
+                held = tl.maximum(held, tl.max(mined, 1))
+                tl.store(cell_max + rows * cells + tile // CELL_TILES, held, mask=row_valid)
         if SUM:
             s = products(
                 q, query + rows[:, None] * D, row_valid[:, None],
@@ -128,7 +131,8 @@ def bank_pass_kernel(
     shift = (col_offset % 16).to(tl.int32)
     size = tl.minimum(tl.load(count), K).to(tl.int32)
     tiles = tl.where(size > 0, tl.cdiv(size + shift, BN), 0)
-    per_split = tl.cdiv(tl.cdiv(tiles, 64 // BN), splits) * (64 // BN)  # whole cells
+    CELL_TILES: tl.constexpr = (63 + BN) // BN
+    per_split = tl.cdiv(tl.cdiv(tiles, CELL_TILES), splits) * CELL_TILES  # whole cells
     first = tl.minimum(split * per_split, tiles)
     last = tl.minimum(first + per_split, tiles)
 
@@ -168,6 +172,9 @@ def bank_pass_kernel(
         if SUM:
             # The shift 0 serves unit rows down to a temperature of about 0.03, and saves a maximum,
             # D / BN multiplications and a wait per element. Where it does not, start again.
+            # Sums of squares inside these bounds have lost nothing to underflow or overflow.
+            TINY: tl.constexpr = 2.0**-80
+            HUGE: tl.constexpr = 2.0**120
             row_squares = tl.sum(squares, 1)
             any_kept = tl.sum(kept, 1) != 0.0
             sound = ((row_squares > TINY) & (row_squares < HUGE)) | (not any_kept)

@@ -5,10 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CELL = tl.constexpr(64)  # slots that share one maximum
-LN2 = tl.constexpr(0.6931471805599453)
-MISSING = tl.constexpr(-(2**63))  # sorts below every packed value
-
 
 @triton.jit
 def _pack(value, index):
@@ -33,7 +29,7 @@ def _value(packed):
 
 
 @triton.jit
-def _best(best, new, k, KP: tl.constexpr):
+def _best(best, new, k, KP: tl.constexpr, MISSING: tl.constexpr):
     """The k largest of both, descending, in KP >= k entries. (tl.topk would take k = 200 in fewer
     steps, and minutes to compile.)"""
     rank = tl.arange(0, KP)
@@ -80,6 +76,7 @@ def _merge_splits(
             (at - D)[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
         )  # (SPLITS, D)
         mean += tl.sum(weight[:, None] * part, 0)
+    LN2: tl.constexpr = 0.6931471805599453
     total = tl.sum(totals, 0)
     tl.store(neg_lse + row, (shift + tl.math.log2(total)) * LN2)
     tl.store(neg_sq_lse + row, (2 * shift + tl.math.log2(tl.sum(squares, 0))) * LN2)
@@ -95,6 +92,8 @@ def _select(
 ):  # fmt: skip
     # The k best slots lie in the k cells with the largest maxima: were one in another cell, each
     # of the k would hold a slot that is better, or equal and smaller. Scan those cells again.
+    CELL: tl.constexpr = 64  # slots that share one maximum
+    MISSING: tl.constexpr = -(2**63)  # sorts below every packed value
     rank = tl.arange(0, KP)
     best = tl.full((KP,), MISSING, tl.int64)
     local = tl.arange(0, CHUNK)
@@ -102,7 +101,7 @@ def _select(
     for first in range(0, used, CHUNK):
         cell = first + local
         maxima = tl.load(cell_max + row * cells + cell, mask=cell < used, other=0.0)
-        best = _best(best, tl.where(cell < used, _pack(maxima, cell), MISSING), k, KP)
+        best = _best(best, tl.where(cell < used, _pack(maxima, cell), MISSING), k, KP, MISSING)
     chosen = tl.where((best != MISSING) & (rank < k), _index(best), -1)  # (KP,)
 
     best = tl.full((KP,), MISSING, tl.int64)
@@ -125,7 +124,7 @@ def _select(
             )  # (GROUP * CELL, DBLOCK)
             q = tl.load(key + row * D + d0 + d, mask=d_valid, other=0.0)
             score += tl.sum(m.to(tl.float32) * q.to(tl.float32)[None, :], 1)
-        best = _best(best, tl.where(valid, _pack(score, slot), MISSING), k, KP)
+        best = _best(best, tl.where(valid, _pack(score, slot), MISSING), k, KP, MISSING)
     found = best != MISSING
     out = row * k + rank
     tl.store(topk_sim + out, tl.where(found, _value(best), -float("inf")), mask=rank < k)

@@ -7,8 +7,6 @@ import triton.language as tl
 
 from psm_kernels.ops.triton import interpreted
 
-INTERPRETED = tl.constexpr(interpreted())
-
 
 @triton.jit
 def partial_sum(x, BM: tl.constexpr, BN: tl.constexpr):
@@ -16,11 +14,17 @@ def partial_sum(x, BM: tl.constexpr, BN: tl.constexpr):
     return tl.sum(tl.reshape(x, (BM, BN // 8, 8)), 1)
 
 
-@triton.jit
-def dot(x, y, acc=None):
-    if INTERPRETED:  # which multiplies the bits of bf16
-        x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, acc, input_precision="ieee")
+if interpreted():
+
+    @triton.jit
+    def dot(x, y, acc=None):  # the interpreter would multiply the bits of bf16
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+
+else:
+
+    @triton.jit
+    def dot(x, y, acc=None):
+        return tl.dot(x, y, acc, input_precision="ieee")
 
 
 @triton.jit
