@@ -50,7 +50,8 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
         const int64_t i = block * kBlock + r, local = i - first_row;
         float* state = w.state + local * 3 * kLanes;
         const RowSums row{state,           state + kLanes,      state + 2 * kLanes,
-                          w.shift + local, w.sq_shift + local, mean + r * t.padded};
+                          w.shift + local, w.sq_shift + local, mean + r * t.padded,
+                          w.kept + r * kTile / kMask};
         float* scores = w.scores + r * kTile;
         if (t.selection == Selection::kBernoulli)
             weigh<Selection::kBernoulli>(t, w, tile, i, row, scores);
@@ -67,7 +68,12 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
                             load(scores + j + kWidth));
 #endif
     }
-    if (t.mean) accumulate_rows<kRows>(t, w, tile, mean);
+    if (!t.mean) return;
+    const bool sparse = t.selection == Selection::kBernoulli && !t.query_pairs;
+    if (sparse && kSkipsSlots && t.padded <= kSkipDim)
+        accumulate_kept_rows<kRows>(t, w, tile, mean);
+    else
+        accumulate_rows<kRows>(t, w, tile, mean);
 }
 
 void process(const Task& t, Worker& w, int64_t item) {

@@ -52,10 +52,10 @@ INLINE V load_fp16(const uint16_t* p) {
 
 INLINE V shift_to_exponent(V a) { return V(Vu(a) << 23); }
 
-// s where word < floor(threshold), else -inf; adds the number of the kept.
-INLINE V keep(V s, const uint32_t* words, V threshold, int& kept) {
+// s where word < floor(threshold), else -inf; `kept` has a bit per lane.
+INLINE V keep(V s, const uint32_t* words, V threshold, uint32_t& kept) {
     const Vi mask = read<Vu>(words) < __builtin_convertvector(threshold, Vu);
-    kept -= mask[0] + mask[1] + mask[2] + mask[3];
+    kept = uint32_t((mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8));
     return mask ? s : set1(-kInfinity);
 }
 

@@ -22,7 +22,8 @@ INLINE V exp2(V t) {
 struct RowSums {
     float *sum, *squares, *count;  // kLanes each
     float *shift, *sq_shift;
-    float* mean;  // (padded,)
+    float* mean;     // (padded,)
+    uint32_t* kept;  // (kTile / kMask,)
 };
 
 INLINE void scale_lanes(float* x, int64_t n, float factor) {
@@ -47,12 +48,18 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
         philox_row(t, tile, w.columns, i, w.words);
         const V center = set1(t.s_pos[i] + t.b), cap = set1(0.999f * 4294967296.0f);
         kept = 0;
-        for (int j = 0; j < tile.width; j += kWidth) {
-            const V s = load(scores + j), x = sub(s, center);
-            const V threshold = min(exp2<32>(mul(mul(x, x), slope)), cap);
-            const V kept_s = keep(s, w.words + j, threshold, kept);
-            store(scores + j, kept_s);
-            top = max(top, kept_s);
+        for (int first = 0; first < tile.width; first += kMask) {
+            uint32_t mask = 0, bits;
+            for (int j = first; j < first + kMask; j += kWidth) {
+                const V s = load(scores + j), x = sub(s, center);
+                const V threshold = min(exp2<32>(mul(mul(x, x), slope)), cap);
+                const V kept_s = keep(s, w.words + j, threshold, bits);
+                store(scores + j, kept_s);
+                top = max(top, kept_s);
+                mask |= bits << (j - first);
+            }
+            row.kept[first / kMask] = mask;
+            kept += __builtin_popcount(mask);
         }
         if (kept == 0) {
             __builtin_memset(scores, 0, size_t(tile.width) * sizeof(float));
