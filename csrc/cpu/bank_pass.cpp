@@ -140,7 +140,7 @@ void lay_out(Worker& w, const Task& t, const Kernels& kernels, Arena& arena) {
     if (t.sums) {
         arena.take(w.scratch, 2 * kTile);
         arena.take(w.words, kTile);
-        arena.take(w.kept, kBlock * kTile / kMask);
+        arena.take(w.kept, kBlock * kTile / kSub);
         arena.take(w.rho, kTile);
         arena.take(w.columns, 4 * kBatches);
         arena.take(w.state, group_rows * 3 * kLanes);

@@ -1,6 +1,8 @@
 // The bank pass over one chunk of the bank, written once for every instruction set. Included by
 // isa_*.cpp after simd_*.h, inside a namespace of its own.
 
+constexpr int kFlight = 4;  // vectors side by side, where each alone would wait for its latencies
+
 #include "pack.inl"
 #include "product.inl"
 #include "mine.inl"
@@ -51,7 +53,7 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
         float* state = w.state + local * 3 * kLanes;
         const RowSums row{state,           state + kLanes,      state + 2 * kLanes,
                           w.shift + local, w.sq_shift + local, mean + r * t.padded,
-                          w.kept + r * kTile / kMask};
+                          w.kept + r * kTile / kSub};
         float* scores = w.scores + r * kTile;
         if (t.selection == Selection::kBernoulli)
             weigh<Selection::kBernoulli>(t, w, tile, i, row, scores);

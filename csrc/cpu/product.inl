@@ -100,7 +100,7 @@ void accumulate_rows(const Task& t, const Worker& w, const Tile& tile, float* me
     for (; d < ld; d += kHalf * kWidth) accumulate_at<kRows, kHalf>(w, tile, d, ld, pairs, mean);
 }
 
-// The same for two rows that keep only some of kMask slots. Masks are walked bit by bit on ports
+// The same for two rows that keep only some of a panel's slots. Masks are walked bit by bit on ports
 // that the products leave idle; slots that both rows keep are loaded once. With 65 % kept this takes
 // 82 % of the time of the above, with 95 % 105 %. Wider rows than kSkipDim evict one another from
 // L1, and with AVX2 the loads take as long as the products that they save.
@@ -108,7 +108,7 @@ constexpr bool kSkipsSlots = kWidth == 16;
 constexpr int64_t kSkipDim = 256;
 
 template <int kColumns>
-void accumulate_kept(const float* weights, const uint32_t* kept, const float* rows, int64_t ld,
+void accumulate_kept(const float* weights, const uint64_t* kept, const float* rows, int64_t ld,
                      float* first, float* second) {
     V acc[2][kColumns];
 #pragma GCC unroll 8
@@ -116,9 +116,9 @@ void accumulate_kept(const float* weights, const uint32_t* kept, const float* ro
         acc[0][n] = load(first + n * kWidth);
         acc[1][n] = load(second + n * kWidth);
     }
-    const uint32_t a = kept[0], b = kept[kTile / kMask];
-    for (uint32_t mask = a & b; mask; mask &= mask - 1) {
-        const int j = __builtin_ctz(mask);
+    const uint64_t a = kept[0], b = kept[kTile / kSub];
+    for (uint64_t mask = a & b; mask; mask &= mask - 1) {
+        const int j = __builtin_ctzll(mask);
         const V x = set1(weights[j]), y = set1(weights[kTile + j]);
 #pragma GCC unroll 8
         for (int n = 0; n < kColumns; ++n) {
@@ -129,8 +129,8 @@ void accumulate_kept(const float* weights, const uint32_t* kept, const float* ro
     }
 #pragma GCC unroll 2
     for (int r = 0; r < 2; ++r)
-        for (uint32_t mask = r ? b & ~a : a & ~b; mask; mask &= mask - 1) {
-            const int j = __builtin_ctz(mask);
+        for (uint64_t mask = r ? b & ~a : a & ~b; mask; mask &= mask - 1) {
+            const int j = __builtin_ctzll(mask);
             const V x = set1(weights[r * kTile + j]);
 #pragma GCC unroll 8
             for (int n = 0; n < kColumns; ++n)
@@ -152,11 +152,11 @@ void accumulate_kept_rows(const Task& t, const Worker& w, const Tile& tile, floa
         const auto run = columns == 2 * kPanels ? accumulate_kept<2 * kPanels>
                          : columns == kPanels   ? accumulate_kept<kPanels>
                                                 : accumulate_kept<kPanels / 2>;
-        for (int j = 0; j < tile.high; j += kMask)
+        for (int j = 0; j < tile.high; j += kSub)
             for (int r = 0; r < kRows; r += 2) {
-                uint32_t* kept = w.kept + (r * kTile + j) / kMask;
+                uint64_t* kept = w.kept + (r * kTile + j) / kSub;
                 float *first = mean + r * ld + d, *second = first + ld;
-                if (r + 1 == kRows) kept[kTile / kMask] = 0, second = w.scratch;
+                if (r + 1 == kRows) kept[kTile / kSub] = 0, second = w.scratch;
                 run(w.scores + r * kTile + j, kept, w.rows + j * ld + d, ld, first, second);
             }
     }

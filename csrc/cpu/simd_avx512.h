@@ -35,10 +35,10 @@ INLINE V shift_to_exponent(V a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23));
 }
 
-INLINE V keep(V s, const uint32_t* words, V threshold, uint32_t& kept) {
+INLINE V keep(V s, const uint32_t* words, V threshold, uint64_t& kept, int at) {
     const __mmask16 mask = _mm512_cmplt_epu32_mask(_mm512_loadu_si512(words),
                                                    _mm512_cvttps_epu32(threshold));
-    kept = mask;
+    kept |= uint64_t(mask) << at;
     return _mm512_mask_mov_ps(set1(-kInfinity), mask, s);
 }
 

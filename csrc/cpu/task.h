@@ -13,7 +13,6 @@ constexpr int kBlock = 6;      // query rows per register block: 6 x 64 are 24 a
 constexpr int kPad = 32;       // rows are padded to this many elements: 32 bf16 pairs a register
 constexpr int kLanes = 16;     // partial sums kept per row
 constexpr int kBatches = kTile / 4;  // Philox counters per row and tile
-constexpr int kMask = 32;            // slots of one mask of kept slots
 
 struct Task {
     const void *query, *key, *bank;
@@ -63,7 +62,7 @@ struct Worker {
     float* scratch;       // (2, kTile)
     uint32_t* weight_pairs;  // (kBlock, kTile / 2)
     uint32_t* words;         // (kTile,)
-    uint32_t* kept;          // (kBlock, kTile / kMask) a bit per slot
+    uint64_t* kept;          // (kBlock, kTile / kSub) a bit per slot
     float* rho;              // (kTile,)
     uint64_t* columns;       // (4, kBatches) what Philox knows of a column before it sees a row
     float* state;            // (rows of a group, 3, kLanes) sum, sum of squares, count
