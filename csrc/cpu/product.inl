@@ -120,11 +120,13 @@ void accumulate_kept(const float* weights, const uint64_t* kept, const float* ro
     for (uint64_t mask = a & b; mask; mask &= mask - 1) {
         const int j = __builtin_ctzll(mask);
         const V x = set1(weights[j]), y = set1(weights[kTile + j]);
+        V bank[kColumns];
+#pragma GCC unroll 8
+        for (int n = 0; n < kColumns; ++n) bank[n] = load(rows + j * ld + n * kWidth);
 #pragma GCC unroll 8
         for (int n = 0; n < kColumns; ++n) {
-            const V bank = load(rows + j * ld + n * kWidth);
-            acc[0][n] = fma(x, bank, acc[0][n]);
-            acc[1][n] = fma(y, bank, acc[1][n]);
+            acc[0][n] = fma(x, bank[n], acc[0][n]);
+            acc[1][n] = fma(y, bank[n], acc[1][n]);
         }
     }
 #pragma GCC unroll 2
