@@ -80,6 +80,8 @@ def agree(place, query, key, bank, *, rtol=1e-4, atol=1e-5, **settings):
     ],
 )
 def test_loss_and_gradient(place, selection, topk, count, soft_weights, dtype):
+    if place == ("triton", "cpu") and dtype is torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates to bf16 where chips round")
     query, key, bank = inputs(place[1], 4, 150, 20, dtype=dtype)
     settings = {"selection": selection, "topk": topk, "count": count, "soft_weights": soft_weights}
     agree(place, query, key, bank, **settings)
