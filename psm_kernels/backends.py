@@ -96,11 +96,15 @@ def _choose(name: str, device: str, dtype: torch.dtype, dim: int) -> ModuleType:
 
 def describe() -> str:
     """The table as text: each backend, whether it can run here or why not, and what auto picks."""
+    from psm_kernels.ops import cuda
+
     lines = [f"{'backend':<10} {'available':<10} what it is"]
     for name, row in TABLE.items():
         module = load(name)
         reason = f" [{module}]" if isinstance(module, str) else ""
         lines.append(f"{name:<10} {'no' if reason else 'yes':<10} {row.what}{reason}")
+    if built_for := cuda.built_for():
+        lines.append(f"CUDA kernels compiled for sm_{built_for}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         picked = _choose("auto", device, torch.float32, 128).__name__.rpartition(".")[2]

@@ -94,7 +94,7 @@ void bind_finish(uintptr_t query, uintptr_t key, uintptr_t projection, uintptr_t
 
 void bind(py::module_& parent) {
     py::module_ m = parent.def_submodule("cuda", "Kernels for NVIDIA GPUs.");
-    m.attr("architectures") = PSM_CUDA_ARCHS;
+    m.attr("built_for") = PSM_CUDA_BUILT_FOR;
     m.def("unavailable", &unavailable, "Empty, or why this device cannot run the kernels.");
     using py::arg;
     m.def("bank_pass", &bind_bank_pass, py::kw_only(), arg("query"), arg("key"), arg("bank"),

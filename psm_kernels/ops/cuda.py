@@ -27,10 +27,27 @@ def unavailable() -> str | None:
     from psm_kernels import _C
 
     if not hasattr(_C, "cuda"):
-        return "psm_kernels._C has no CUDA kernels: build it with PSM_CUDA=1 and nvcc"
+        return f"psm_kernels._C was {_missing()}: build it again with nvcc and PSM_CUDA=1"
     if not torch.cuda.is_available():
         return "no CUDA device was found"
     return _C.cuda.unavailable(torch.cuda.current_device()) or None
+
+
+def _missing() -> str:
+    try:
+        from psm_kernels._build_info import MISSING_CUDA
+    except ImportError:  # not built by setup.py
+        return "built without the CUDA kernels"
+    return MISSING_CUDA
+
+
+def built_for() -> str | None:
+    """The architectures whose machine code is in the module; None without the CUDA kernels."""
+    if cpp.unavailable() is not None:
+        return None
+    from psm_kernels import _C
+
+    return _C.cuda.built_for if hasattr(_C, "cuda") else None
 
 
 class _Workspace:
