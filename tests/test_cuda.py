@@ -121,7 +121,7 @@ def test_the_device_of_the_bank_is_used(force_sm80):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("key_dtype", LOW, ids=str)
+@pytest.mark.parametrize("key_dtype", [*LOW, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_enqueue(key_dtype, dtype):
     want, got = (MemoryBank(1000, 72, dtype=dtype, device="cuda") for _ in range(2))
@@ -154,9 +154,11 @@ def test_finish_is_the_loss_and_its_gradient(soft_weights, selection, dtype):
         backend="reference", **draw, **rest,
     )  # fmt: skip
     want.loss.sum().backward()
-    torch.testing.assert_close(loss, want.loss.detach(), atol=2e-5, rtol=1e-5)
-    along = (grad * query).sum(1, keepdim=True) * query  # psm_loss normalizes its inputs
-    torch.testing.assert_close(grad - along, leaf.grad, atol=2e-5, rtol=1e-4)
+    # psm_loss normalizes its inputs once more, after which some entries round to their neighbors.
+    loose = 2e-5 if dtype is torch.float32 else 1e-3
+    torch.testing.assert_close(loss, want.loss.detach(), atol=loose, rtol=1e-5)
+    along = (grad * query).sum(1, keepdim=True) * query
+    torch.testing.assert_close(grad - along, leaf.grad, atol=loose, rtol=1e-4)
     torch.testing.assert_close(kept, want.stats.kept_count, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(mean, want.stats.grad_mean, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(var, want.stats.grad_var, atol=1e-5, rtol=1e-2)

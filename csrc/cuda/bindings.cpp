@@ -93,6 +93,7 @@ void bind(py::module_& parent) {
     m.attr("built_for") = PSM_CUDA_BUILT_FOR;
     m.attr("max_dim") = kMaxDim;
     m.attr("max_topk_dim") = kMaxTopkDim;
+    m.attr("max_finish_topk") = kMaxFinishTopk;
     m.def("unavailable", &unavailable, "Empty, or why this device cannot run the kernels.");
     using py::arg;
     m.def("bank_pass", &bind_bank_pass, py::kw_only(), arg("query"), arg("key"), arg("bank"),

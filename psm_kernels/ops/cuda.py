@@ -9,6 +9,8 @@ from torch import Tensor
 
 from psm_kernels.ops import cpp
 
+MAX_FINISH_TOPK = 64  # of psm_finish
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
 _SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2}
@@ -214,7 +216,7 @@ def psm_finish(
 
 
 def enqueue(
-    keys: Tensor,  # (B, D) fp32 | bf16 | fp16
+    keys: Tensor,  # (B, D) of any float dtype
     labels: Tensor | None,  # (B,) int64
     bank: Tensor,  # (K, D) fp32 | bf16 | fp16
     bank_labels: Tensor,  # (K,) int64
@@ -224,7 +226,8 @@ def enqueue(
     """`MemoryBank.enqueue` in one kernel: normalize, cast, write, advance."""
     from psm_kernels import _C
 
-    keys = keys.contiguous()
+    keys = keys.contiguous() if keys.dtype in _DTYPES else keys.float().contiguous()
+    labels = None if labels is None else labels.contiguous()
     _C.cuda.enqueue(
         keys=keys.data_ptr(),
         labels=_address(labels),
