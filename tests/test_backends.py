@@ -67,7 +67,7 @@ def test_the_table_has_the_limits_of_the_kernels():
 
     row = backends.TABLE["cuda"]
     assert (row.max_dim, row.max_topk_dim) == (_C.cuda.max_dim, _C.cuda.max_topk_dim)
-    assert cuda.MAX_FINISH_TOPK == _C.cuda.max_finish_topk
+    assert _C.cuda.max_finish_topk == cuda.MAX_FINISH_TOPK
 
 
 @needs_kernels
