@@ -11,7 +11,6 @@ namespace psm::cuda {
 
 constexpr int kMaxDim = 256;  // of a pass: its (16, D) accumulators per warp must fit registers
 constexpr int kMaxTopkDim = 512;  // of bank_topk, which has none
-constexpr int kMaxFinishTopk = 64;
 
 struct Request {
     BankPassArgs pass;         // count, seed and offset are on the device instead:
@@ -38,9 +37,9 @@ struct EnqueueRequest {
     void* stream;
 };
 
-enum class SoftWeights : int { kAttention = 0, kUniform = 1, kBinary = 2 };
-
 // The argument of the finish kernel; addresses are the device's.
+constexpr int kMaxFinishTopk = 64;
+
 struct FinishArgs {
     const float *query, *key;  // (B, D) unit rows
     const void* bank;          // (K, D)
