@@ -11,6 +11,7 @@ an error that they cannot be built; PSM_CUDA_ARCHS names the architectures (80,8
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -140,12 +141,22 @@ def dry_run(nvcc: str, arch: str | None = None) -> subprocess.CompletedProcess:
     return ask(nvcc, "--dryrun", *chip, "-x", "cu", os.devnull)
 
 
-def common_flags() -> list[str]:
-    import pybind11
+def pybind11_include() -> str:
+    try:
+        import pybind11
+    except ImportError:  # no build isolation and no package index: torch has a copy
+        torch = importlib.util.find_spec("torch")
+        copy = Path(torch.origin).parent / "include" if torch else Path()
+        if not (copy / "pybind11").exists():
+            raise
+        return str(copy)
+    return pybind11.get_include()
 
+
+def common_flags() -> list[str]:
     version = re.search(r'__version__ = "(.*)"', (ROOT / "psm_kernels/__init__.py").read_text())[1]
     source_id = runpy.run_path(str(ROOT / "psm_kernels/_csrc.py"))["source_id"]
-    includes = (sysconfig.get_path("include"), pybind11.get_include())
+    includes = (sysconfig.get_path("include"), pybind11_include())
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
     flags += ["-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math"]
     flags += [f'-DPSM_SOURCE_ID="{source_id(ROOT / "psm_kernels", version)}"', f"-DPSM_X86={X86:d}"]

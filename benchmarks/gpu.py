@@ -77,7 +77,7 @@ def timed(step: Callable[[], object], seconds: float, flush: Tensor | None) -> d
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
-    cuts = statistics.quantiles(times, n=10)
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
     return {"us": statistics.median(times), "q10": cuts[0], "q90": cuts[8], "runs": len(times)}
 
 
