@@ -23,6 +23,13 @@ INLINE void exp2(V (&t)[kVectors]) {
     for (int n = 0; n < kVectors; ++n) t[n] = mul(p[n], shift_to_exponent(biased[n]));
 }
 
+// log2(p) before the cap becomes what a noise word has to stay below, 2^32 p.
+template <int kVectors>
+INLINE void keep_threshold(V (&power)[kVectors]) {
+    exp2<32>(power);
+    for (V& x : power) x = min(x, set1(0.999f * 4294967296.0f));
+}
+
 struct RowSums {
     float *sum, *squares, *count;  // kLanes each
     float *shift, *sq_shift;
@@ -50,7 +57,7 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
     int kept = tile.high - tile.low;
     if constexpr (kSelection == Selection::kBernoulli) {
         philox_row(t, tile, w.columns, i, w.words);
-        const V center = set1(t.s_pos[i] + t.b), cap = set1(0.999f * 4294967296.0f);
+        const V center = set1(t.s_pos[i] + t.b);
         kept = 0;
         for (int panel = 0; panel < tile.width / kSub; ++panel) row.kept[panel] = 0;
         for (int j = 0; j < tile.width; j += kFlight * kWidth) {
@@ -58,10 +65,10 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
             for (int n = 0; n < kFlight; ++n) s[n] = load(scores + j + n * kWidth);
             for (int n = 0; n < kFlight; ++n) p[n] = sub(s[n], center);
             for (V& x : p) x = mul(mul(x, x), slope);
-            exp2<32>(p);
+            keep_threshold(p);
             uint64_t mask = 0;
             for (int n = 0; n < kFlight; ++n) {
-                s[n] = keep(s[n], w.words + j + n * kWidth, min(p[n], cap), mask, n * kWidth);
+                s[n] = keep(s[n], w.words + j + n * kWidth, p[n], mask, n * kWidth);
                 store(scores + j + n * kWidth, s[n]);
                 top = max(top, s[n]);
             }

@@ -125,7 +125,6 @@ def psm_loss(
     draw = _Draw(selection, a, b, None if rng_state is None else snapshot(rng_state), row_offset)
 
     with torch.autocast(bank.device.type, enabled=False):
-        query, key = unit(query, bank), unit(key, bank)
         sweep = draw._asdict() | {"temperature": temperature, "topk": topk, "backend": backend}
         if negatives == "bank" and projection is None and not (return_stats or key.requires_grad):
             weighting = {
@@ -136,6 +135,7 @@ def psm_loss(
             rows = psm_rows(query, key, bank, count, sweep, weighting)
             if rows is not None:
                 return reduce(rows, reduction)
+        query, key = unit(query, bank), unit(key, bank)
         projection = query if projection is None else unit(projection, bank)
         if negatives == "bank":
             pos, neg = _bank_sides(query, key, bank, count, draw, sweep)
