@@ -101,7 +101,8 @@ class MemoryBank(nn.Module):
         wide = torch.float64 if self.bank.dtype is torch.float64 else torch.float32
         with torch.autocast(keys.device.type, enabled=False):
             rows = unit_rows(last, wide)
-        rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)
+        # With a NaN or an infinity the norm is one too: what it divides is all 0 and NaN.
+        rows = rows.nan_to_num_(0.0)
         slots = torch.arange(batch - rows.shape[0], batch, device=self.ptr.device)
         slots = (self.ptr + slots) % self.size
         self._write(slots, rows.to(self.bank.dtype), labels[-self.size :])
