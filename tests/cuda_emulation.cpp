@@ -179,7 +179,7 @@ int psm_fault(const char* name) {
                 store_shared(start + 16 * thread_index(), Chunk{});
                 block_sync();
                 float d[8][4];
-                const Descriptor tile(start, 16, 1024);
+                const Descriptor tile = descriptor(start, 16, 1024);
                 wgmma<BFloat16>(d, tile.at(0), tile.at(0), false);
                 wgmma_commit();
                 wgmma_wait<0>();

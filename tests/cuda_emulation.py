@@ -121,7 +121,7 @@ def bank_pass(
 ):
     """As a backend's bank_pass, with the cut of the work open; outputs start as NaN and -9."""
     (batch, dim), slots = query.shape, bank.shape[0]
-    cells = (slots + col_offset % 16 - 1 >> cell_log2) + 1
+    cells = ((slots + col_offset % 16 - 1 >> cell_log2) + 2) // 2 * 2
     chosen = min(topk, cells)
     f32 = {"dtype": torch.float32}
     out = {
@@ -135,7 +135,7 @@ def bank_pass(
     work = {
         "sums": torch.full((splits, batch, 5), torch.nan, **f32),
         "means": torch.full((splits, batch, dim), torch.nan, **f32),
-        "cell_max": torch.full((batch, cells), torch.nan, **f32),
+        "cell_max": torch.full((batch + 1, cells), torch.nan, **f32),
     }
     merge = {
         "cell_keys": torch.full((grid, power_of_two(chosen)), -9),

@@ -91,7 +91,7 @@ size_t lay_out(MergeArgs& args, bool sums, int merge_grid, void* workspace) {
         pass.means = cutter.take<float>(rows * pass.dim);
     }
     if (pass.mine) {
-        pass.cell_max = cutter.take<float>(int64_t(pass.batch) * pass.cells);
+        pass.cell_max = cutter.take<float>(int64_t(pass.batch + 1) * pass.cells);
         args.cell_keys = cutter.take<uint64_t>(int64_t(merge_grid) * power_of_two(int(chosen)));
         args.slot_keys = cutter.take<uint64_t>(int64_t(merge_grid) * power_of_two(args.topk));
         args.scores = cutter.take<float>(int64_t(merge_grid) * chosen << pass.cell_log2);
@@ -144,7 +144,7 @@ void bank_pass(const Request& request, const Allocate& allocate) {
     pass.cell_log2 = kCellLog2;
     const int64_t last = request.slots + lead_slots(in.col_offset) - 1;
     while ((last >> pass.cell_log2) >= kMaxCells) ++pass.cell_log2;
-    pass.cells = int(last >> pass.cell_log2) + 1;
+    pass.cells = room_for_cells(last, pass.cell_log2);
     pass.row_blocks = (pass.batch + kernel.rows - 1) / kernel.rows;
     const int64_t grain = std::max(1 << pass.cell_log2, kernel.tile_slots);
     const int grains = int(std::min<int64_t>(kMaxSplits, last / grain + 1));

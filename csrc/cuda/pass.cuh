@@ -47,7 +47,7 @@ struct PassArgs {
     int cells;         // room per row in `cell_max`
     RowSums* sums;     // (splits, B)
     float* means;      // (splits, B, D) sum weight 2^(logit - shift) bank
-    float* cell_max;   // (B, cells)
+    float* cell_max;   // (B + 1, cells); what rows behind the batch give goes to the last
 };
 
 // The kernels walk global slots in aligned groups of 16, so that a thread owns the four elements of
@@ -60,6 +60,10 @@ PSM_DEVICE int valid_slots(const PassArgs& args) {
 PSM_HD int cell_count(int count, int lead, int cell_log2) {
     return count > 0 ? ((count + lead - 1) >> cell_log2) + 1 : 0;
 }
+// Even: a tile of two cells may end with one that has no valid slot.
+PSM_HD int room_for_cells(int64_t last_slot, int cell_log2) {
+    return (int(last_slot >> cell_log2) + 2) / 2 * 2;
+}
 PSM_HD int split_begin(int cells, int split, int splits) {
     return int(int64_t(cells) * split / splits);
 }
@@ -67,12 +71,12 @@ PSM_HD int split_begin(int cells, int split, int splits) {
 // The tiles of one split: tile t covers slots [start(t), start(t + 1)), counted with `lead`.
 struct Walk {
     int lead, tile_slots, first_tile, tiles;
-    int end;  // of the valid slots
+    int end;          // of the valid slots
+    int first_whole;  // this tile and those after it have all of their slots,
+    unsigned wholes;  // so many of them
     PSM_DEVICE int start(int tile) const { return (first_tile + tile) * tile_slots; }
     PSM_DEVICE int left(int tile) const { return end - start(tile); }
-    PSM_DEVICE bool whole(int tile) const {  // all of its slots are there
-        return start(tile) >= lead && start(tile) + tile_slots <= end;
-    }
+    PSM_DEVICE bool whole(int tile) const { return unsigned(tile - first_whole) < wholes; }
 };
 // Splits begin at whole tiles and whole cells.
 PSM_DEVICE Walk walk_of(const PassArgs& args, int tile_slots, int split) {
@@ -83,7 +87,9 @@ PSM_DEVICE Walk walk_of(const PassArgs& args, int tile_slots, int split) {
     const int tiles = count > 0 ? (end - 1) / tile_slots + 1 : 0;
     const int first = split_begin(grains, split, args.splits) * grain_tiles;
     const int last = split_begin(grains, split + 1, args.splits) * grain_tiles;
-    return {lead, tile_slots, first, (last < tiles ? last : tiles) - first, end};
+    const int first_whole = first == 0 && lead > 0, wholes = end / tile_slots - first - first_whole;
+    return {lead, tile_slots, first, (last < tiles ? last : tiles) - first, end,
+            first_whole, unsigned(wholes > 0 ? wholes : 0)};
 }
 
 template <class T>
