@@ -30,8 +30,10 @@ struct PassSm90 {
     static constexpr int kThreads = 384, kRows = 128, kGroupRows = 64, kConsumerWarps = 8;
     static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8, kSteps = kDim / 16;
     static constexpr int kPanels = kDim / kPanelColumns;
-    // Both similarities of a tile at once, where the accumulators have the registers
-    static constexpr bool kJoint = 8 * kTiles + kOut * 4 + 2 * kTiles <= 208;
+    // Both similarities of a tile at once? They, `out` and the weights must fit the registers.
+    template <Selection kSelection>
+    static constexpr bool kJoint =
+        2 * 4 * kTiles + 4 * kOut + 2 * kTiles + 20 * (kSelection == Selection::kExpected) <= 208;
     static constexpr int kRowTileBytes = kRows * kDim * 2, kStageBytes = kTileSlots * kDim * 2;
     static constexpr int kRingStart = 2 * kRowTileBytes;
     static constexpr int kBarriers = kRingStart + kStages * kStageBytes;
@@ -195,7 +197,7 @@ struct PassSm90 {
                 const uint32_t stage = ring.full * units;
                 float s[kTiles][4];
                 mbarrier_wait(ring.full, ring.phase);
-                if (kJoint && args.mine) {
+                if (kJoint<kSelection> && args.mine) {
                     float t[kTiles][4];
                     hold_accumulators(s), hold_accumulators(t);
                     wgmma_fence();
@@ -208,13 +210,14 @@ struct PassSm90 {
                     if (!walk.whole(tile)) mask_slots(s, walk, tile), mask_slots(t, walk, tile);
                     best.take(t);
                 } else {
-                    if (!kJoint && args.mine) {
+                    if (!kJoint<kSelection> && args.mine) {
                         similarities(s, key, again.moved(stage));
+                        release();
                         if (!walk.whole(tile)) mask_slots(s, walk, tile);
                         best.take(s);
                     }
                     similarities(s, query, slots.moved(stage));
-                    release();
+                    if (kJoint<kSelection> || !args.mine) release();
                     if (!walk.whole(tile)) mask_slots(s, walk, tile);
                 }
                 hold_accumulators(out);
