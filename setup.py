@@ -33,6 +33,8 @@ AVX512 = [*AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "vnni")
 SOURCES = {  # source -> flags of its own: nothing else may be compiled for more than the baseline
     Path("csrc/bindings.cpp"): [],
     CPU / "bank_pass.cpp": [],
+    CPU / "finish.cpp": [],
+    CPU / "threads.cpp": [],
     CPU / "isa_portable.cpp": [],
 }
 X86 = platform.machine() in ("x86_64", "AMD64")

@@ -8,12 +8,9 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
-#include "bank_pass_cpu.h"
-#include "task.h"
+#include "driver.h"
 
 namespace psm::cpu {
 namespace {
@@ -33,6 +30,8 @@ std::vector<const Kernels*> available() {  // best first
     return found;
 }
 
+}  // namespace
+
 const Kernels& choose(const std::string& isa, Dtype dtype) {
     for (const Kernels* kernels : available())
         if (kernels->name == isa) {
@@ -44,6 +43,8 @@ const Kernels& choose(const std::string& isa, Dtype dtype) {
         }
     throw std::invalid_argument("isa: got '" + isa + "', which this machine lacks");
 }
+
+namespace {
 
 // ---- split ----
 
@@ -172,22 +173,6 @@ Layout lay_out(Task task, const Kernels& kernels, int threads, void* workspace) 
     return {task, std::move(workers), arena.bytes()};
 }
 
-// ---- threads ----
-
-// Runs job(worker) on `count` threads, this one included, and returns when all are done. Threads
-// live for one call: nothing to inherit across a fork. Jobs take items from a shared counter, so
-// that it does not matter how many threads the system really grants.
-template <class Job>
-void run_threads(size_t count, const Job& job) {
-    std::vector<std::thread> others;
-    try {
-        for (size_t i = 1; i < count; ++i) others.emplace_back(job, i);
-    } catch (const std::system_error&) {
-    }
-    job(0);
-    for (std::thread& thread : others) thread.join();
-}
-
 // ---- merge ----
 
 struct Outputs {
@@ -273,6 +258,8 @@ void run_task(Task problem, const Kernels& kernels, int threads, void* workspace
     });
 }
 
+}  // namespace
+
 Task make_task(const BankPassArgs& args) {
     Task t{};
     t.query = args.query, t.key = args.key, t.bank = args.bank, t.s_pos = args.s_pos;
@@ -293,8 +280,6 @@ Task make_task(const BankTopkArgs& args) {
     t.dtype = args.dtype, t.selection = Selection::kAll, t.topk = args.topk;
     return t;
 }
-
-}  // namespace
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;

@@ -70,11 +70,29 @@ struct Worker {
     float* bars;             // (B,)
 };
 
+// One query with its mined rows, of which the first `found` are there. Buffers of one thread.
+struct MinedRow {
+    int64_t found;
+    const int64_t* slots;  // (topk,)
+    uint32_t* words;       // (topk,) noise
+    float *query, *seen;   // (padded,) the unit query and what its rounding left of it
+    float* rows;           // (topk, padded)
+    float* similarity;     // (topk,) to the query as the pass saw it
+    float* score;          // (topk,) to the unit query
+    float* weight;         // (topk,) of the slot in the sums of the pass
+    float* to_mined;       // (topk,) how much of each vector is in the query's gradient
+    float to_key, to_mean;
+};
+constexpr int kMinedPad = 16;  // MinedRow's buffers have room for a multiple of this
+
 struct Kernels {
     const char* name;
     bool quads, pairs;  // which packed forms the kernels read: bytes for mining, bf16 pairs
     void (*prepare)(const Task&);
     void (*process)(const Task&, Worker&, int64_t item);  // item = group * chunks + chunk
+    void (*read_mined)(const Task&, const MinedRow&, const float* query, int64_t row);
+    void (*combine)(const Task&, const MinedRow&, const float* key, const float* mean, int64_t row,
+                    float* gradient);
 };
 
 // Null where the build or the machine lacks the instruction set.

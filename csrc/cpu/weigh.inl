@@ -19,6 +19,11 @@ INLINE V exp2(V t) {
     return mul(p, shift_to_exponent(biased));
 }
 
+// What a noise word has to stay below: 2^32 p, where `power` is log2(p) before the cap.
+INLINE V keep_threshold(V power) {
+    return min(exp2<32>(power), set1(0.999f * 4294967296.0f));
+}
+
 struct RowSums {
     float *sum, *squares, *count;  // kLanes each
     float *shift, *sq_shift;
@@ -45,11 +50,11 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
     int kept = tile.high - tile.low;
     if constexpr (kSelection == Selection::kBernoulli) {
         philox_row(t, tile, w.columns, i, w.words);
-        const V center = set1(t.s_pos[i] + t.b), cap = set1(0.999f * 4294967296.0f);
+        const V center = set1(t.s_pos[i] + t.b);
         kept = 0;
         for (int j = 0; j < tile.width; j += kWidth) {
             const V s = load(scores + j), x = sub(s, center);
-            const V threshold = min(exp2<32>(mul(mul(x, x), slope)), cap);
+            const V threshold = keep_threshold(mul(mul(x, x), slope));
             const V kept_s = keep(s, w.words + j, threshold, kept);
             store(scores + j, kept_s);
             top = max(top, kept_s);

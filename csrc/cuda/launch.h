@@ -37,8 +37,6 @@ struct EnqueueRequest {
 // The argument of the finish kernel; addresses are the device's.
 constexpr int kMaxFinishTopk = 64;
 
-enum class SoftWeights : int { kAttention = 0, kUniform = 1, kBinary = 2 };
-
 struct FinishArgs {
     const float *query, *key, *projection;  // (B, D) unit rows; projection may be the query
     const void* bank;                       // (K, D)
