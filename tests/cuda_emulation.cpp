@@ -44,6 +44,17 @@ void run_sm80(PassArgs& args, int grid) {
 }
 
 template <class T>
+void run_mine_sm90(PassArgs& args, int grid) {
+    using Config = MineSm90<T>;
+    args.row_blocks = (args.batch + Config::kRows - 1) / Config::kRows;
+    TensorMaps maps;
+    maps.key = emulated_map(args.key, args.batch, args.dim, Config::kRows);
+    maps.bank = emulated_map(args.bank, args.slots, args.dim, Config::kTileSlots);
+    emulator::launch(grid, Config::kThreads, Config::shared_bytes(Work::kMine),
+                     [&](char* shared) { Config::run(args, maps, shared); });
+}
+
+template <class T>
 void run_sm90(PassArgs& args, int grid) {
     visit_pass<Sm90<T>>(args.dim, [&](auto config) {
         using Config = typename decltype(config)::type;
@@ -94,12 +105,16 @@ int psm_bank_pass_sm80(MergeArgs* args, int dtype, int work, int grid) {
     });
 }
 
-// dtype: 1 bf16, 2 fp16; rows aligned to 16 bytes
-int psm_bank_pass_sm90(MergeArgs* args, int dtype, int, int grid) {
+// dtype: 1 bf16, 2 fp16; rows aligned to 16 bytes; work as above
+int psm_bank_pass_sm90(MergeArgs* args, int dtype, int work, int grid) {
     return guarded([&] {
         const auto run = [&](auto type) {
             using T = typename decltype(type)::type;
-            run_sm90<T>(args->pass, grid);
+            if (work == 2) {
+                run_mine_sm90<T>(args->pass, grid);
+            } else {
+                run_sm90<T>(args->pass, grid);
+            }
             run_merge<T>(*args, grid);
         };
         if (dtype == 1) run(Type<BFloat16>{});

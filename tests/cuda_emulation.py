@@ -34,7 +34,7 @@ class PassArgs(ctypes.Structure):  # csrc/cuda/pass.cuh
         *((name, _i) for name in ("batch", "dim", "selection")),
         *((name, _b) for name in ("mine", "aligned")),
         *((name, _f) for name in ("scale", "sharpness", "b")),
-        *((name, _i) for name in ("row_blocks", "splits", "cell_log2", "cells")),
+        *((name, _i) for name in ("row_blocks", "splits", "cell_log2", "cell_group", "cells")),
         *((name, _p) for name in ("sums", "means", "cell_max")),
     )
 
@@ -121,8 +121,12 @@ def bank_pass(
 ):
     """As a backend's bank_pass, with the cut of the work open; outputs start as NaN and -9."""
     (batch, dim), slots = query.shape, bank.shape[0]
-    cells = ((slots + col_offset % 16 - 1 >> cell_log2) + 2) // 2 * 2
-    chosen = min(topk, cells)
+    cell_group = 1 if sums or path == "sm80" else 4
+    cell_log2 = cell_log2 if cell_group > 1 else max(cell_log2, 6)
+    group = cell_group << cell_log2
+    grain = max(group, 256)  # no tile is larger
+    cells = -(-(slots + col_offset % 16) // grain) * (grain // group) * cell_group
+    chosen = min(topk + cell_group - 1, cells)
     f32 = {"dtype": torch.float32}
     out = {
         "neg_lse": torch.full((batch,), torch.nan),
@@ -165,6 +169,7 @@ def bank_pass(
             0,
             splits,
             cell_log2,
+            cell_group,
             cells,
             *map(pointer, work.values()),
         ),

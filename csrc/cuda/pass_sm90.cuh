@@ -4,25 +4,9 @@
 #pragma once
 
 #include "epilogue.cuh"
-#include "primitives_sm90.cuh"
-#include "tile.cuh"
+#include "pipeline_sm90.cuh"
 
 namespace psm::cuda {
-
-// A place in a ring of stages and the parity of its current phase. The address of the `full` barrier
-// of the stage tells it: barriers lie side by side, `full` of each stage, then `empty` of each.
-template <int kStages>
-struct Ring {
-    uint32_t full, last, phase = 0;
-    PSM_DEVICE explicit Ring(uint32_t barriers)
-        : full(barriers), last(keep_uniform(barriers + 8 * (kStages - 1))) {}
-    PSM_DEVICE uint32_t empty() const { return full + 8 * kStages; }
-    PSM_DEVICE void advance() {
-        const uint32_t wraps = full == last;
-        full += 8 - 8 * kStages * wraps;
-        phase ^= wraps;
-    }
-};
 
 template <class T, int kDim, int kSlots, int kStages>
 struct PassSm90 {
@@ -37,35 +21,14 @@ struct PassSm90 {
     static constexpr int kRowTileBytes = kRows * kDim * 2, kStageBytes = kTileSlots * kDim * 2;
     static constexpr int kRingStart = 2 * kRowTileBytes;
     static constexpr int kBarriers = kRingStart + kStages * kStageBytes;
-    static constexpr int shared_bytes(Work) { return kBarriers + (2 * kStages + 3) * 8; }
-    // 65,536 registers: 128 threads x 24 + 256 x 240
-    static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+    static constexpr int shared_bytes(Work) { return kBarriers + Barriers<kStages>::kBytes; }
     static_assert(kTileSlots % 64 == 0 && kDim % kPanelColumns == 0);
-
-    struct Barriers {
-        uint32_t start;
-        PSM_DEVICE uint32_t full(int stage) const { return start + 8 * stage; }
-        PSM_DEVICE uint32_t empty(int stage) const { return start + 8 * (kStages + stage); }
-        PSM_DEVICE uint32_t rows_full() const { return start + 16 * kStages; }
-        PSM_DEVICE uint32_t rows_empty() const { return start + 16 * kStages + 8; }
-        PSM_DEVICE uint32_t nobody() const { return start + 16 * kStages + 16; }
-    };
 
     template <Selection kSelection, Work kWork>
     static PSM_DEVICE void run(const PassArgs& args, const TensorMaps& maps, char* shared) {
         const uint32_t base = shared_address(shared);
-        const Barriers barriers = {base + kBarriers};
-        if (thread_index() == 0) {
-            for (int stage = 0; stage < kStages; ++stage) {
-                mbarrier_init(barriers.full(stage), 1);
-                mbarrier_init(barriers.empty(stage), kConsumerWarps);
-            }
-            mbarrier_init(barriers.rows_full(), 1);
-            mbarrier_init(barriers.rows_empty(), kConsumerWarps);
-            mbarrier_init(barriers.nobody(), kConsumerWarps);
-            fence_proxy_async();
-        }
-        block_sync();
+        const Barriers<kStages> barriers = {base + kBarriers};
+        barriers.init(kConsumerWarps);
         if (thread_index() < 128) {
             give_registers<kProducerRegisters>();
             if (thread_index() < 32) produce(args, maps, base, barriers);
@@ -76,9 +39,9 @@ struct PassSm90 {
     }
 
     static PSM_DEVICE void produce(const PassArgs& args, const TensorMaps& maps, uint32_t base,
-                                   const Barriers& barriers) {
+                                   const Barriers<kStages>& barriers) {
         const int lane = thread_index() % 32, items = args.row_blocks * args.splits;
-        Ring<kStages> ring(barriers.start);
+        Ring<kStages> ring(barriers);
         const uint32_t first_stage = base + kRingStart - barriers.start * (kStageBytes / 8);
         uint32_t rows_phase = 0;
         for (int item = block_index(); item < items; item += grid_size()) {
@@ -158,7 +121,7 @@ struct PassSm90 {
     }
 
     template <Selection kSelection, Work kWork>
-    static PSM_DEVICE void consume(const PassArgs& args, uint32_t base, const Barriers& barriers) {
+    static PSM_DEVICE void consume(const PassArgs& args, uint32_t base, const Barriers<kStages>& barriers) {
         const int lane = thread_index() % 32, items = args.row_blocks * args.splits;
         const uint32_t stride = 8 * kRowBytes, leading = kTileSlots * kRowBytes;
         const uint32_t group_rows = base + (thread_index() / 128 - 1) * kGroupRows * kRowBytes;
@@ -171,7 +134,7 @@ struct PassSm90 {
         const Descriptor again = {keep_uniform(slots.low, 3), slots.high};
         const Descriptor columns =
             keep_uniform(descriptor(first_stage, leading, stride).moved(back), 4);
-        Ring<kStages> ring(barriers.start);
+        Ring<kStages> ring(barriers);
         uint32_t rows_phase = 0;
         for (int item = block_index(); item < items; item += grid_size()) {
             const int split = item / args.row_blocks;
