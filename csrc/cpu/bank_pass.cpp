@@ -137,10 +137,11 @@ void lay_out(Worker& w, const Task& t, const Kernels& kernels, Arena& arena) {
         arena.take(w.slot_step, kTile);
         arena.take(w.slot_bias, kTile);
     }
-    arena.take(w.scores, kBlock * kTile);
+    arena.take(w.scores, kGang * kBlock * kTile);
     if (t.sums) {
         arena.take(w.scratch, 2 * kTile);
         arena.take(w.words, kTile);
+        arena.take(w.kept, kGang * kBlock * kTile / kSub);
         arena.take(w.rho, kTile);
         arena.take(w.columns, 4 * kBatches);
         arena.take(w.state, group_rows * 3 * kLanes);

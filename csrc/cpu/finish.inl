@@ -44,15 +44,18 @@ void read_mined(const Task& t, const MinedRow& m, const float* query, int64_t ro
     }
     const V center = set1(t.s_pos[row] + t.b), slope = set1(t.slope);
     for (int64_t c = 0; c < m.found; c += kWidth) {
-        const V s = load(m.similarity + c), x = sub(s, center), power = mul(mul(x, x), slope);
+        const V s = load(m.similarity + c), x = sub(s, center);
+        V weight[1] = {mul(mul(x, x), slope)};
         if (t.selection == Selection::kBernoulli) {
-            int kept = 0;
-            store(m.weight + c, keep(s, m.words + c, keep_threshold(power), kept));
-            for (int64_t n = c; n < c + kWidth; ++n) m.weight[n] = m.weight[n] == -kInfinity ? 0 : 1;
-        } else {
-            const bool all = t.selection == Selection::kAll;
-            store(m.weight + c, all ? set1(1.0f) : exp2<0>(min(power, set1(kLog2Cap))));
+            uint64_t kept = 0;
+            keep_threshold(weight);
+            keep(s, m.words + c, weight[0], kept, 0);
+            for (int n = 0; n < kWidth; ++n) m.weight[c + n] = kept >> n & 1;
+            continue;
         }
+        weight[0] = min(weight[0], set1(kLog2Cap));
+        exp2<0>(weight);
+        store(m.weight + c, t.selection == Selection::kAll ? set1(1.0f) : weight[0]);
     }
 }
 

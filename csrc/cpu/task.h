@@ -11,6 +11,7 @@ constexpr int kTile = 256;     // bank slots that are packed at once, at most
 constexpr int kSub = 64;       // slots of one packed panel: four AVX-512 registers
 constexpr int kBlock = 6;      // query rows per register block: 6 x 64 are 24 accumulators
 constexpr int kPad = 32;       // rows are padded to this many elements: 32 bf16 pairs a register
+constexpr int kGang = 4;       // row blocks whose weights wait for a second product that skips slots
 constexpr int kLanes = 16;     // partial sums kept per row
 constexpr int kBatches = kTile / 4;  // Philox counters per row and tile
 
@@ -58,10 +59,11 @@ struct Worker {
     int8_t* bytes;        // (tile, padded)
     float* slot_step;     // (kTile,)
     int32_t* slot_bias;   // (kTile,) -128 * sum of the slot's bytes
-    float* scores;        // (kBlock, kTile), then the weights of the second product
+    float* scores;        // (kGang * kBlock, kTile), then the weights of the second product
     float* scratch;       // (2, kTile)
     uint32_t* weight_pairs;  // (kBlock, kTile / 2)
     uint32_t* words;         // (kTile,)
+    uint64_t* kept;          // (kGang * kBlock, kTile / kSub) a bit per slot
     float* rho;              // (kTile,)
     uint64_t* columns;       // (4, kBatches) what Philox knows of a column before it sees a row
     float* state;            // (rows of a group, 3, kLanes) sum, sum of squares, count
