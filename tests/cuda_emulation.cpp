@@ -30,11 +30,16 @@ void run_sm80(PassArgs& args, int grid) {
     const auto launch = [&](auto config) {
         using Config = typename decltype(config)::type;
         args.row_blocks = (args.batch + Config::kRows - 1) / Config::kRows;
-        visit_selection(args.selection, [&](auto selection) {
+        const auto run = [&](auto selection) {
             emulator::launch(grid, Config::kThreads, Config::shared_bytes(kWork), [&](char* shared) {
                 Config::template run<decltype(selection)::value, kWork>(args, shared);
             });
-        });
+        };
+        if (args.selection == psm::Selection::kAffine) {
+            run(std::integral_constant<psm::Selection, psm::Selection::kAffine>{});
+        } else {
+            visit_selection(args.selection, run);
+        }
     };
     if constexpr (kWork == Work::kMine) {
         visit_mine<Sm80<T>>(args.dim, launch);

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests/cuda_emulation.cpp"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SELECTIONS = ("bernoulli", "expected", "all")
+SELECTIONS = ("bernoulli", "expected", "all", "affine")
 
 _p, _i, _l, _f, _b = (
     ctypes.c_void_p,
@@ -30,6 +30,7 @@ _p, _i, _l, _f, _b = (
 class PassArgs(ctypes.Structure):  # csrc/cuda/pass.cuh
     _fields_ = (
         *((name, _p) for name in ("query", "key", "bank", "count", "s_pos", "rng_state")),
+        *((name, _p) for name in ("affine", "rho")),
         *((name, _l) for name in ("slots", "row_offset", "col_offset")),
         *((name, _i) for name in ("batch", "dim", "selection")),
         *((name, _b) for name in ("mine", "aligned")),
@@ -117,6 +118,8 @@ def bank_pass(
     cell_log2=6,
     sums=True,
     path="sm80",
+    affine=None,
+    rho=None,
 ):
     """As a backend's bank_pass, with the cut of the work open; outputs start as NaN and -9."""
     (batch, dim), slots = query.shape, bank.shape[0]
@@ -153,7 +156,7 @@ def bank_pass(
     aligned &= all(t is None or t.data_ptr() % 16 == 0 for t in (query, key, bank))
     args = MergeArgs(
         PassArgs(
-            *map(pointer, (query, key, bank, count, s_pos, rng_state)),
+            *map(pointer, (query, key, bank, count, s_pos, rng_state, affine, rho)),
             slots,
             row_offset,
             col_offset,

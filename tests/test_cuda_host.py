@@ -15,6 +15,7 @@ from conftest import problem
 
 from psm_kernels import functional, noise
 from psm_kernels.ops import BankPass, bank_pass, reference
+from psm_kernels.ops.affine import weighted_pass
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 
@@ -261,6 +262,39 @@ def test_a_bad_slot_hides_no_other(path, dtype):
     good = torch.tensor([slot for slot in range(300) if slot not in (70, 75)])
     for row in got.topk_index:
         assert torch.isin(good, row).all()
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "count"), [(3, 63, 24, 40), (70, 300, 128, 300), (2, 130, 250, 0)]
+)
+def test_weighted_pass(batch, size, dim, count, dtype):
+    query, _, bank, s_pos = problem(batch, size, dim, dtype=dtype)
+    draw = torch.Generator().manual_seed(1)
+    rows = {name: torch.rand(batch, generator=draw) - 0.3 for name in ("alpha", "beta", "gamma")}
+    query = query.to(dtype).float()
+    rows["top"] = (query @ bank.float().T).max(1).values
+    rows["cap"] = torch.full((batch,), 0.2)
+    rho = torch.rand(size, generator=draw) - 0.5
+    want = weighted_pass(
+        query.double(),
+        bank.double(),
+        count,
+        temperature=0.3,
+        **{name: value.double() for name, value in rows.items()},
+        rho=rho.double(),
+        backend="reference",
+    )
+    bank[count:], rho[count:] = torch.nan, torch.nan
+    args = arguments(query, query, bank, s_pos, topk=0, count=count, temperature=0.3)
+    args = (*args[:6], "affine", *args[7:])
+    affine = torch.stack(tuple(rows.values()))
+    got = BankPass(*emulation.bank_pass(*args, affine=affine, rho=rho))
+    torch.testing.assert_close(got.neg_lse.double(), want.log_sum, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.neg_count.double(), want.weight, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        got.neg_mean.double(), want.mean, atol=MEAN_ATOL[dtype], rtol=1e-4
+    )
 
 
 def test_noise_words_are_the_canonical_ones():

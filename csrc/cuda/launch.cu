@@ -38,7 +38,8 @@ Chosen choose(const Request& request, bool aligned) {
                                               : Work::kPass;
 #ifdef PSM_CUDA_SM90A
     const bool hopper = attribute(cudaDevAttrComputeCapabilityMajor, request.device) == 9;
-    if (hopper && aligned && !request.force_sm80) {
+    const bool affine = pass.selection == Selection::kAffine;
+    if (hopper && aligned && !affine && !request.force_sm80) {
         if (pass.dtype == Dtype::kBFloat16)
             return {sm90_bfloat16(pass.selection, work, dim), true};
         if (pass.dtype == Dtype::kFloat16) return {sm90_float16(pass.selection, work, dim), true};
@@ -151,6 +152,7 @@ void bank_pass(const Request& request, const Allocate& allocate) {
     PassArgs& pass = args.pass;
     pass.query = in.query, pass.key = in.key, pass.bank = in.bank;
     pass.count = request.count, pass.s_pos = in.s_pos, pass.rng_state = request.rng_state;
+    pass.affine = in.affine, pass.rho = in.rho;
     pass.slots = request.slots;
     pass.row_offset = in.row_offset, pass.col_offset = in.col_offset;
     pass.dim = int(in.dim);

@@ -33,6 +33,8 @@ struct PassArgs {
     const int64_t* count;            // () valid slots
     const float* s_pos;              // (B,)
     const int64_t* rng_state;        // (2,) or null
+    const float* affine;             // (5, B) alpha, beta, gamma, top, cap; of kAffine alone
+    const float* rho;                // (K,)
     int64_t slots;                   // K, below 2^31
     int64_t row_offset, col_offset;
     int batch, dim;

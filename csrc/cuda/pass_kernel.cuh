@@ -46,6 +46,9 @@ PassKernel find_sm80(Selection selection, Work work, int dim) {
         if (work == Work::kProducts)
             return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kProducts>,
                                   "null bank_pass (sm_80)", work);
+        if (selection == Selection::kAffine)
+            return handle<Config>(bank_pass_sm80<Config, Selection::kAffine, Work::kPass>,
+                                  "weighted_pass", work);
         return visit_selection(selection, [&](auto chosen) {
             return handle<Config>(bank_pass_sm80<Config, decltype(chosen)::value, Work::kPass>,
                                   "bank_pass (sm_80)", work);

@@ -73,7 +73,9 @@ struct PassSm80 {
         const int items = args.row_blocks * args.splits;
         for (int item = block_index(); item < items; item += grid_size()) {
             const int block = item % args.row_blocks, split = item / args.row_blocks;
-            if (kWork == Work::kMine || args.mine) {
+            if constexpr (kSelection == Selection::kAffine) {  // mines nothing
+                pass<kSelection, kWork, false>(args, shared, block, split);
+            } else if (kWork == Work::kMine || args.mine) {
                 pass<kSelection, kWork, true>(args, shared, block, split);
             } else if constexpr (kWork != Work::kMine) {
                 pass<kSelection, kWork, false>(args, shared, block, split);
