@@ -33,7 +33,8 @@ void check_size(const char* name, int64_t size, int64_t least, int64_t most) {
 }
 
 void check_temperature(const char* name, double value) {
-    if (!(value > 0.0) || std::isinf(value)) refuse(name, std::to_string(value), "a number above 0");
+    if (value > 0.0 && !std::isinf(value)) return;
+    refuse(name, std::to_string(value), "a number above 0");
 }
 
 template <class T>
