@@ -126,6 +126,42 @@ def bank_pass(
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
 
 
+def unit_pair(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `psm_kernels.ops.fused.psm_rows`."""
+    from psm_kernels import _C
+
+    batch, dim = query.shape
+    query, key = query.float(), key.float()
+    unit_query, unit_key = torch.empty_like(query), torch.empty_like(key)
+    norms, s_pos = query.new_empty(batch, 1), query.new_empty(batch)
+    _C.unit_pair(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        unit_query=unit_query.data_ptr(),
+        unit_key=unit_key.data_ptr(),
+        norms=norms.data_ptr(),
+        s_pos=s_pos.data_ptr(),
+        batch=batch,
+        dim=dim,
+    )
+    return unit_query, unit_key, norms, s_pos
+
+
+def through_norm(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+    """See `psm_kernels.ops.fused.psm_rows`."""
+    from psm_kernels import _C
+
+    batch, dim = unit.shape
+    _C.through_norm(
+        unit=unit.data_ptr(),
+        norms=norms.data_ptr(),
+        batch=batch,
+        dim=dim,
+        gradient=gradient.data_ptr(),
+    )
+    return gradient
+
+
 def psm_finish(
     query: Tensor,  # (B, D) fp32
     key: Tensor,  # (B, D) fp32
