@@ -255,7 +255,7 @@ def test_bank_topk_gives_ties_to_the_smaller_slot(path, dtype, cell_log2):
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 def test_a_bad_slot_hides_no_other(path, dtype):
-    """NaN and inf compare as integers in the fast path of the cell maxima, but may not win there."""
+    """As an integer, NaN is the largest of all; the cell maxima must not take it."""
     query, key, bank, s_pos = problem(4, 300, 64, dtype=dtype, few_bits=True)
     bank[70], bank[75] = torch.nan, torch.inf
     got, _ = both((query, key, bank, s_pos), path, topk=300)
@@ -292,9 +292,7 @@ def test_weighted_pass(batch, size, dim, count, dtype):
     got = BankPass(*emulation.bank_pass(*args, affine=affine, rho=rho))
     torch.testing.assert_close(got.neg_lse.double(), want.log_sum, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.neg_count.double(), want.weight, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(
-        got.neg_mean.double(), want.mean, atol=MEAN_ATOL[dtype], rtol=1e-4
-    )
+    torch.testing.assert_close(got.neg_mean.double(), want.mean, atol=MEAN_ATOL[dtype], rtol=1e-4)
 
 
 def test_noise_words_are_the_canonical_ones():
