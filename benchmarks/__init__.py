@@ -1,7 +1,7 @@
 """Measurements; all of them compare in one process, in turns, and say what they skip.
 
     pytest benchmarks/                          every operation against its competitors: a table
-    pytest benchmarks/ --sweep K                one variable instead: K, B, D, k, bank
+    pytest benchmarks/ --sweep all              one variable at a time: K, B, D, k, kinds of banks
     pytest benchmarks/ --results benchmarks/results/NAME.json    keep what is measured
     python -m benchmarks.report                 kept results as markdown, pictures next to them
     python -m benchmarks.report --readme        the README's tables from the same files

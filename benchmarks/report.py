@@ -4,17 +4,19 @@ python -m benchmarks.report [FILE ...]           markdown of these results, pict
 python -m benchmarks.report --readme [README]    write the tables between the README's markers
 python -m benchmarks.report --check [README]     fail where the README says something else
 
-A marker pair `<!-- benchmark:cpu -->` `<!-- /benchmark:cpu -->` takes every file of
-benchmarks/results/ that was measured on that kind of device.
+Between `<!-- benchmark:cpu -->` and `<!-- /benchmark:cpu -->` stands the table of every default run
+of benchmarks/results/ on that kind of device; benchmark:cpu:methods is an excerpt, cpu:training the
+training step, cpu:sweep what the sweeps found.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks.cases import Case
@@ -85,12 +87,16 @@ def headline(results: dict) -> list[str]:
     ]
 
 
+def title(results: dict, case: Case, cache: str) -> str:
+    return str(case) if results["machine"]["device"] == "cpu" else f"{case} {cache}"
+
+
 def text(results: dict) -> list[str]:
     """The whole of it for a terminal: one block a case, then what was skipped."""
     lines = []
     for case, cache, rows in cases(results):
-        lines.append(f"{case}" + ("" if results["machine"]["device"] == "cpu" else f" {cache}"))
-        head = ("", "ms", "10 %", "90 %", "eager", "compile", "memory", "roofline")
+        lines.append(title(results, case, cache))
+        head = ("", "ms", "10 %", "90 %", "x eager", "x compile", "memory", "roofline")
         lines.append("  {:<16}{:>10}{:>9}{:>9}{:>10}{:>10}{:>12}{:>10}".format(*head))
         base = {name: rows[name]["median"] for name in ("eager", "compile") if name in rows}
         for name, row in sorted(rows.items(), key=lambda item: item[1]["median"]):
@@ -107,8 +113,8 @@ def text(results: dict) -> list[str]:
             lines.append(f"{mark} {name:<16}{''.join(cells)}".rstrip())
     lines.append("")
     lines.append(
-        "* ours; (name): less or other work, a yardstick; eager, compile: how many times faster "
-        "than these; roofline: share of what the measured rates allow"
+        "* ours; (name): less or other work, a yardstick; x eager, x compile: how many times "
+        "faster than these; roofline: share of what the measured rates allow"
     )
     lines += ["", *not_fastest(results), "", *training(results), *skipped(results)]
     return lines
@@ -118,37 +124,38 @@ def not_fastest(results: dict) -> list[str]:
     """Where a competitor wins or ties."""
     lines = []
     for case, cache, rows in cases(results):
-        ours = rows.get(results["ours"])
+        ours, where = rows.get(results["ours"]), title(results, case, cache)
         if ours is None:
             continue
         for name, row in rows.items():
             if name != results["ours"] and row["same_job"]:
                 times = row["median"] / ours["median"]
                 if times < 1 / TIE:
-                    lines.append(f"{name} wins {case} ({cache}): {1 / times:.2f}x faster than ours")
+                    lines.append(f"{name} wins {where}: {1 / times:.2f}x faster than ours")
                 elif times <= TIE:
-                    lines.append(f"{name} ties {case} ({cache}): {times:.2f}x our time")
+                    lines.append(f"{name} ties {where}: {times:.2f}x our time")
     return lines or ["No competitor wins or ties in what was measured."]
 
 
 def training(results: dict) -> list[str]:
-    if "training" not in results:
+    """The whole training step, as markdown."""
+    found = results.get("training")
+    if not found:
         return []
-    found = results["training"]
-    encoders = found["encoders"]["median"]
-    lines = [
-        f"A training step: ResNet-18, batch {found['batch']}, {found['edge']} x {found['edge']}. "
-        f"Encoders and optimizer take {milliseconds(encoders)} ms, timed by themselves; the step "
-        "is their sum with the loss."
-    ]
-    for row in found["losses"]:
-        start = f"bank {number(row['size'])}, {row['provider']}:"
+    body = []
+    for row in found["rows"]:
+        cells = [number(row["size"]), f"`{row['provider']}`"]
         if row["skipped"]:
-            lines.append(f"  {start} skipped, {row['skipped']}")
+            cells += ["", "", row["skipped"]]
         else:
-            part = row["median"] / (row["median"] + encoders)
-            lines.append(f"  {start} {milliseconds(row['median'])} ms, {part:.1%} of the step")
-    return lines
+            cells += [f"{row['step']:.1f}", milliseconds(row["loss"])]
+            cells.append(f"{row['loss'] / row['step']:.1%}")
+        body.append(cells)
+    return [
+        f"ResNet-18, batch {found['batch']}, {found['edge']} x {found['edge']}, one PSM step:",
+        "",
+        *markdown(["bank", "loss by", "step, s", "of it the loss, ms", "share"], body),
+    ]
 
 
 def skipped(results: dict) -> list[str]:
@@ -167,15 +174,17 @@ def markdown(head: list[str], rows: Iterable[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def table(results: dict) -> list[str]:
-    """The markdown of the report and of the README: a line a case, ours first, others as ratios."""
+def table(results: dict, wanted: Callable[[Case], bool] = lambda case: True) -> list[str]:
+    """The markdown of the report and of the README: a line a case, ours first, others as ratios.
+    Empty where no case is wanted."""
     ours, gpu = results["ours"], results["machine"]["device"] != "cpu"
-    plain = ("eager", "compile", "slab")
-    head = ["operation", "B", "K", "D", "k", "bank", f"ours (`{ours}`), ms", *plain]
+    plain = ("matmul", "eager", "compile", "slab")
+    head = ["operation", "B", "K", "D", "k", "bank", f"ours (`{ours}`), ms"]
+    head += ["one product", *plain[1:]]
     head += ["other libraries", "memory, ours", "memory, eager", "roofline"]
     body = []
     for case, cache, rows in cases(results):
-        if ours not in rows:
+        if ours not in rows or not wanted(case):
             continue
         mine = rows[ours]["median"]
         others = [
@@ -196,46 +205,112 @@ def table(results: dict) -> list[str]:
                 share(case, mine, results["rates"]),
             ]
         )
-    return markdown(head, body)
+    return markdown(head, body) if body else []
+
+
+LEGEND = (
+    "Other columns are times over ours: above 1x ours is faster. One product is `query @ bank.T` "
+    "and nothing else. Memory is the peak on top of the inputs, in a fresh process. The last column "
+    "is the share of the roofline; above 100 % because mining looks at most slots with products of "
+    "eight bits."
+)
+
+
+def bullets(lines: Iterable[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
+
+
+def bank_kinds(results: dict) -> list[str]:
+    """Our time on banks that are hard to mine over that on a random one."""
+    found: dict[Case, list[str]] = {}
+    times = {case: rows.get(results["ours"], {}).get("median") for case, _, rows in cases(results)}
+    for case, time in times.items():
+        base = dataclasses.replace(case, bank="random")
+        if case != base and time and times.get(base):
+            found.setdefault(base, []).append(f"{case.bank} {ratio(time, times[base])}")
+    return [f"{base}, over a random bank: {', '.join(kinds)}" for base, kinds in found.items()]
+
+
+# Sections of a README, each of one run: the parts are paragraphs.
+
+
+def default_run(results: dict) -> list[list[str]]:
+    first, rates, origin = headline(results)
+    return [
+        [f"{first}; {rates}. {origin}."],
+        table(results),
+        [LEGEND],
+        bullets(not_fastest(results)),
+    ]
+
+
+def methods(results: dict) -> list[list[str]]:
+    """Every loss at one shape."""
+    alike, shape = {"psm", "info_nce", "hcl", "sscl", "unremix"}, (256, 65_536, 128, "fp32")
+
+    def wanted(case: Case) -> bool:
+        return case.operation in alike and (case.batch, case.size, case.dim, case.dtype) == shape
+
+    return [table(results, wanted)]
+
+
+def sweeps(results: dict) -> list[list[str]]:
+    first, _, origin = headline(results)
+    stem = f"benchmarks/results/{results['name']}"
+    return [
+        [f"{first}. {origin}."],
+        [f"![{name}]({stem}-{name}.svg)" for name in ("time", "memory", "ratios")],
+        bullets(bank_kinds(results)),
+        bullets(not_fastest(results)),
+    ]
+
+
+SECTIONS = {None: default_run, "methods": methods, "training": lambda r: [training(r)]}
+SECTIONS |= {"sweep": sweeps}
+
+
+def paragraphs(parts: Iterable[list[str]]) -> str:
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def document(results: dict) -> str:
-    """What stands between a README's markers for one machine."""
-    first, rates, origin = headline(results)
-    steps = training(results)
-    parts = [
-        [f"{first}; {rates}. {origin}."],
-        table(results),
-        [
-            "Other columns are times over ours: above 1x ours is faster. Memory is the peak on top "
-            "of the inputs, in a fresh process. The last column is the share of the roofline."
-        ],
-        [f"- {line}" for line in not_fastest(results)],
-        steps[:1],
-        [f"- {line.strip()}" for line in steps[1:]],
-    ]
-    return "\n\n".join("\n".join(part) for part in parts if part)
+    """All that a file holds."""
+    if results["sweep"]:
+        return paragraphs([*sweeps(results), table(results), skipped(results)])
+    return paragraphs([*default_run(results), training(results), skipped(results)])
+
+
+def pictures(results: dict, path: Path) -> list[str]:
+    try:
+        from benchmarks.pictures import draw
+    except ImportError as error:
+        return [f"no pictures: {error}"]
+    return [f"drawn: {picture}" for picture in draw(results, path)]
 
 
 # --- README --------------------------------------------------------------------------------------
 
 
 def fill(readme: str, stored: list[dict]) -> str:
-    """The README with every marker pair filled from the results of its kind of device.
+    """The README with every marker pair filled from the results of its kind.
 
     Raises:
-        ValueError: there is no marker pair, or none of the results is for one.
+        ValueError: there is no marker pair, one is unknown, or none of the results is for it.
     """
 
     def block(match: re.Match) -> str:
-        device = match[1]
-        chosen = [results for results in stored if results["machine"]["device"] == device]
-        if not chosen:
-            raise ValueError(f"README: got a marker benchmark:{device}, but no results for it")
-        body = "\n\n".join(document(results) for results in chosen)
-        return f"<!-- benchmark:{device} -->\n{body}\n<!-- /benchmark:{device} -->"
+        name, device, section = match.groups()
+        if section not in SECTIONS:
+            raise ValueError(f"README: got a marker benchmark:{name}, wanted {list(SECTIONS)}")
+        here = [results for results in stored if results["machine"]["device"] == device]
+        if not here:
+            raise ValueError(f"README: got a marker benchmark:{name}, but no results for it")
+        swept = section == "sweep"
+        found = [paragraphs(SECTIONS[section](r)) for r in here if r["sweep"] == swept]
+        body = "\n\n".join(filter(None, found)) or "Not measured yet."
+        return f"<!-- benchmark:{name} -->\n{body}\n<!-- /benchmark:{name} -->"
 
-    pattern = r"<!-- benchmark:(\w+) -->.*?<!-- /benchmark:\1 -->"
+    pattern = r"<!-- benchmark:((\w+)(?::(\w+))?) -->.*?<!-- /benchmark:\1 -->"
     filled, count = re.subn(pattern, block, readme, flags=re.DOTALL)
     if not count:
         raise ValueError("README: got no markers, wanted <!-- benchmark:cpu --> and its end")
@@ -243,7 +318,8 @@ def fill(readme: str, stored: list[dict]) -> str:
 
 
 def load(paths: Iterable[Path]) -> list[dict]:
-    return [json.loads(path.read_text()) for path in paths]
+    found = [{**json.loads(path.read_text()), "name": path.stem} for path in paths]
+    return [results for results in found if "ours" in results]  # gpu.py's have another form
 
 
 def main(words: list[str] | None = None) -> int:
@@ -273,12 +349,10 @@ def main(words: list[str] | None = None) -> int:
         readme.write_text(after)
         return 0
 
-    for path, results in zip(files, load(files), strict=True):
+    for results in load(files):
         print(document(results), end="\n\n")
         if not args.no_pictures:
-            from benchmarks.pictures import draw
-
-            print("\n".join(f"drawn: {name}" for name in draw(results, path)))
+            print("\n".join(pictures(results, STORED / results["name"])))
     return 0
 
 
