@@ -210,9 +210,9 @@ def table(results: dict, wanted: Callable[[Case], bool] = lambda case: True) -> 
 
 LEGEND = (
     "Other columns are times over ours: above 1x ours is faster. One product is `query @ bank.T` "
-    "and nothing else. Memory is the peak on top of the inputs, in a fresh process. The last column "
-    "is the share of the roofline; above 100 % because mining looks at most slots with products of "
-    "eight bits."
+    "and nothing else. Memory is the peak on top of the inputs, in a fresh process. The last "
+    "column is the share of the roofline; above 100 % because mining looks at most slots with "
+    "products of eight bits."
 )
 
 
