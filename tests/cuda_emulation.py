@@ -59,14 +59,13 @@ class EnqueueArgs(ctypes.Structure):  # csrc/cuda/enqueue.cuh
 
 class FinishArgs(ctypes.Structure):  # csrc/cuda/finish.cuh
     _fields_ = (
-        *((name, _p) for name in ("query", "key", "projection", "bank", "s_pos", "rng_state")),
+        *((name, _p) for name in ("query", "key", "bank", "s_pos", "rng_state")),
         *((name, _p) for name in ("neg_lse", "neg_mean", "neg_sq_lse", "neg_count", "topk_index")),
-        *((name, _l) for name in ("row_offset", "col_offset")),
+        ("row_offset", _l),
         *((name, _i) for name in ("batch", "dim", "topk", "selection", "soft_weights")),
         *((name, _f) for name in ("temperature", "weight_temperature", "hard_weight")),
         *((name, _f) for name in ("sharpness", "b")),
-        *((name, _p) for name in ("loss", "grad_query", "grad_projection")),
-        *((name, _p) for name in ("kept", "grad_mean", "grad_var")),
+        *((name, _p) for name in ("loss", "grad_query", "stats")),
     )
 
 
@@ -197,18 +196,15 @@ def enqueue(keys, labels, memory) -> None:
 SOFT_WEIGHTS = ("attention", "uniform", "binary")
 
 
-def finish(query, key, projection, bank, s_pos, rng_state, swept, **settings):
-    """loss, grad_query, grad_projection, kept, grad_mean, grad_var of the fused finish."""
+def finish(query, key, bank, s_pos, rng_state, swept, **settings):
+    """loss, grad_query and stats of the fused finish."""
     batch, dim = query.shape
-    outputs = [torch.full((batch,), torch.nan)]
-    outputs += [torch.full((batch, dim), torch.nan) for _ in range(2)]
-    outputs += [torch.full((batch,), torch.nan) for _ in range(3)]
+    outputs = [torch.full(shape, torch.nan) for shape in ((batch,), (batch, dim), (3, batch))]
     sums = (swept.neg_lse, swept.neg_mean, swept.neg_sq_lse, swept.neg_count, swept.topk_index)
-    tensors = (query, key, projection, bank, s_pos, rng_state, *sums)
+    tensors = (query, key, bank, s_pos, rng_state, *sums)
     args = FinishArgs(
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
         settings["row_offset"],
-        0,
         batch,
         dim,
         swept.topk_index.shape[1],

@@ -271,9 +271,8 @@ def test_enqueue(key_dtype, dtype):
 @pytest.mark.parametrize("soft_weights", ["attention", "uniform", "binary"])
 @pytest.mark.parametrize(("size", "topk"), [(60, 5), (3, 3), (60, 0), (0, 5)])
 def test_finish_is_the_loss_and_its_gradient(size, topk, soft_weights, selection, dtype):
-    """Against functional.psm_loss under autograd, with an own vector for the attention."""
+    """Against functional.psm_loss under autograd."""
     query, key, bank, s_pos = problem(4, max(size, 10), 20, dtype=dtype)
-    projection = problem(4, 1, 20, seed=5)[0]
     rng_state = torch.tensor([SEED, OFFSET])
     settings = {
         "temperature": 0.3,
@@ -288,23 +287,21 @@ def test_finish_is_the_loss_and_its_gradient(size, topk, soft_weights, selection
         query, key, bank, count, s_pos, **settings, topk=topk, rng_state=rng_state,
         backend="reference",
     )  # fmt: skip
-    got = emulation.finish(
-        query, key, projection, bank, s_pos, rng_state, swept, **settings, **rest
+    loss, grad, (kept, mean, var) = emulation.finish(
+        query, key, bank, s_pos, rng_state, swept, **settings, **rest
     )
-    leaves = query.clone().requires_grad_(), projection.clone().requires_grad_()
+    leaf = query.clone().requires_grad_()
     want = functional.psm_loss(
-        leaves[0], key, bank, count=count, topk=topk, rng_state=rng_state, projection=leaves[1],
-        reduction="none", return_stats=True, backend="reference", **settings, **rest,
+        leaf, key, bank, count=count, topk=topk, rng_state=rng_state, reduction="none",
+        return_stats=True, backend="reference", **settings, **rest,
     )  # fmt: skip
     want.loss.sum().backward()
-    torch.testing.assert_close(got[0], want.loss.detach(), atol=2e-5, rtol=1e-5)
-    for unit, grad, leaf in zip((query, projection), got[1:3], leaves, strict=True):
-        along = (grad * unit).sum(1, keepdim=True) * unit  # psm_loss normalizes its inputs
-        wanted = torch.zeros_like(unit) if leaf.grad is None else leaf.grad
-        torch.testing.assert_close(grad - along, wanted, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(got[3], want.stats.kept_count, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(got[4], want.stats.grad_mean, atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(got[5], want.stats.grad_var, atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(loss, want.loss.detach(), atol=2e-5, rtol=1e-5)
+    along = (grad * query).sum(1, keepdim=True) * query  # psm_loss normalizes its query
+    torch.testing.assert_close(grad - along, leaf.grad, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(kept, want.stats.kept_count, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(mean, want.stats.grad_mean, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(var, want.stats.grad_var, atol=1e-5, rtol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,9 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
-#include "bank_pass_cpu.h"
-#include "task.h"
+#include "driver.h"
 
 namespace psm::cpu {
 namespace {
@@ -33,6 +30,8 @@ std::vector<const Kernels*> available() {  // best first
     return found;
 }
 
+}  // namespace
+
 const Kernels& choose(const std::string& isa, Dtype dtype) {
     for (const Kernels* kernels : available())
         if (kernels->name == isa) {
@@ -44,6 +43,8 @@ const Kernels& choose(const std::string& isa, Dtype dtype) {
         }
     throw std::invalid_argument("isa: got '" + isa + "', which this machine lacks");
 }
+
+namespace {
 
 // ---- split ----
 
@@ -136,10 +137,11 @@ void lay_out(Worker& w, const Task& t, const Kernels& kernels, Arena& arena) {
         arena.take(w.slot_step, kTile);
         arena.take(w.slot_bias, kTile);
     }
-    arena.take(w.scores, kBlock * kTile);
+    arena.take(w.scores, kGang * kBlock * kTile);
     if (t.sums) {
         arena.take(w.scratch, 2 * kTile);
         arena.take(w.words, kTile);
+        arena.take(w.kept, kGang * kBlock * kTile / kSub);
         arena.take(w.rho, kTile);
         arena.take(w.columns, 4 * kBatches);
         arena.take(w.state, group_rows * 3 * kLanes);
@@ -170,22 +172,6 @@ Layout lay_out(Task task, const Kernels& kernels, int threads, void* workspace) 
         workers[i].bars = task.bars + set_row;
     }
     return {task, std::move(workers), arena.bytes()};
-}
-
-// ---- threads ----
-
-// Runs job(worker) on `count` threads, this one included, and returns when all are done. Threads
-// live for one call: nothing to inherit across a fork. Jobs take items from a shared counter, so
-// that it does not matter how many threads the system really grants.
-template <class Job>
-void run_threads(size_t count, const Job& job) {
-    std::vector<std::thread> others;
-    try {
-        for (size_t i = 1; i < count; ++i) others.emplace_back(job, i);
-    } catch (const std::system_error&) {
-    }
-    job(0);
-    for (std::thread& thread : others) thread.join();
 }
 
 // ---- merge ----
@@ -273,6 +259,8 @@ void run_task(Task problem, const Kernels& kernels, int threads, void* workspace
     });
 }
 
+}  // namespace
+
 Task make_task(const BankPassArgs& args) {
     Task t{};
     t.query = args.query, t.key = args.key, t.bank = args.bank, t.s_pos = args.s_pos;
@@ -293,8 +281,6 @@ Task make_task(const BankTopkArgs& args) {
     t.dtype = args.dtype, t.selection = Selection::kAll, t.topk = args.topk;
     return t;
 }
-
-}  // namespace
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;

@@ -48,18 +48,18 @@ void screen(const Task& t, const Worker& w, int64_t block, int panel, const floa
             for (int n = 0; n < kPanels; ++n) acc[r][n] = dot_bytes(acc[r][n], x, bank[n]);
         }
     }
-    for (int r = 0; r < kRows; ++r)
-        for (int n = 0; n < kPanels; ++n)
-            store(w.scores + r * kTile + n * kWidth,
-                  mul(to_float(acc[r][n]), load(w.slot_step + panel * kSub + n * kWidth)));
+    const auto similarity = [&](int r, int n) {
+        return mul(to_float(acc[r][n]), load(w.slot_step + panel * kSub + n * kWidth));
+    };
 #else
     product<kRows>(t.key_panel + block * t.dim * kBlock, w.panel + panel * t.dim * kSub, t.dim,
                    w.scores);
+    const auto similarity = [&](int r, int n) { return load(w.scores + r * kTile + n * kWidth); };
 #endif
     for (int r = 0; r < kRows; ++r) {
         masks[r] = 0;
-        for (int n = 0; n < kSub; n += kWidth)
-            masks[r] |= at_least(load(w.scores + r * kTile + n), set1(floor[r])) << n;
+        for (int n = 0; n < kSub / kWidth; ++n)
+            masks[r] |= at_least(similarity(r, n), set1(floor[r])) << n * kWidth;
     }
 }
 

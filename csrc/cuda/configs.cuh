@@ -10,9 +10,6 @@
 
 namespace psm::cuda {
 
-constexpr int kMaxDim = 256;      // of a pass: its (16, D) accumulators per warp must fit registers
-constexpr int kMaxMineDim = 512;  // of bank_topk, which has none
-
 template <class T>
 struct Sm80 {  // rows 16 x warps, slots of a tile, stages
     using Dim64 = PassSm80<T, 64, 8, 64, 4>;

@@ -27,13 +27,13 @@ class BankLoss(nn.Module):
         temperature: float,
         memory_bank_size: tuple[int, int],
         *,
-        reduction: str,
-        bank_dtype: torch.dtype,
-        seed: int,
-        backend: str,
+        reduction: str = "mean",
+        bank_dtype: torch.dtype = torch.float32,
         gather_distributed: bool = False,
         shard_bank: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+        backend: str = "auto",
     ):
         super().__init__()
         checks.check_number("temperature", temperature, above=0)

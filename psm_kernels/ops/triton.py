@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MAX_K = 1024
+MAX_FINISH_TOPK = 32  # one program of psm_finish holds the (topk, D) mined rows in registers
 CELL = 64
 LOG2E = 1.4426950408889634
 
