@@ -7,5 +7,7 @@
     python -m benchmarks.report --readme        the README's tables from the same files
     python -m benchmarks.guard                  has anything become slower? for CI
 
-cases.py says what is measured, providers.py by whom, eager.py and slab.py are the baselines.
+cases.py says what is measured, providers.py by whom, eager.py and slab.py are the baselines;
+digits_experiments.py compares methods, scaling.py is about many processes, gpu.py and sass.py are
+about kernels.
 """

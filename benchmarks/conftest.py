@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, report
+from benchmarks import measure, report, tables
 from benchmarks.cases import SWEEPS, default_cases, sweep_cases, tiny
 from benchmarks.providers import our_name
 from psm_kernels import backends
@@ -78,7 +78,7 @@ def pytest_collection_finish(session):
         "skipped": [],
     }
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    for line in report.headline(config.stash[RESULTS]):
+    for line in tables.headline(config.stash[RESULTS]):
         reporter.write_line(line)
 
 
@@ -97,7 +97,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if results is None or not (results["rows"] or "training" in results):
         return
     terminalreporter.section("benchmarks")
-    for line in (*report.headline(results), "", *report.text(results)):
+    for line in (*tables.headline(results), "", *tables.text(results)):
         terminalreporter.write_line(line)
     path = config.option.results
     path.parent.mkdir(parents=True, exist_ok=True)

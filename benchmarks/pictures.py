@@ -10,7 +10,7 @@ from matplotlib.figure import Figure  # no pyplot: the user's backend stays as i
 from matplotlib.ticker import FuncFormatter
 
 from benchmarks.cases import PRODUCTS, Case
-from benchmarks.report import cases
+from benchmarks.tables import cases
 
 COLORS = {
     "eager": "#c0433c",

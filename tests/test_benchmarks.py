@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import eager, guard, measure, providers, report, slab, test_operations
+from benchmarks import eager, guard, measure, providers, report, slab, tables, test_operations
 from benchmarks.cases import (
     BANKS,
     PRODUCTS,
@@ -68,13 +68,13 @@ def test_case_costs():
 
 def test_share_of_the_roofline_is_of_the_slower_of_products_and_traffic():
     products = PSM.flops / 100e9
-    assert report.share(PSM, 2 * products, {"fp32": 100e9, "copy": 1e15}) == "50%"
+    assert tables.share(PSM, 2 * products, {"fp32": 100e9, "copy": 1e15}) == "50%"
     traffic = PSM.traffic / 1e6
-    assert report.share(PSM, 4 * traffic, {"fp32": 1e15, "copy": 1e6}) == "25%"
+    assert tables.share(PSM, 4 * traffic, {"fp32": 1e15, "copy": 1e6}) == "25%"
 
 
 def test_table_has_ours_in_milliseconds_and_others_as_ratios(results):
-    head, _, first, second = report.table(results)
+    head, _, first, second = tables.table(results)
     assert "ours (`cpp`), ms" in head
     cells = [cell.strip() for cell in first.strip("|").split("|")]
     assert cells[:7] == ["`psm`", "256", "65,536", "128", "5", "fp32", "129"]
@@ -84,17 +84,17 @@ def test_table_has_ours_in_milliseconds_and_others_as_ratios(results):
 
 
 def test_wins_and_ties_are_said(results):
-    lines = report.not_fastest(results)
+    lines = tables.not_fastest(results)
     assert lines == [
         f"eager ties {TOPK}: 1.02x our time",
         f"faiss wins {TOPK}: 1.25x faster than ours",
     ]
     results["rows"] = results["rows"][:3]  # the product is faster and is no competitor
-    assert report.not_fastest(results) == ["No competitor wins or ties in what was measured."]
+    assert tables.not_fastest(results) == ["No competitor wins or ties in what was measured."]
 
 
 def test_text_sorts_by_time_and_says_what_was_skipped(results):
-    text = "\n".join(report.text(results))
+    text = "\n".join(tables.text(results))
     assert text.index("faiss") < text.index("* cpp                     50")
     assert "liger: runs on cuda alone (psm-B256" in text
     assert "(matmul)" in text
@@ -115,7 +115,7 @@ def test_readme_is_filled_checked_and_stable(results, tmp_path, capsys):
     assert text.startswith(outside[0])
     assert text.endswith(outside[1])
     assert "old" not in text
-    assert "\n".join(report.table(results)) in text
+    assert "\n".join(tables.table(results)) in text
     assert report.main([*command, "--check", str(readme)]) == 0
     readme.write_text(text.replace("| 129 |", "| 1 |"))  # a figure typed by hand
     assert report.main([*command, "--check", str(readme)]) == 1
@@ -143,6 +143,15 @@ def test_readme_without_markers_or_results_is_refused(results):
         report.fill("<!-- benchmark:cuda -->\n<!-- /benchmark:cuda -->", [results])
     with pytest.raises(ValueError, match="benchmark:cpu:colors, wanted"):
         report.fill("<!-- benchmark:cpu:colors -->\n<!-- /benchmark:cpu:colors -->", [results])
+
+
+def test_tables_of_digits_are_kept_as_they_are(results):
+    digits = {"name": "digits", "tables": {"accuracy": [["", "kNN"], [["PSM", "91% ± 1%"]]]}}
+    marker = "<!-- benchmark:digits:{0} -->\n<!-- /benchmark:digits:{0} -->"
+    assert "| PSM | 91% ± 1% |" in report.fill(marker.format("accuracy"), [results, digits])
+    with pytest.raises(ValueError, match=r"digits:purity, wanted one of \['accuracy'\]"):
+        report.fill(marker.format("purity"), [results, digits])
+    assert "| PSM |" in report.document(digits)
 
 
 def test_results_of_another_form_are_left_out(results, tmp_path):
@@ -281,7 +290,8 @@ def test_providers_give_reasons(monkeypatch):
 
 
 def test_long_calls_are_foreseen():
-    rows = [row(dataclasses.replace(PSM, size=1024), "slab", 0.01), row(PSM, "eager", 1.0)]
-    rows += [row(dataclasses.replace(PSM, size=4096), "slab", 0.02)]
-    assert test_operations.forecast(rows, PSM, "slab") == pytest.approx(0.02 * 16)
+    sizes = {1024: 0.05, 4096: 0.1, 16_384: 0.019}  # the last one is too short to tell
+    rows = [row(dataclasses.replace(PSM, size=k), "slab", time) for k, time in sizes.items()]
+    rows.append(row(PSM, "eager", 1.0))
+    assert test_operations.forecast(rows, PSM, "slab") == pytest.approx(0.1 * 16)
     assert test_operations.forecast(rows, PSM, "cpp") == 0.0
