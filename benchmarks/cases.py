@@ -84,7 +84,7 @@ def make_problem(case: Case, device: str) -> Problem:
     return Problem(case, *_inputs(dataclasses.replace(case, operation="", topk=0), device))
 
 
-@functools.lru_cache(1)  # a bank of 16 M rows takes half a minute, and three operations want it
+@functools.lru_cache(1)  # three operations want the same bank of 16 M rows
 def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, MemoryBank, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
 
@@ -110,9 +110,11 @@ def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, MemoryBank, Tensor
         memory.enqueue(rows(-(-case.size // 16)).repeat(16, 1)[: case.size])
     elif case.bank == "collapsed":  # one row: nothing tells the best slot from another
         memory.enqueue(rows(1).expand(case.size, -1))
-    else:
-        for start in range(0, case.size, 65_536):  # at once would need the bank's memory four times
-            memory.enqueue(rows(min(65_536, case.size - start)))
+    else:  # drawing 16 M rows takes more than a minute: a part, and the same with rotated columns
+        drawn = unit_rows(rows(min(case.size, 262_144)))
+        for turn, part in enumerate(memory.bank.split(len(drawn))):
+            part.copy_(drawn.roll(turn, 1)[: len(part)])
+        memory.count.fill_(case.size)
     key = query + 0.5 * rows(case.batch)
     return query.requires_grad_(), key, memory, torch.tensor([1, 2], device=device)
 
