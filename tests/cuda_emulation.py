@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests/cuda_emulation.cpp"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SELECTIONS = ("bernoulli", "expected", "all")
+SELECTIONS = ("bernoulli", "expected", "all", "affine")
 
 _p, _i, _l, _f, _b = (
     ctypes.c_void_p,
@@ -30,11 +30,12 @@ _p, _i, _l, _f, _b = (
 class PassArgs(ctypes.Structure):  # csrc/cuda/pass.cuh
     _fields_ = (
         *((name, _p) for name in ("query", "key", "bank", "count", "s_pos", "rng_state")),
+        *((name, _p) for name in ("affine", "rho")),
         *((name, _l) for name in ("slots", "row_offset", "col_offset")),
         *((name, _i) for name in ("batch", "dim", "selection")),
         *((name, _b) for name in ("mine", "aligned")),
         *((name, _f) for name in ("scale", "sharpness", "b")),
-        *((name, _i) for name in ("row_blocks", "splits", "cell_log2", "cells")),
+        *((name, _i) for name in ("row_blocks", "splits", "cell_log2", "cell_group", "cells")),
         *((name, _p) for name in ("sums", "means", "cell_max")),
     )
 
@@ -117,11 +118,17 @@ def bank_pass(
     cell_log2=6,
     sums=True,
     path="sm80",
+    affine=None,
+    rho=None,
 ):
     """As a backend's bank_pass, with the cut of the work open; outputs start as NaN and -9."""
     (batch, dim), slots = query.shape, bank.shape[0]
-    cells = (slots + col_offset % 16 - 1 >> cell_log2) + 1
-    chosen = min(topk, cells)
+    cell_group = 1 if sums or path == "sm80" else 4
+    cell_log2 = cell_log2 if cell_group > 1 else max(cell_log2, 6)
+    group = cell_group << cell_log2
+    grain = max(group, 256)  # no tile is larger
+    cells = -(-(slots + col_offset % 16) // grain) * (grain // group) * cell_group
+    chosen = min(topk + cell_group - 1, cells)
     f32 = {"dtype": torch.float32}
     out = {
         "neg_lse": torch.full((batch,), torch.nan),
@@ -134,7 +141,7 @@ def bank_pass(
     work = {
         "sums": torch.full((splits, batch, 5), torch.nan, **f32),
         "means": torch.full((splits, batch, dim), torch.nan, **f32),
-        "cell_max": torch.full((batch, cells), torch.nan, **f32),
+        "cell_max": torch.full((batch + 1, cells), torch.nan, **f32),
     }
     merge = {
         "cell_keys": torch.full((grid, power_of_two(chosen)), -9),
@@ -149,7 +156,7 @@ def bank_pass(
     aligned &= all(t is None or t.data_ptr() % 16 == 0 for t in (query, key, bank))
     args = MergeArgs(
         PassArgs(
-            *map(pointer, (query, key, bank, count, s_pos, rng_state)),
+            *map(pointer, (query, key, bank, count, s_pos, rng_state, affine, rho)),
             slots,
             row_offset,
             col_offset,
@@ -164,6 +171,7 @@ def bank_pass(
             0,
             splits,
             cell_log2,
+            cell_group,
             cells,
             *map(pointer, work.values()),
         ),

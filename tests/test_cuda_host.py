@@ -15,6 +15,7 @@ from conftest import problem
 
 from psm_kernels import functional, noise
 from psm_kernels.ops import BankPass, bank_pass, reference
+from psm_kernels.ops.affine import weighted_pass
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 
@@ -208,17 +209,92 @@ def test_an_empty_bank(path, dtype):
     assert (got.topk_index == -1).all()
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize(("size", "dim", "k"), [(300, 500, 7), (90, 64, 200), (257, 33, 20)])
-def test_bank_topk(dtype, size, dim, k):
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize(
+    ("size", "dim", "k", "cut"),
+    [
+        (300, 504, 7, {"splits": 2, "grid": 1}),
+        (90, 64, 200, {"cell_log2": 2}),
+        (1300, 40, 20, {"splits": 3, "grid": 2, "cell_log2": 3}),
+        (900, 128, 5, {"cell_log2": 8}),
+    ],
+)
+def test_bank_topk(path, dtype, size, dim, k, cut):
     _, key, bank, s_pos = problem(5, size, dim, dtype=dtype)
+    bank[size - 10 :] = torch.nan
     args = arguments(key, key, bank, s_pos, topk=k, selection="all", count=size - 10)
-    got = BankPass(*emulation.bank_pass(*args, sums=False))
+    got = BankPass(*emulation.bank_pass(*args, sums=False, path=path, **cut))
     want_sim, want_index = reference.bank_topk(
         args[1].double(), bank.double(), k, torch.tensor(size - 10)
     )
     torch.testing.assert_close(got.topk_sim.double(), want_sim, atol=1e-6, rtol=1e-5)
     assert (got.topk_index == want_index).float().mean() > 0.99
+
+
+def test_bank_topk_of_odd_widths():
+    _, key, bank, s_pos = problem(5, 257, 33, dtype=torch.bfloat16)
+    args = arguments(key, key, bank, s_pos, topk=20, selection="all")
+    got = BankPass(*emulation.bank_pass(*args, sums=False))
+    want = reference.bank_topk(args[1].double(), bank.double(), 20, torch.tensor(257))
+    torch.testing.assert_close(got.topk_sim.double(), want[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize("cell_log2", [2, 3, 6, 7])
+def test_bank_topk_gives_ties_to_the_smaller_slot(path, dtype, cell_log2):
+    """Most slots tie, so that the last cells chosen matter; few bits: all products are exact."""
+    _, key, bank, s_pos = problem(4, 700, 64, dtype=dtype, few_bits=True)
+    bank[:] = bank[torch.arange(700) * 7 % 9]
+    for k in (1, 3, 6, 50):
+        args = arguments(key, key, bank, s_pos, topk=k, selection="all")
+        cut = {"splits": 2, "grid": 1, "cell_log2": cell_log2}
+        got = BankPass(*emulation.bank_pass(*args, sums=False, path=path, **cut))
+        want = reference.bank_topk(args[1].double(), bank.double(), k, torch.tensor(700))
+        assert torch.equal(got.topk_index, want[1])
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+def test_a_bad_slot_hides_no_other(path, dtype):
+    """NaN and inf compare as integers in the fast path of the cell maxima, but may not win there."""
+    query, key, bank, s_pos = problem(4, 300, 64, dtype=dtype, few_bits=True)
+    bank[70], bank[75] = torch.nan, torch.inf
+    got, _ = both((query, key, bank, s_pos), path, topk=300)
+    good = torch.tensor([slot for slot in range(300) if slot not in (70, 75)])
+    for row in got.topk_index:
+        assert torch.isin(good, row).all()
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "count"), [(3, 63, 24, 40), (70, 300, 128, 300), (2, 130, 250, 0)]
+)
+def test_weighted_pass(batch, size, dim, count, dtype):
+    query, _, bank, s_pos = problem(batch, size, dim, dtype=dtype)
+    draw = torch.Generator().manual_seed(1)
+    rows = {name: torch.rand(batch, generator=draw) - 0.3 for name in ("alpha", "beta", "gamma")}
+    query = query.to(dtype).float()
+    rows["top"] = (query @ bank.float().T).max(1).values
+    rows["cap"] = torch.full((batch,), 0.2)
+    rho = torch.rand(size, generator=draw) - 0.5
+    want = weighted_pass(
+        query.double(),
+        bank.double(),
+        count,
+        temperature=0.3,
+        **{name: value.double() for name, value in rows.items()},
+        rho=rho.double(),
+        backend="reference",
+    )
+    bank[count:], rho[count:] = torch.nan, torch.nan
+    args = arguments(query, query, bank, s_pos, topk=0, count=count, temperature=0.3)
+    args = (*args[:6], "affine", *args[7:])
+    affine = torch.stack(tuple(rows.values()))
+    got = BankPass(*emulation.bank_pass(*args, affine=affine, rho=rho))
+    torch.testing.assert_close(got.neg_lse.double(), want.log_sum, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.neg_count.double(), want.weight, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        got.neg_mean.double(), want.mean, atol=MEAN_ATOL[dtype], rtol=1e-4
+    )
 
 
 def test_noise_words_are_the_canonical_ones():

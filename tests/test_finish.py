@@ -1,4 +1,4 @@
-"""Every backend's own finish of PSM against the differentiable one in functional/psm.py, both on the
+"""Every backend's own finish of PSM against the differentiable one in functional/psm.py, on the
 same pass. Where there is no GPU, test_triton.py runs this file in Triton's interpreter."""
 
 import pytest

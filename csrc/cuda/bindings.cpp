@@ -28,13 +28,14 @@ void bind_bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t co
                     int64_t row_offset, int64_t col_offset, bool sums, bool null_epilogue,
                     bool force_sm80, uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse,
                     uintptr_t neg_count, uintptr_t topk_sim, uintptr_t topk_index, int device,
-                    uintptr_t stream, const py::function& allocate) {
+                    uintptr_t stream, const py::function& allocate, uintptr_t affine,
+                    uintptr_t rho) {
     check_range("batch", batch, 0, (1 << 30) - 1);
     check_range("slots", slots, 1, (int64_t(1) << 31) - 4096);
     check_range("dim", dim, 1, sums ? kMaxDim : kMaxTopkDim);
     check_range("topk", topk, 0, 1 << 30);
     check_range("dtype", dtype, 0, 2);
-    check_range("selection", selection, 0, 2);
+    check_range("selection", selection, 0, affine == 0 || rho == 0 || topk > 0 ? 2 : 3);
     Request request = {};
     BankPassArgs& pass = request.pass;
     pass.query = address<void>(query), pass.key = address<void>(key);
@@ -43,6 +44,7 @@ void bind_bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t co
     pass.dtype = Dtype(dtype), pass.selection = Selection(selection);
     pass.temperature = float(temperature), pass.a = float(a), pass.b = float(b);
     pass.row_offset = row_offset, pass.col_offset = col_offset;
+    pass.affine = address<float>(affine), pass.rho = address<float>(rho);
     pass.neg_lse = address<float>(neg_lse), pass.neg_mean = address<float>(neg_mean);
     pass.neg_sq_lse = address<float>(neg_sq_lse), pass.neg_count = address<float>(neg_count);
     pass.topk_sim = address<float>(topk_sim), pass.topk_index = address<int64_t>(topk_index);
@@ -101,7 +103,8 @@ void bind(py::module_& parent) {
           arg("dtype"), arg("selection"), arg("temperature"), arg("a"), arg("b"), arg("topk"),
           arg("row_offset"), arg("col_offset"), arg("sums"), arg("null_epilogue"),
           arg("force_sm80"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"), arg("neg_count"),
-          arg("topk_sim"), arg("topk_index"), arg("device"), arg("stream"), arg("allocate"));
+          arg("topk_sim"), arg("topk_index"), arg("device"), arg("stream"), arg("allocate"),
+          arg("affine") = 0, arg("rho") = 0);
     m.def("finish", &bind_finish, py::kw_only(), arg("query"), arg("key"), arg("bank"),
           arg("s_pos"), arg("rng_state"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"),
           arg("neg_count"), arg("topk_index"), arg("row_offset"), arg("batch"), arg("dim"),

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "mine_sm90.cuh"
 #include "pass_fp32.cuh"
 #include "pass_sm80.cuh"
 #include "pass_sm90.cuh"

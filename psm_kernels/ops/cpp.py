@@ -12,11 +12,11 @@ from torch import Tensor
 from psm_kernels import __version__
 from psm_kernels._csrc import source_id
 
+MAX_FINISH_TOPK = 1024  # a thread of psm_finish holds (topk, D) in fp32
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
 _SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
-
-MAX_FINISH_TOPK = 1024  # a thread of psm_finish holds (topk, D) in fp32
 _REBUILD = "build it with `pip install -e .` in a checkout, or reinstall the package"
 
 

@@ -13,7 +13,7 @@ MAX_FINISH_TOPK = 64  # of psm_finish
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
-_SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2}
+_SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
 
 
 @functools.cache
@@ -75,9 +75,11 @@ def bank_pass(
     *,
     null_epilogue: bool = False,
     force_sm80: bool = False,
+    affine: Tensor | None = None,  # (5, B): of `weighted_pass`, with selection "affine"
+    rho: Tensor | None = None,  # (K,)
 ) -> tuple[Tensor, ...]:
-    """See `psm_kernels.ops.bank_pass`. The last two flags exist for benchmarks and tests: products
-    alone, whose outputs mean nothing, and the kernels of sm_80 on a Hopper GPU."""
+    """See `psm_kernels.ops.bank_pass`. Two flags exist for benchmarks and tests: products alone,
+    whose outputs mean nothing, and the kernels of sm_80 on a Hopper GPU."""
     batch, dim = query.shape
     fp32 = functools.partial(torch.empty, dtype=torch.float32, device=bank.device)
     neg_lse, neg_sq_lse, neg_count = fp32(batch), fp32(batch), fp32(batch)
@@ -99,8 +101,26 @@ def bank_pass(
         col_offset=col_offset,
         null_epilogue=null_epilogue,
         force_sm80=force_sm80,
+        affine=_address(affine),
+        rho=_address(rho),
     )
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+
+
+def weighted_pass(
+    query: Tensor,  # (B, D)
+    bank: Tensor,  # (K, D)
+    count: Tensor,  # ()
+    temperature: float,
+    affine: Tensor,  # (5, B)
+    rho: Tensor,  # (K,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `psm_kernels.ops.affine.weighted_pass`."""
+    log_sum, mean, _, weight, *_ = bank_pass(
+        query, None, bank, count, affine[0], temperature, "affine", 0.0, 0.0, 0, None, 0, 0,
+        affine=affine, rho=rho,
+    )  # fmt: skip
+    return log_sum, mean, weight
 
 
 def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,11 +180,11 @@ def _run(
 
 
 def psm_finish(
-    query: Tensor,  # (B, D) fp32 unit rows
-    key: Tensor,  # (B, D) fp32 unit rows
+    query: Tensor,  # (B, D) fp32
+    key: Tensor,  # (B, D) fp32
     bank: Tensor,  # (K, D)
     s_pos: Tensor,  # (B,)
-    swept: tuple[Tensor, ...],  # the six tensors of bank_pass
+    swept: tuple[Tensor, ...],
     *,
     temperature: float,
     selection: str,
@@ -176,12 +196,10 @@ def psm_finish(
     weight_temperature: float,
     hard_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss rows (B,), their gradient by the unit query (B, D), and stats (3, B): kept count, mean
-    and variance of g over the kept negatives."""
+    """See `psm_kernels.ops.fused.psm_rows`."""
     from psm_kernels import _C
 
     neg_lse, neg_mean, neg_sq_lse, neg_count, _, topk_index = swept
-    query, key = query.contiguous(), key.contiguous()
     loss, grad_query = torch.empty_like(s_pos), torch.empty_like(query)
     stats = query.new_empty(3, query.shape[0])
     _C.cuda.finish(
