@@ -67,7 +67,8 @@ def ours(backend: str) -> Provider:
             return reason
         if device not in row.devices or (backend, device) == ("triton", "cpu"):
             return f"runs on {device} in tests alone" if device in row.devices else OTHER_JOB
-        if DTYPES[case.dtype] not in row.dtypes or case.dim > (row.max_dim or case.dim):
+        most = row.max_topk_dim if case.operation == "bank_topk" else row.max_dim
+        if DTYPES[case.dtype] not in row.dtypes or case.dim > most:
             return f"takes no {case.dtype} bank of {case.dim} columns"
         if case.operation == "enqueue" and backend != our_name(device):
             return "the enqueue is the same for every backend"
