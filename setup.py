@@ -1,13 +1,17 @@
 """Builds psm_kernels._C with setuptools, pybind11 and ninja; metadata is in pyproject.toml.
 
 The module includes no torch header and links no torch library, so one build serves every torch.
+A CUDA toolkit that is found compiles csrc/cuda as well; where that cannot be done the build goes on
+without it, says why and leaves the reason in psm_kernels/_build_info.py.
+
 Environment: CXX names the compiler; PSM_SANITIZE=address,undefined makes an instrumented build;
-PSM_CUDA=1 adds the CUDA kernels, which no GPU has run yet and `auto` does not pick; PSM_CUDA_ARCHS
-names the architectures (80,86,89,90a,120); CUDA_HOME the toolkit.
+CUDA_HOME names the toolkit (else nvcc of PATH); PSM_CUDA=0 leaves the CUDA kernels out, =1 makes it
+an error that they cannot be built; PSM_CUDA_ARCHS names the architectures (80,86,89,90a,120).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -33,6 +37,9 @@ AVX512 = [*AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "vnni")
 SOURCES = {  # source -> flags of its own: nothing else may be compiled for more than the baseline
     Path("csrc/bindings.cpp"): [],
     CPU / "bank_pass.cpp": [],
+    CPU / "finish.cpp": [],
+    CPU / "rows.cpp": [],
+    CPU / "threads.cpp": [],
     CPU / "isa_portable.cpp": [],
 }
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -47,11 +54,21 @@ def find_compiler() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+class NoCuda(Exception):
+    """One line: why the CUDA kernels are not built."""
+
+
+OLDEST_CUDA = (12, 5)  # the first with cudaGetDriverEntryPointByVersion
+OLDEST_ARCH = 80  # cp.async, and mma on bf16
+ARCHS = "80,86,89,90a,120"
+
+
 class Cuda(NamedTuple):
     """A CUDA toolkit and what to compile with it."""
 
     home: Path
     archs: tuple[str, ...]
+    left_out: tuple[str, ...]  # defaults that this nvcc does not know
 
     def sources(self) -> list[Path]:
         """sm_90a instructions exist nowhere else, so those sources are left out without it."""
@@ -59,55 +76,90 @@ class Cuda(NamedTuple):
         return [path for path in found if "90a" in self.archs or "sm90" not in path.name]
 
     def flags(self, source: Path) -> list[str]:
+        define = ["-DPSM_CUDA_SM90A"] * ("90a" in self.archs)
         if "sm90" in source.name:
-            return ["-gencode=arch=compute_90a,code=sm_90a", *self.defines()]
+            return ["-gencode=arch=compute_90a,code=sm_90a", *define]
         # One run of the front end serves all: PTX of the oldest becomes machine code for each, and
         # is kept for chips that are not named.
         real = sorted({int(arch.rstrip("af")) for arch in self.archs})
         code = ",".join([*(f"sm_{arch}" for arch in real), f"compute_{real[0]}"])
-        return [f"-gencode=arch=compute_{real[0]},code=[{code}]", *self.defines()]
-
-    def defines(self) -> list[str]:
-        names = [f'-DPSM_CUDA_ARCHS="{",".join(self.archs)}"']
-        return names + ["-DPSM_CUDA_SM90A"] * ("90a" in self.archs)
+        return [f"-gencode=arch=compute_{real[0]},code=[{code}]", *define]
 
     def libraries(self) -> list[str]:
-        places = [self.home / name for name in ("lib64", "targets/x86_64-linux/lib", "lib")]
+        places = [self.home / "lib64", *self.home.glob("targets/*/lib"), self.home / "lib"]
         place = next((p for p in places if (p / "libcudart_static.a").exists()), None)
         if place is None:
-            raise SystemExit(f"psm_kernels: no libcudart_static.a below {self.home}")
+            raise NoCuda(f"there is no libcudart_static.a below {self.home}")
         return [f"-L{place}", "-lcudart_static", "-lrt", "-ldl"]
 
+    def describe(self) -> str:
+        without = f", without {', '.join(self.left_out)}, unknown to this nvcc"
+        return ", ".join(self.archs) + without * bool(self.left_out)
 
-def find_cuda() -> Cuda | None:
-    if os.environ.get("PSM_CUDA", "0") == "0":
-        return None
+
+def find_cuda() -> Cuda:
+    """The toolkit and the architectures that it can compile for, or NoCuda."""
+    if os.environ.get("PSM_CUDA") == "0":
+        raise NoCuda("PSM_CUDA=0 was set")
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if nvcc is None:
-        where = f"{home}/bin" if home else "PATH"
-        raise SystemExit(f"psm_kernels: PSM_CUDA=1, but there is no nvcc in {where}")
+        raise NoCuda(f"there is no nvcc in {f'{home}/bin' if home else 'PATH'}")
     # nvcc may be a link or a script: it says itself where the toolkit is.
-    dry = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
-    )
-    here = re.search(r"_HERE_=(.*)", dry.stderr)
-    if here is None:
-        raise SystemExit(f"psm_kernels: {nvcc} --dryrun does not name its toolkit:\n{dry.stderr}")
-    names = os.environ.get("PSM_CUDA_ARCHS", "80,86,89,90a,120")
+    place = re.search(r"_HERE_=(.*)", dry_run(nvcc).stderr)
+    version = re.search(r"release (\d+)\.(\d+)", ask(nvcc, "--version").stdout)
+    if place is None or version is None:
+        raise NoCuda(f"{nvcc} names neither its toolkit nor its version")
+    if tuple(map(int, version.groups())) < OLDEST_CUDA:
+        least = ".".join(map(str, OLDEST_CUDA))
+        raise NoCuda(f"{nvcc} is of CUDA {version[1]}.{version[2]}, {least} or newer is needed")
+    archs, named = wanted_archs()
+    known = [dry_run(nvcc, arch).returncode == 0 for arch in archs]
+    left_out = tuple(arch for arch, there in zip(archs, known, strict=True) if not there)
+    if left_out and named:
+        raise SystemExit(f"PSM_CUDA_ARCHS: {nvcc} does not know {', '.join(left_out)}")
+    if len(left_out) == len(archs):
+        raise NoCuda(f"{nvcc} knows none of {', '.join(archs)}")
+    archs = tuple(arch for arch in archs if arch not in left_out)
+    return Cuda(Path(place[1].strip()).resolve().parent, archs, left_out)
+
+
+def wanted_archs() -> tuple[tuple[str, ...], bool]:
+    """The architectures, and whether the user named them."""
+    names = os.environ.get("PSM_CUDA_ARCHS", ARCHS)
     archs = tuple(arch for arch in re.split(r"[ ,;]+", names) if arch)
-    wrong = [arch for arch in archs if not re.fullmatch(r"[1-9]\d+[af]?", arch)]
-    if wrong or not archs:
-        raise SystemExit(f"PSM_CUDA_ARCHS: got {names!r}, wanted numbers such as 80,90a")
-    return Cuda(Path(here[1].strip()).resolve().parent, archs)
+    numbers = [re.fullmatch(r"(\d+)[af]?", arch) for arch in archs]
+    if not archs or not all(number and int(number[1]) >= OLDEST_ARCH for number in numbers):
+        raise SystemExit(f"PSM_CUDA_ARCHS: got {names!r}, wanted numbers from 80 on, as in 80,90a")
+    return archs, "PSM_CUDA_ARCHS" in os.environ
+
+
+def ask(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def dry_run(nvcc: str, arch: str | None = None) -> subprocess.CompletedProcess:
+    """What nvcc would do for an architecture; it fails for those that it does not know."""
+    chip = [f"-gencode=arch=compute_{arch},code=sm_{arch}"] if arch else []
+    return ask(nvcc, "--dryrun", *chip, "-x", "cu", os.devnull)
+
+
+def pybind11_include() -> str:
+    try:
+        import pybind11
+    except ImportError:  # no build isolation and no package index: torch has a copy
+        torch = importlib.util.find_spec("torch")
+        copy = Path(torch.origin).parent / "include" if torch else Path()
+        if not (copy / "pybind11").exists():
+            raise
+        return str(copy)
+    return pybind11.get_include()
 
 
 def common_flags() -> list[str]:
-    import pybind11
-
     version = re.search(r'__version__ = "(.*)"', (ROOT / "psm_kernels/__init__.py").read_text())[1]
     source_id = runpy.run_path(str(ROOT / "psm_kernels/_csrc.py"))["source_id"]
-    includes = (sysconfig.get_path("include"), pybind11.get_include())
+    includes = (sysconfig.get_path("include"), pybind11_include())
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
     flags += ["-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math"]
     flags += [f'-DPSM_SOURCE_ID="{source_id(ROOT / "psm_kernels", version)}"', f"-DPSM_X86={X86:d}"]
@@ -126,59 +178,104 @@ def run_parallel(objects: dict[Path, list[str]], build: Path) -> None:
     try:
         import ninja
     except ImportError:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda command: subprocess.run(command, check=True), objects.values()))
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            list(pool.map(run, objects.values()))
+        finally:
+            pool.shutdown(cancel_futures=True)
         return
     lines = ["rule cxx", "  command = $run -MD -MF $out.d", "  depfile = $out.d", "  deps = gcc"]
     for path, command in objects.items():
-        run = shlex.join(command).replace("$", "$$")
-        lines += [f"build {path.name}: cxx", f"  run = {run}"]
+        text = shlex.join(command).replace("$", "$$")
+        lines += [f"build {path.name}: cxx", f"  run = {text}"]
     (build / "build.ninja").write_text("\n".join(lines) + "\n")
-    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "--quiet", "-C", str(build)], check=True)
+    run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(build)])
+
+
+def run(command: list[str]) -> None:
+    """Shows what the command printed, and raises CalledProcessError with it where it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.stdout:
+        print(done.stdout, end="", file=sys.stderr, flush=True)
+    done.check_returncode()
+
+
+def first_error(output: str) -> str:
+    """The line to show of a compiler's output; ninja's own begin with FAILED."""
+    lines = [line.strip() for line in output.splitlines() if not line.startswith("FAILED")]
+    errors = [line for line in lines if re.search(r"\b(error|fatal)\b", line)]
+    return (errors or lines or ["it said nothing"])[0][:300]
 
 
 class BuildKernels(build_ext):
     def run(self) -> None:
-        package = ROOT if self.inplace else Path(self.build_lib).resolve()
-        reason = package / "psm_kernels/_build_info.py"
-        reason.unlink(missing_ok=True)
+        self.destination = ROOT if self.inplace else Path(self.build_lib).resolve()
+        # A checkout keeps its objects, so that an unchanged CUDA source is compiled once.
+        kept = ROOT / "build/objects"
+        self.object_dir = kept if self.inplace else Path(self.build_temp).resolve()
+        self.reasons = {}
+        self.reason_file().unlink(missing_ok=True)
+        if os.environ.get("PSM_CUDA", "0") not in ("0", "1"):
+            raise SystemExit(f"PSM_CUDA: got {os.environ['PSM_CUDA']!r}, wanted 0 or 1")
         if find_compiler() is None:
             wanted = os.environ.get("CXX", "g++ or clang++")
-            text = f"built without a C++ compiler ({wanted} not found)"
-            print(f"psm_kernels: {text}; the cpp backend will not be available", file=sys.stderr)
-            reason.parent.mkdir(parents=True, exist_ok=True)
-            reason.write_text(f'"""Written by setup.py."""\n\nMISSING = {text!r}\n')
+            self.leave_reason("MISSING", f"built without a C++ compiler ({wanted} not found)")
             self.extensions = []
         super().run()
 
+    def reason_file(self) -> Path:
+        return self.destination / "psm_kernels/_build_info.py"
+
+    def leave_reason(self, name: str, text: str) -> None:
+        """Says what will not be there, now and, through psm_kernels.ops, when it is missed."""
+        print(f"psm_kernels: {text}", file=sys.stderr)
+        self.reasons[name] = text
+        lines = [f"{key} = {value!r}\n" for key, value in self.reasons.items()]
+        self.reason_file().parent.mkdir(parents=True, exist_ok=True)
+        self.reason_file().write_text('"""Written by setup.py."""\n\n' + "".join(lines))
+
     def build_extension(self, extension: Extension) -> None:
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (self.object_dir, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.build_with(find_cuda(), target)
+        except NoCuda as reason:
+            if os.environ.get("PSM_CUDA") == "1":
+                raise SystemExit(f"psm_kernels: PSM_CUDA=1, but {reason}") from reason
+            self.leave_reason("MISSING_CUDA", f"built without the CUDA kernels ({reason})")
+            self.build_with(None, target)
+
+    def build_with(self, cuda: Cuda | None, target: Path) -> None:
         compiler, flags = find_compiler(), common_flags()
-        cuda, libraries = find_cuda(), []
-        objects = {}
+        objects, libraries, defines = {}, [], []
         if cuda is not None:  # the longest jobs go first
+            libraries = cuda.libraries()
             nvcc = [str(cuda.home / "bin/nvcc"), "-ccbin", compiler, "-std=c++17", "-O3"]
             nvcc += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
             for source in cuda.sources():
                 command = [*nvcc, *cuda.flags(source), "-c", str(ROOT / source), "-o"]
-                objects[build / f"cuda_{source.stem}.o"] = command
-            flags += ["-DPSM_CUDA", *cuda.defines()]
-            command = [compiler, *flags, "-c", str(ROOT / CUDA / "bindings.cpp"), "-o"]
-            objects[build / "cuda_bindings.o"] = command
-            libraries = cuda.libraries()
+                objects[self.object_dir / f"cuda_{source.stem}.o"] = command
+            defines = ["-DPSM_CUDA", f'-DPSM_CUDA_BUILT_FOR="{cuda.describe()}"']
+            command = [compiler, *flags, *defines, "-c", str(ROOT / CUDA / "bindings.cpp"), "-o"]
+            objects[self.object_dir / "cuda_bindings.o"] = command
         for source, own in SOURCES.items():
+            own = [*own, *defines] if source.name == "bindings.cpp" else own
             command = [compiler, *flags, *own, "-c", str(ROOT / source), "-o"]
-            objects[build / f"{source.stem}.o"] = command
+            objects[self.object_dir / f"{source.stem}.o"] = command
         for path, command in objects.items():
             command.append(str(path))
-        run_parallel(objects, build)
         shared = ["-bundle", "-undefined", "dynamic_lookup"]
         shared = shared if sys.platform == "darwin" else ["-shared"]
         link = [compiler, *shared, "-pthread", *sanitizer_flags(), *map(str, objects)]
-        subprocess.run([*link, *libraries, "-o", str(target)], check=True)
+        try:
+            run_parallel(objects, self.object_dir)
+            run([*link, *libraries, "-o", str(target)])
+        except subprocess.CalledProcessError as error:
+            if cuda is None:
+                raise
+            line = first_error(error.stdout)
+            raise NoCuda(f"the build with {cuda.home} failed: {line}") from error
 
 
 setup(

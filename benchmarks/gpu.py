@@ -1,167 +1,356 @@
-"""Times the bank pass on this GPU: backends, eager torch and torch.compile, against a roofline.
+"""Times the kernels on this GPU: backends, eager torch and torch.compile, against a roofline.
 
-    python benchmarks/gpu.py [--seconds 150]
+    python benchmarks/gpu.py [--seconds 150] [--results benchmarks/results]
 
-writes benchmarks/results/<gpu name>.json and .png. Training rows are forward and query gradient;
-the library's own backends are replayed from a CUDA graph. "hot" repeats on one bank, which the L2
-cache may hold; "cold" overwrites the cache before every run.
+writes <gpu name>.json and .png. The library's own backends are replayed from a CUDA graph. "hot"
+repeats on one bank, which the L2 cache may hold; "cold" overwrites the cache before every run. Each
+group of providers has a process of its own: one that crashes or hangs costs its own rows alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import json
+import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from psm_kernels import backends
-from psm_kernels.memory_bank import unit_rows
-from psm_kernels.ops import bank_pass, bank_topk, reference
+from psm_kernels.functional import psm_loss
+from psm_kernels.memory_bank import MemoryBank, unit_rows
+from psm_kernels.ops import bank_pass, bank_topk
 
-RESULTS = Path(__file__).parent / "results"
-TRAINING = [  # B, K, D
-    (256, 65_536, 128),
-    (256, 1_048_576, 128),
-    (1024, 65_536, 256),
-    (4096, 262_144, 256),
-    (256, 16_777_216, 128),
-]
-TOPK = [(10_000, 50_000, 512, 5), (10_000, 50_000, 512, 200)]  # B, K, D, k
-SETTINGS = {"temperature": 0.1, "selection": "bernoulli", "a": 0.5, "b": 0.0, "topk": 5}
+ROOT = Path(__file__).parents[1]
+SHAPES = {  # kind -> B, K, D and for topk k; the smallest first
+    "enqueue": [(4096, 1_048_576, 128)],
+    "loss": [(256, 65_536, 128)],
+    "pass": [
+        (256, 65_536, 128),
+        (1024, 65_536, 256),
+        (256, 1_048_576, 128),
+        (4096, 262_144, 256),
+        (256, 16_777_216, 128),
+    ],
+    "topk": [(10_000, 50_000, 512, 5), (10_000, 50_000, 512, 200)],
+}
+DRAW = {"temperature": 0.1, "selection": "bernoulli", "a": 0.5, "b": 0.0}
+TOPK = 5
+DEVICE = "cuda"
 
 
-def timed(run: Callable[[], object], seconds: float, flush: torch.Tensor | None) -> dict:
+class Run(NamedTuple):
+    """One provider's work on one shape."""
+
+    name: str
+    step: Callable[[], object]
+    graph: bool  # may be captured
+
+
+# --- clocks --------------------------------------------------------------------------------------
+
+
+def timed(step: Callable[[], object], seconds: float, flush: Tensor | None) -> dict:
     """Median and quantiles of device time in microseconds."""
     times, stop = [], time.perf_counter() + seconds
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    while len(times) < 10 or (time.perf_counter() < stop and len(times) < 1000):
+        step()
+    while len(times) < 3 or (time.perf_counter() < stop and len(times) < 1000):
         if flush is not None:
             flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(200_000)  # 0.1 ms in which the host submits what is timed
         start.record()
-        run()
+        step()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
-        if time.perf_counter() > stop and len(times) >= 3:
-            break
-    cuts = statistics.quantiles(times, n=10) if len(times) > 1 else times * 9
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
     return {"us": statistics.median(times), "q10": cuts[0], "q90": cuts[8], "runs": len(times)}
 
 
-def captured(run: Callable[[], object]) -> Callable[[], None]:
+def captured(step: Callable[[], object]) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
-            run()
+            step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        step()
     return graph.replay
 
 
-def ceilings() -> dict:
-    """What this card does at best: a large bf16 product and a large copy."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = timed(lambda: a @ a, 1.0, None)["us"]
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = timed(lambda: target.copy_(source), 1.0, None)["us"]
-    return {"flops": 2 * 8192**3 / (product * 1e-6), "bytes_per_s": 2 * (1 << 30) / (copy * 1e-6)}
+def peak_bytes(step: Callable[[], object]) -> int:
+    """Memory that a step takes on top of its inputs."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
-def training_runs(batch: int, size: int, dim: int) -> dict[str, Callable]:
-    """What is compared: name -> (one step, may be captured)."""
-    query = unit_rows(torch.randn(batch, dim, device="cuda")).requires_grad_()
-    key = unit_rows(torch.randn(batch, dim, device="cuda"))
-    bank = torch.empty(size, dim, dtype=torch.bfloat16, device="cuda")
+# --- what is timed -------------------------------------------------------------------------------
+
+
+def random_bank(size: int, dim: int) -> Tensor:
+    bank = torch.empty(size, dim, dtype=torch.bfloat16, device=DEVICE)
     for part in bank.split(1 << 20):
-        part.copy_(unit_rows(torch.randn(part.shape, device="cuda")))
-    s_pos = (query * key).sum(1).detach()
-    rng_state = torch.tensor([1, 2], device="cuda")
-    count = torch.tensor(size, device="cuda")
+        part.copy_(unit_rows(torch.randn(part.shape, device=DEVICE)))
+    return bank
 
-    def step(backend):
+
+def random_rows(batch: int, dim: int) -> Tensor:
+    return unit_rows(torch.randn(batch, dim, device=DEVICE))
+
+
+def pass_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
+    """Forward and query gradient of the training pass."""
+    query, key, bank = random_rows(batch, dim), random_rows(batch, dim), random_bank(size, dim)
+    s_pos = (query * key).sum(1)
+    rng_state = torch.tensor([1, 2], device=DEVICE)
+    count = torch.tensor(size, device=DEVICE)
+    if group == "torch":
+        low = query.bfloat16(), key.bfloat16(), bank, s_pos
+        yield Run("eager", functools.partial(eager_pass, *low), False)
+        yield Run("torch.compile", functools.partial(compiled_pass(), *low), False)
+        return
+    leaf = query.requires_grad_()
+
+    def step():
         out = bank_pass(
-            query, key, bank, count, s_pos, **SETTINGS, rng_state=rng_state, backend=backend
+            leaf, key, bank, count, s_pos, **DRAW, topk=TOPK, rng_state=rng_state, backend=group
         )
-        return torch.autograd.grad(out.neg_lse.sum(), query)
+        return torch.autograd.grad(out.neg_lse.sum(), leaf)
 
-    settings = {k: v for k, v in SETTINGS.items() if k != "topk"}
-    low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos, *settings.values()
-
-    def eager(run=reference.bank_pass):
-        return run(*low, 5, rng_state, 0, 0, noise="torch", exact_ties=False)
-
-    runs = {
-        name: (functools.partial(step, name), True)
-        for name in ("cuda", "triton")
-        if not isinstance(backends.load(name), str)
-    }
-    if "cuda" in runs:
+    yield Run(group, step, True)
+    if group == "cuda":
         from psm_kernels.ops import cuda
 
-        direct = functools.partial(cuda.bank_pass, *low, 5, rng_state, 0, 0)
-        runs["cuda null epilogue"] = functools.partial(direct, null_epilogue=True), True
+        low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos, *DRAW.values()
+        direct = functools.partial(cuda.bank_pass, *low, TOPK, rng_state, 0, 0)
+        yield Run("cuda null epilogue", functools.partial(direct, null_epilogue=True), True)
         if torch.cuda.get_device_capability()[0] == 9:
-            runs["cuda sm_80 kernels"] = functools.partial(direct, force_sm80=True), True
-    runs["eager"] = eager, False
-    compiled = torch.compile(reference.bank_pass, dynamic=False)
-    runs["torch.compile"] = functools.partial(eager, compiled), False
-    return runs
+            yield Run("cuda sm_80 kernels", functools.partial(direct, force_sm80=True), True)
 
 
-def topk_runs(batch: int, size: int, dim: int, k: int) -> dict[str, Callable]:
-    query, bank = (unit_rows(torch.randn(n, dim, device="cuda")).bfloat16() for n in (batch, size))
-    count = torch.tensor(size, device="cuda")
-    runs = {
-        name: (functools.partial(bank_topk, query, bank, k, count=count, backend=name), True)
-        for name in ("cuda", "triton")
-        if not isinstance(backends.load(name), str)
+def eager_pass(query: Tensor, key: Tensor, bank: Tensor, s_pos: Tensor) -> tuple[Tensor, ...]:
+    """What a user writes, products in the bank's dtype; neg_mean is the gradient."""
+    similarity = (query @ bank.T).float()  # (B, K)
+    distance = similarity - s_pos[:, None] - DRAW["b"]
+    p = torch.exp(-DRAW["a"] * distance.square()).clamp_max(0.999)
+    keep = torch.rand_like(p) < p
+    logits = torch.where(keep, similarity / DRAW["temperature"], -torch.inf)
+    neg_lse = logits.logsumexp(1)
+    neg_mean = (logits - neg_lse[:, None]).exp().to(bank.dtype) @ bank
+    neg_sq_lse = (2 * logits).logsumexp(1)
+    mined = (key @ bank.T).topk(TOPK)
+    return neg_lse, neg_mean.float(), neg_sq_lse, keep.sum(1), *mined
+
+
+@functools.cache
+def compiled_pass() -> Callable:
+    return torch.compile(eager_pass, dynamic=False)
+
+
+def loss_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
+    """PSM's loss and its gradient: the pass, and what is made of it."""
+    query, key, bank = random_rows(batch, dim), random_rows(batch, dim), random_bank(size, dim)
+    query.requires_grad_()
+    rng_state = torch.tensor([1, 2], device=DEVICE)
+
+    def step():
+        loss = psm_loss(
+            query, key, bank, **DRAW, topk=TOPK, rng_state=rng_state,
+            backend="reference" if group == "torch" else group,
+        )  # fmt: skip
+        return torch.autograd.grad(loss, query)
+
+    yield Run("reference" if group == "torch" else group, step, group != "torch")
+
+
+def topk_runs(group: str, batch: int, size: int, dim: int, k: int) -> Iterator[Run]:
+    query, bank = random_rows(batch, dim).bfloat16(), random_bank(size, dim)
+    count = torch.tensor(size, device=DEVICE)
+    if group == "torch":
+        yield Run("eager", lambda: (query @ bank.T).topk(k), False)
+        return
+    yield Run(group, lambda: bank_topk(query, bank, k, count=count, backend=group), True)
+
+
+def enqueue_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
+    keys, memory = random_rows(batch, dim), MemoryBank(size, dim, dtype=torch.bfloat16)
+    memory.to(DEVICE)
+    names = {"torch": "eager", "cuda": "cuda"}
+    backend = "cuda" if group == "cuda" else "reference"  # has no kernel: torch's operators
+    if group in names:
+        yield Run(names[group], lambda: memory.enqueue(keys, backend=backend), True)
+
+
+RUNS = {"pass": pass_runs, "loss": loss_runs, "topk": topk_runs, "enqueue": enqueue_runs}
+PRODUCTS = {"pass": 3, "loss": 3, "topk": 1, "enqueue": 0}  # of B x K x D
+
+
+# --- one process per group -----------------------------------------------------------------------
+
+
+def measure_group(group: str, seconds: float, write: Callable[[dict], None]) -> bool:
+    """Hands each row to `write`; False where something failed that was to run."""
+    reason = backends.load(group) if group in backends.TABLE else None
+    if isinstance(reason, str):
+        write({"error": reason})
+        return False
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    cases = [(kind, shape) for kind, shapes in SHAPES.items() for shape in shapes]
+    good, stop = True, time.perf_counter() + seconds
+    for number, (kind, shape) in enumerate(cases):
+        about = {"kind": kind, "shape": list(shape), "dtype": "bfloat16"}
+        left = stop - time.perf_counter()
+        if left < 0:
+            write(about | {"backend": group, "error": "not measured, the time was up"})
+        else:  # two providers of a case, hot and cold
+            good &= measure_case(group, about, left / (len(cases) - number) / 4, flush, write)
+    return good
+
+
+def measure_case(
+    group: str, about: dict, seconds: float, flush: Tensor, write: Callable[[dict], None]
+) -> bool:
+    """A failure becomes a row, and the next case may still run. Memory that a baseline's matrices
+    would take and the card does not have is a result."""
+    about = about | {"backend": group}
+    try:
+        for run in RUNS[about["kind"]](group, *about["shape"]):
+            about["backend"] = run.name
+            write(about | measure(run, seconds, flush))
+    except Exception as error:
+        text = str(error).strip().partition("\n")[0]
+        write(about | {"error": f"{type(error).__name__}: {text}"})
+        return group == "torch" and isinstance(error, torch.cuda.OutOfMemoryError)
+    return True
+
+
+def measure(run: Run, seconds: float, flush: Tensor) -> dict:
+    peak = peak_bytes(run.step)
+    step = captured(run.step) if run.graph else run.step
+    times = {"hot": timed(step, seconds, None), "cold": timed(step, seconds, flush)}
+    return {"peak_bytes": peak, "graph": run.graph, **times}
+
+
+def measure_machine() -> dict:
+    """What this card is, and does at best: a large bf16 product and a large copy."""
+    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    product = timed(lambda: a @ a, 1.0, None)["us"]
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = timed(lambda: target.copy_(source), 1.0, None)["us"]
+    gpu = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": gpu.name,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "multiprocessors": gpu.multi_processor_count,
+        "memory_bytes": gpu.total_memory,
+        "flops": 2 * 8192**3 / (product * 1e-6),
+        "bytes_per_s": 2 * source.nbytes / (copy * 1e-6),
     }
-    runs["torch.topk"] = lambda: (query @ bank.T).topk(k), False
-    return runs
 
 
-def measure(kind, shape, runs, products, limits, seconds, flush) -> list[dict]:
-    batch, size, dim = shape[:3]
-    work = products * 2 * batch * size * dim / limits["flops"]
-    read = size * dim * 2 / limits["bytes_per_s"]
-    roofline = max(work, read) * 1e6
-    rows = []
-    for name, (run, capture) in runs.items():
-        row = {"kind": kind, "shape": list(shape), "dtype": "bfloat16", "backend": name}
-        row |= {"roofline_us": roofline}
+GROUPS = ("triton", "cuda", "torch")
+
+
+def start_group(group: str, seconds: float) -> tuple[list[dict], str | None]:
+    """Rows of a group, measured in a process that is stopped when it takes too long."""
+    command = [sys.executable, __file__, "--group", group, "--seconds", str(seconds)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    limit, failed = seconds * 1.5 + 30, None  # a start, graphs and compilers take time as well
+    try:
+        output, _ = child.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        stop(child)
+        output, _ = child.communicate()
+        failed = f"stopped after {limit:.0f} s"
+    finally:
+        stop(child)
+    if failed is None and child.returncode:
+        failed = f"ended with status {child.returncode}"
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")], failed
+
+
+def stop(child: subprocess.Popen) -> None:
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)  # the compiler's workers too: they hold the pipe
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def add_roofline(row: dict, machine: dict) -> dict:
+    """The least time for the products or for one reading of the bank, whichever is more."""
+    if "hot" not in row:
+        return row
+    batch, size, dim = row["shape"][:3]
+    work = PRODUCTS[row["kind"]] * 2 * batch * size * dim / machine["flops"]
+    moved = batch * dim * 6 if row["kind"] == "enqueue" else size * dim * 2
+    roofline = max(work, moved / machine["bytes_per_s"]) * 1e6
+    return row | {"roofline_us": roofline, "share_of_roofline": roofline / row["hot"]["us"]}
+
+
+def versions() -> dict:
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    found["python"] = platform.python_version()
+    for name, command in {
+        "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"],
+        "nvcc": ["nvcc", "--version"],
+        "commit": ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"],
+    }.items():
         try:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            torch.cuda.synchronize()
-            row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-            replay = captured(run) if capture else run
-            row["graph"] = capture
-            row["hot"] = timed(replay, seconds, None)
-            row["cold"] = timed(replay, seconds, flush)
-            row["share_of_roofline"] = roofline / row["hot"]["us"]
-        except (torch.cuda.OutOfMemoryError, ValueError) as error:
-            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        rows.append(row)
-        shown = row.get("error") or f"{row['hot']['us']:.1f} us, cold {row['cold']['us']:.1f} us"
-        print(f"{kind} {shape} {name}: {shown}; roofline {roofline:.1f} us", flush=True)
-    return rows
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[name] = done.stdout.strip().rpartition("\n")[2]
+        except (OSError, subprocess.CalledProcessError):
+            found[name] = None
+    found["commit"] = found["commit"] or os.environ.get("PSM_COMMIT")
+    try:
+        found["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        found["triton"] = None
+    return found
+
+
+def write(result: dict, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9]+", "_", result["machine"]["gpu"]).strip("_")
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def show(rows: list[dict]) -> None:
+    for row in rows:
+        where = f"{row['kind']:<8} {'x'.join(map(str, row['shape'])):<20} {row['backend']:<20}"
+        if "hot" not in row:
+            print(f"{where} {row['error']}")
+            continue
+        hot, cold = row["hot"], row["cold"]
+        text = f"{hot['us']:>10.1f} us [{hot['q10']:.1f}, {hot['q90']:.1f}], cold {cold['us']:.1f}"
+        share = f"{row['share_of_roofline']:.0%} of {row['roofline_us']:.1f} us"
+        print(f"{where} {text}; {share}; {row['peak_bytes'] / 1e6:.0f} MB")
 
 
 def plot(result: dict, path: Path) -> None:
@@ -172,60 +361,70 @@ def plot(result: dict, path: Path) -> None:
 
     rows = [row for row in result["rows"] if "hot" in row]
     names = list(dict.fromkeys(row["backend"] for row in rows))
-    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
-    figure, axes = pyplot.subplots(figsize=(2 + 1.6 * len(shapes), 4.5), layout="constrained")
+    cases = list(dict.fromkeys((row["kind"], *row["shape"]) for row in rows))
+    figure, axes = pyplot.subplots(figsize=(2 + 1.4 * len(cases), 4.5), layout="constrained")
+    width = 0.8 / len(names)
     for i, name in enumerate(names):
-        own = {tuple(row["shape"]): row for row in rows if row["backend"] == name}
-        at = [s + (i - len(names) / 2) * 0.8 / len(names) for s, x in enumerate(shapes) if x in own]
-        height = [own[x]["hot"]["us"] / own[x]["roofline_us"] for x in shapes if x in own]
-        axes.bar(at, height, 0.8 / len(names), label=name)
+        own = {(row["kind"], *row["shape"]): row for row in rows if row["backend"] == name}
+        at = [c + (i - (len(names) - 1) / 2) * width for c, x in enumerate(cases) if x in own]
+        height = [1 / own[x]["share_of_roofline"] for x in cases if x in own]
+        axes.bar(at, height, width, label=name)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(yscale="log", ylabel="time / roofline", title=f"{result['gpu']}, bf16")
-    axes.set_xticks(range(len(shapes)), ["\n".join(map(str, x)) for x in shapes])
+    title = f"{result['machine']['gpu']}, bf16, hot"
+    axes.set(yscale="log", ylabel="time / roofline", title=title)
+    axes.set_xticks(range(len(cases)), ["\n".join(map(str, x)) for x in cases], fontsize="small")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=150, help="about how long to measure")
-    seconds = parser.parse_args().seconds
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    gpu = torch.cuda.get_device_properties(0)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--group", choices=("machine", *GROUPS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.group:
+        if args.group == "machine":
+            print_line(measure_machine())
+            return 0
+        return 0 if measure_group(args.group, args.seconds, print_line) else 1
+    return run_groups(args.seconds, args.results)
+
+
+def print_line(row: dict) -> None:
+    print(json.dumps(row), flush=True)
+
+
+def run_groups(seconds: float, folder: Path) -> int:
+    """Measures all groups; 1 where something failed that was to run."""
+    signal.signal(signal.SIGTERM, lambda *unused: sys.exit("stopped"))  # and with it the child
+    machine, failed = start_group("machine", 10)
+    if not machine:
+        raise SystemExit(f"the GPU could not be measured: {failed}")
     result = {
-        "gpu": gpu.name,
-        "capability": f"{gpu.major}.{gpu.minor}",
-        "multiprocessors": gpu.multi_processor_count,
-        "versions": {
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        },
-        "commit": git.stdout.strip() or None,
-        "settings": SETTINGS,
-        "ceilings": ceilings(),
+        "machine": machine[0],
+        "versions": versions(),
+        "settings": DRAW | {"topk": TOPK},
+        "failed": {},
         "rows": [],
     }
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    share = seconds / (len(TRAINING) + len(TOPK)) / 12
-    cases = [("training", shape, training_runs, 3) for shape in TRAINING]
-    cases += [("topk", shape, topk_runs, 1) for shape in TOPK]
-    for kind, shape, runs, products in cases:
+    for group in GROUPS:
+        rows, failed = start_group(group, seconds / len(GROUPS))
+        rows = [add_roofline(row, result["machine"]) for row in rows]
+        result["rows"] += [row for row in rows if "kind" in row]
+        if failed:
+            result["failed"][group] = next((r["error"] for r in rows if "kind" not in r), failed)
+        show([row for row in rows if "kind" in row])
+        path = write(result, folder)  # what is there, whatever becomes of the next group
+    if any("hot" in row for row in result["rows"]):
         try:
-            made = runs(*shape)
-        except torch.cuda.OutOfMemoryError:
-            print(f"{kind} {shape}: inputs do not fit this card")
-            continue
-        result["rows"] += measure(kind, shape, made, products, result["ceilings"], share, flush)
-        del made
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{re.sub(r'[^A-Za-z0-9]+', '_', gpu.name).strip('_')}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, path.with_suffix(".png"))
-    print(path)
+            plot(result, path.with_suffix(".png"))
+        except ImportError as error:
+            print(f"no plot: {error}")
+    print(path, *(f"; {group} failed: {why}" for group, why in result["failed"].items()))
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

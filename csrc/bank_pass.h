@@ -9,6 +9,7 @@ namespace psm {
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class Selection : int { kBernoulli = 0, kExpected = 1, kAll = 2, kAffine = 3 };
+enum class SoftWeights : int { kAttention = 0, kUniform = 1, kBinary = 2 };
 
 constexpr int64_t kMaxDim = 4096;
 constexpr int64_t kMaxCount = 0xFFFFFFFFll;  // a slot is 32 bits in the mining heaps

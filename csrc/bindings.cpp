@@ -32,6 +32,11 @@ void check_size(const char* name, int64_t size, int64_t least, int64_t most) {
                "an integer in [" + std::to_string(least) + ", " + std::to_string(most) + "]");
 }
 
+void check_temperature(const char* name, double value) {
+    if (value > 0.0 && !std::isinf(value)) return;
+    refuse(name, std::to_string(value), "a number above 0");
+}
+
 template <class T>
 T* pointer(const char* name, uintptr_t address, int64_t elements, size_t size) {
     if (elements > 0 && address == 0) refuse(name, "a null pointer", "an address");
@@ -81,8 +86,7 @@ void bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t s_pos, 
                const py::function& allocate) {
     const Sizes sizes = check_sizes(batch, count, dim, topk, dtype, threads);
     check_size("selection", selection, 0, 3);
-    if (!(temperature > 0.0) || std::isinf(temperature))
-        refuse("temperature", std::to_string(temperature), "a number above 0");
+    check_temperature("temperature", temperature);
     psm::BankPassArgs args{};
     args.query = pointer<void>("query", query, batch, sizes.element);
     args.key = pointer<void>("key", key, topk ? batch : 0, sizes.element);
@@ -119,6 +123,70 @@ void bank_topk(uintptr_t query, uintptr_t bank, int64_t batch, int64_t count, in
     run(args, isa, threads, allocate);
 }
 
+void psm_finish(uintptr_t query, uintptr_t key, uintptr_t seen, uintptr_t bank, uintptr_t s_pos,
+                uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse, uintptr_t neg_count,
+                uintptr_t topk_index, int64_t batch, int64_t slots, int64_t dim, int dtype,
+                int selection, double temperature, double a, double b, int64_t topk, int64_t seed,
+                int64_t offset, int64_t row_offset, int soft_weights, double weight_temperature,
+                double hard_weight, uintptr_t loss, uintptr_t grad_query, uintptr_t stats,
+                const std::string& isa, int threads) {
+    const Sizes sizes = check_sizes(batch, slots, dim, topk, dtype, threads);
+    check_size("selection", selection, 0, 2);
+    check_size("soft_weights", soft_weights, 0, 2);
+    check_temperature("temperature", temperature);
+    check_temperature("weight_temperature", weight_temperature);
+    psm::cpu::FinishArgs args{};
+    args.pass.query = pointer<void>("seen", seen, batch, sizes.element);
+    args.pass.bank = pointer<void>("bank", bank, slots, sizes.element);
+    args.pass.s_pos = pointer<float>("s_pos", s_pos, batch);
+    args.pass.batch = batch, args.pass.count = slots, args.pass.dim = dim;
+    args.pass.dtype = sizes.dtype, args.pass.selection = psm::Selection(selection);
+    args.pass.temperature = float(temperature), args.pass.a = float(a), args.pass.b = float(b);
+    args.pass.topk = topk, args.pass.seed = uint64_t(seed), args.pass.offset = uint64_t(offset);
+    args.pass.row_offset = row_offset;
+    args.pass.neg_lse = pointer<float>("neg_lse", neg_lse, batch);
+    args.pass.neg_mean = pointer<float>("neg_mean", neg_mean, batch);
+    args.pass.neg_sq_lse = pointer<float>("neg_sq_lse", neg_sq_lse, batch);
+    args.pass.neg_count = pointer<float>("neg_count", neg_count, batch);
+    args.pass.topk_index = pointer<int64_t>("topk_index", topk_index, batch * topk);
+    for (int64_t i = 0; i < batch * topk; ++i)
+        check_size("topk_index", args.pass.topk_index[i], -1, slots - 1);
+    args.query = pointer<float>("query", query, batch);
+    args.key = pointer<float>("key", key, batch);
+    args.soft_weights = psm::SoftWeights(soft_weights);
+    args.weight_temperature = float(weight_temperature), args.hard_weight = float(hard_weight);
+    args.loss = pointer<float>("loss", loss, batch);
+    args.grad_query = pointer<float>("grad_query", grad_query, batch);
+    args.stats = pointer<float>("stats", stats, batch);
+    py::gil_scoped_release release;
+    psm::cpu::finish(args, isa, threads);
+}
+
+void unit_pair(uintptr_t query, uintptr_t key, uintptr_t unit_query, uintptr_t unit_key,
+               uintptr_t norms, uintptr_t s_pos, int64_t batch, int64_t dim) {
+    check_sizes(batch, 0, dim, 0, 0, 1);
+    psm::cpu::UnitPair pair{};
+    pair.query = pointer<float>("query", query, batch);
+    pair.key = pointer<float>("key", key, batch);
+    pair.unit_query = pointer<float>("unit_query", unit_query, batch);
+    pair.unit_key = pointer<float>("unit_key", unit_key, batch);
+    pair.norms = pointer<float>("norms", norms, batch);
+    pair.s_pos = pointer<float>("s_pos", s_pos, batch);
+    pair.batch = batch, pair.dim = dim;
+    py::gil_scoped_release release;
+    psm::cpu::unit_pair(pair);
+}
+
+void through_norm(uintptr_t unit, uintptr_t norms, int64_t batch, int64_t dim,
+                  uintptr_t gradient) {
+    check_sizes(batch, 0, dim, 0, 0, 1);
+    const float* rows = pointer<float>("unit", unit, batch);
+    const float* lengths = pointer<float>("norms", norms, batch);
+    float* target = pointer<float>("gradient", gradient, batch);
+    py::gil_scoped_release release;
+    psm::cpu::through_norm(rows, lengths, batch, dim, target);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -135,6 +203,17 @@ PYBIND11_MODULE(_C, m) {
     m.def("bank_topk", &bank_topk, py::kw_only(), arg("query"), arg("bank"), arg("batch"),
           arg("count"), arg("dim"), arg("dtype"), arg("topk"), arg("topk_sim"),
           arg("topk_index"), arg("isa"), arg("threads"), arg("allocate"));
+    m.def("psm_finish", &psm_finish, py::kw_only(), arg("query"), arg("key"), arg("seen"),
+          arg("bank"), arg("s_pos"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"),
+          arg("neg_count"), arg("topk_index"), arg("batch"), arg("slots"), arg("dim"),
+          arg("dtype"), arg("selection"), arg("temperature"), arg("a"), arg("b"), arg("topk"),
+          arg("seed"), arg("offset"), arg("row_offset"), arg("soft_weights"),
+          arg("weight_temperature"), arg("hard_weight"), arg("loss"), arg("grad_query"),
+          arg("stats"), arg("isa"), arg("threads"));
+    m.def("unit_pair", &unit_pair, py::kw_only(), arg("query"), arg("key"), arg("unit_query"),
+          arg("unit_key"), arg("norms"), arg("s_pos"), arg("batch"), arg("dim"));
+    m.def("through_norm", &through_norm, py::kw_only(), arg("unit"), arg("norms"), arg("batch"),
+          arg("dim"), arg("gradient"));
 #ifdef PSM_CUDA
     psm::cuda::bind(m);
 #endif

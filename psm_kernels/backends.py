@@ -17,7 +17,8 @@ class Backend(NamedTuple):
     name: str
     devices: tuple[str, ...] | None  # None: any
     dtypes: tuple[torch.dtype, ...]
-    max_dim: int | None
+    max_dim: int | None  # columns that bank_pass takes
+    max_topk_dim: int | None  # and bank_topk
     what: str
 
 
@@ -25,17 +26,25 @@ TABLE = {
     row.name: row
     for row in (
         Backend(
-            "triton", ("cuda", "xpu", "cpu"), _LOW, 512, "Triton kernels (cpu: interpreter only)"
+            "triton",
+            ("cuda", "xpu", "cpu"),
+            _LOW,
+            512,
+            512,
+            "Triton kernels (cpu: interpreter only)",
         ),
         Backend(
             "cuda",
             ("cuda",),
             _LOW,
+            256,
             512,
             "CUDA C++ kernels, sm_80 and newer; not in auto: no measured results yet",
         ),
-        Backend("cpp", ("cpu",), _LOW, 4096, "C++ kernels: AVX-512, AVX2, portable"),
-        Backend("reference", None, (*_LOW, torch.float64), None, "plain torch, B x K matrices"),
+        Backend("cpp", ("cpu",), _LOW, 4096, 4096, "C++ kernels: AVX-512, AVX2, portable"),
+        Backend(
+            "reference", None, (*_LOW, torch.float64), None, None, "plain torch, B x K matrices"
+        ),
     )
 }
 
@@ -58,49 +67,57 @@ def load(name: str) -> ModuleType | str:
     return module.unavailable() or module
 
 
-def _refusal(name: str, device: str, dtype: torch.dtype, dim: int) -> str | None:
+def _refusal(name: str, device: str, dtype: torch.dtype, dim: int, topk_only: bool) -> str | None:
     row = TABLE[name]
+    most = row.max_topk_dim if topk_only else row.max_dim
     if row.devices is not None and device not in row.devices:
         return f"runs on {' and '.join(row.devices)}, not on {device}"
     if dtype not in row.dtypes:
         return f"has no kernel for {dtype}"
-    if row.max_dim is not None and dim > row.max_dim:
-        return f"takes at most {row.max_dim} columns, not {dim}"
+    if most is not None and dim > most:
+        return f"takes at most {most} columns, not {dim}"
     module = load(name)
     return module if isinstance(module, str) else None
 
 
-def choose(name: str, bank: Tensor) -> ModuleType:
-    """The module that runs backend `name` on this bank.
+def choose(name: str, bank: Tensor, *, topk_only: bool = False) -> ModuleType:
+    """The module that runs backend `name` on this bank; `topk_only`: no bank_pass is wanted of it.
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot run; says why and which can.
     """
-    return _choose(name, bank.device.type, bank.dtype, bank.shape[1])
+    return _choose(name, bank.device.type, bank.dtype, bank.shape[1], topk_only)
 
 
 @functools.lru_cache(maxsize=256)
-def _choose(name: str, device: str, dtype: torch.dtype, dim: int) -> ModuleType:
+def _choose(
+    name: str, device: str, dtype: torch.dtype, dim: int, topk_only: bool = False
+) -> ModuleType:
+    bank = device, dtype, dim, topk_only
     if name == "auto":
         for candidate in AUTO.get(device, ("reference",)):
-            if _refusal(candidate, device, dtype, dim) is None:
+            if _refusal(candidate, *bank) is None:
                 return load(candidate)
     if name not in TABLE:
         raise ValueError(f"backend: got {name!r}, wanted one of 'auto', {str(list(TABLE))[1:-1]}")
-    reason = _refusal(name, device, dtype, dim)
+    reason = _refusal(name, *bank)
     if reason is not None:
-        able = [other for other in TABLE if _refusal(other, device, dtype, dim) is None]
+        able = [other for other in TABLE if _refusal(other, *bank) is None]
         raise ValueError(f"backend: {name!r} cannot run: {reason}; these can: {', '.join(able)}")
     return load(name)
 
 
 def describe() -> str:
     """The table as text: each backend, whether it can run here or why not, and what auto picks."""
+    from psm_kernels.ops import cuda
+
     lines = [f"{'backend':<10} {'available':<10} what it is"]
     for name, row in TABLE.items():
         module = load(name)
         reason = f" [{module}]" if isinstance(module, str) else ""
         lines.append(f"{name:<10} {'no' if reason else 'yes':<10} {row.what}{reason}")
+    if built_for := cuda.built_for():
+        lines.append(f"CUDA kernels compiled for sm_{built_for}")
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     for device in devices:
         picked = _choose("auto", device, torch.float32, 128).__name__.rpartition(".")[2]

@@ -30,17 +30,33 @@ void run_sm80(PassArgs& args, int grid) {
     const auto launch = [&](auto config) {
         using Config = typename decltype(config)::type;
         args.row_blocks = (args.batch + Config::kRows - 1) / Config::kRows;
-        visit_selection(args.selection, [&](auto selection) {
+        const auto run = [&](auto selection) {
             emulator::launch(grid, Config::kThreads, Config::shared_bytes(kWork), [&](char* shared) {
                 Config::template run<decltype(selection)::value, kWork>(args, shared);
             });
-        });
+        };
+        if (args.selection == psm::Selection::kAffine) {
+            run(std::integral_constant<psm::Selection, psm::Selection::kAffine>{});
+        } else {
+            visit_selection(args.selection, run);
+        }
     };
     if constexpr (kWork == Work::kMine) {
         visit_mine<Sm80<T>>(args.dim, launch);
     } else {
         visit_pass<Sm80<T>>(args.dim, launch);
     }
+}
+
+template <class T>
+void run_mine_sm90(PassArgs& args, int grid) {
+    using Config = MineSm90<T>;
+    args.row_blocks = (args.batch + Config::kRows - 1) / Config::kRows;
+    TensorMaps maps;
+    maps.key = emulated_map(args.key, args.batch, args.dim, Config::kRows);
+    maps.bank = emulated_map(args.bank, args.slots, args.dim, Config::kTileSlots);
+    emulator::launch(grid, Config::kThreads, Config::shared_bytes(Work::kMine),
+                     [&](char* shared) { Config::run(args, maps, shared); });
 }
 
 template <class T>
@@ -94,12 +110,16 @@ int psm_bank_pass_sm80(MergeArgs* args, int dtype, int work, int grid) {
     });
 }
 
-// dtype: 1 bf16, 2 fp16; rows aligned to 16 bytes
-int psm_bank_pass_sm90(MergeArgs* args, int dtype, int, int grid) {
+// dtype: 1 bf16, 2 fp16; rows aligned to 16 bytes; work as above
+int psm_bank_pass_sm90(MergeArgs* args, int dtype, int work, int grid) {
     return guarded([&] {
         const auto run = [&](auto type) {
             using T = typename decltype(type)::type;
-            run_sm90<T>(args->pass, grid);
+            if (work == 2) {
+                run_mine_sm90<T>(args->pass, grid);
+            } else {
+                run_sm90<T>(args->pass, grid);
+            }
             run_merge<T>(*args, grid);
         };
         if (dtype == 1) run(Type<BFloat16>{});
@@ -179,7 +199,7 @@ int psm_fault(const char* name) {
                 store_shared(start + 16 * thread_index(), Chunk{});
                 block_sync();
                 float d[8][4];
-                const Descriptor tile(start, 16, 1024);
+                const Descriptor tile = descriptor(start, 16, 1024);
                 wgmma<BFloat16>(d, tile.at(0), tile.at(0), false);
                 wgmma_commit();
                 wgmma_wait<0>();
@@ -198,6 +218,15 @@ int psm_fault(const char* name) {
             }
         });
     });
+}
+
+int psm_cell_log2(int64_t topk, int64_t dim, int64_t slots, int cell_group) {
+    return choose_cell_log2(topk, dim, slots, cell_group);
+}
+int psm_room_for_cells(int64_t slots, int tile_slots, int cell_log2, int cell_group) {
+    PassArgs args = {};
+    args.cell_log2 = cell_log2, args.cell_group = cell_group;
+    return room_for_cells(slots, tile_slots, args);
 }
 
 float psm_sharpness(double a) { return sharpness_of(a); }

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "tests/cuda_emulation.cpp"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-SELECTIONS = ("bernoulli", "expected", "all")
+SELECTIONS = ("bernoulli", "expected", "all", "affine")
 
 _p, _i, _l, _f, _b = (
     ctypes.c_void_p,
@@ -30,11 +30,12 @@ _p, _i, _l, _f, _b = (
 class PassArgs(ctypes.Structure):  # csrc/cuda/pass.cuh
     _fields_ = (
         *((name, _p) for name in ("query", "key", "bank", "count", "s_pos", "rng_state")),
+        *((name, _p) for name in ("affine", "rho")),
         *((name, _l) for name in ("slots", "row_offset", "col_offset")),
         *((name, _i) for name in ("batch", "dim", "selection")),
         *((name, _b) for name in ("mine", "aligned")),
         *((name, _f) for name in ("scale", "sharpness", "b")),
-        *((name, _i) for name in ("row_blocks", "splits", "cell_log2", "cells")),
+        *((name, _i) for name in ("row_blocks", "splits", "cell_log2", "cell_group", "cells")),
         *((name, _p) for name in ("sums", "means", "cell_max")),
     )
 
@@ -59,14 +60,13 @@ class EnqueueArgs(ctypes.Structure):  # csrc/cuda/enqueue.cuh
 
 class FinishArgs(ctypes.Structure):  # csrc/cuda/finish.cuh
     _fields_ = (
-        *((name, _p) for name in ("query", "key", "projection", "bank", "s_pos", "rng_state")),
+        *((name, _p) for name in ("query", "key", "bank", "s_pos", "rng_state")),
         *((name, _p) for name in ("neg_lse", "neg_mean", "neg_sq_lse", "neg_count", "topk_index")),
-        *((name, _l) for name in ("row_offset", "col_offset")),
+        ("row_offset", _l),
         *((name, _i) for name in ("batch", "dim", "topk", "selection", "soft_weights")),
         *((name, _f) for name in ("temperature", "weight_temperature", "hard_weight")),
         *((name, _f) for name in ("sharpness", "b")),
-        *((name, _p) for name in ("loss", "grad_query", "grad_projection")),
-        *((name, _p) for name in ("kept", "grad_mean", "grad_var")),
+        *((name, _p) for name in ("loss", "grad_query", "stats")),
     )
 
 
@@ -118,11 +118,17 @@ def bank_pass(
     cell_log2=6,
     sums=True,
     path="sm80",
+    affine=None,
+    rho=None,
 ):
     """As a backend's bank_pass, with the cut of the work open; outputs start as NaN and -9."""
     (batch, dim), slots = query.shape, bank.shape[0]
-    cells = (slots + col_offset % 16 - 1 >> cell_log2) + 1
-    chosen = min(topk, cells)
+    cell_group = 1 if sums or path == "sm80" else 4
+    cell_log2 = cell_log2 if cell_group > 1 else max(cell_log2, 6)
+    padded = ctypes.c_int64(slots + col_offset % 16)
+    tile_slots = 256 if cell_group > 1 else 128  # no tile of these kernels is larger
+    cells = library().psm_room_for_cells(padded, tile_slots, cell_log2, cell_group)
+    chosen = min(topk + cell_group - 1, cells)
     f32 = {"dtype": torch.float32}
     out = {
         "neg_lse": torch.full((batch,), torch.nan),
@@ -135,7 +141,7 @@ def bank_pass(
     work = {
         "sums": torch.full((splits, batch, 5), torch.nan, **f32),
         "means": torch.full((splits, batch, dim), torch.nan, **f32),
-        "cell_max": torch.full((batch, cells), torch.nan, **f32),
+        "cell_max": torch.full((batch + 1, cells), torch.nan, **f32),
     }
     merge = {
         "cell_keys": torch.full((grid, power_of_two(chosen)), -9),
@@ -150,7 +156,7 @@ def bank_pass(
     aligned &= all(t is None or t.data_ptr() % 16 == 0 for t in (query, key, bank))
     args = MergeArgs(
         PassArgs(
-            *map(pointer, (query, key, bank, count, s_pos, rng_state)),
+            *map(pointer, (query, key, bank, count, s_pos, rng_state, affine, rho)),
             slots,
             row_offset,
             col_offset,
@@ -165,6 +171,7 @@ def bank_pass(
             0,
             splits,
             cell_log2,
+            cell_group,
             cells,
             *map(pointer, work.values()),
         ),
@@ -197,18 +204,15 @@ def enqueue(keys, labels, memory) -> None:
 SOFT_WEIGHTS = ("attention", "uniform", "binary")
 
 
-def finish(query, key, projection, bank, s_pos, rng_state, swept, **settings):
-    """loss, grad_query, grad_projection, kept, grad_mean, grad_var of the fused finish."""
+def finish(query, key, bank, s_pos, rng_state, swept, **settings):
+    """loss, grad_query and stats of the fused finish."""
     batch, dim = query.shape
-    outputs = [torch.full((batch,), torch.nan)]
-    outputs += [torch.full((batch, dim), torch.nan) for _ in range(2)]
-    outputs += [torch.full((batch,), torch.nan) for _ in range(3)]
+    outputs = [torch.full(shape, torch.nan) for shape in ((batch,), (batch, dim), (3, batch))]
     sums = (swept.neg_lse, swept.neg_mean, swept.neg_sq_lse, swept.neg_count, swept.topk_index)
-    tensors = (query, key, projection, bank, s_pos, rng_state, *sums)
+    tensors = (query, key, bank, s_pos, rng_state, *sums)
     args = FinishArgs(
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
         settings["row_offset"],
-        0,
         batch,
         dim,
         swept.topk_index.shape[1],

@@ -1,9 +1,14 @@
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
+import pytest
 import torch
+from conftest import problem
 
 from psm_kernels import backends
+from psm_kernels.memory_bank import MemoryBank
+from psm_kernels.ops import cpp, cuda
 
 
 def test_the_command_prints_the_table_and_what_auto_picks():
@@ -14,6 +19,8 @@ def test_the_command_prints_the_table_and_what_auto_picks():
         assert name in run.stdout
     picked = backends.choose("auto", torch.ones(2, 8)).__name__.rpartition(".")[2]
     assert f"auto on cpu: {picked}" in run.stdout
+    if cuda.built_for():
+        assert f"CUDA kernels compiled for sm_{cuda.built_for()}\n" in run.stdout
 
 
 def test_importing_needs_torch_and_nothing_else():
@@ -23,3 +30,69 @@ def test_importing_needs_torch_and_nothing_else():
         "'matplotlib', 'tqdm', 'pandas'])); import psm_kernels, psm_kernels.evaluate"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bank_topk_takes_what_bank_pass_does_not(monkeypatch):
+    module = ModuleType("psm_kernels.ops.cuda")
+    monkeypatch.setattr(backends, "load", lambda name: module)
+    backends._choose.cache_clear()
+    bank = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(9, 300))
+    assert backends.choose("cuda", bank, topk_only=True) is module
+    with pytest.raises(ValueError, match=r"at most 256 columns, not 300; these can: triton, ref"):
+        backends.choose("cuda", bank)
+    backends._choose.cache_clear()
+
+
+# --- the cuda backend without a GPU --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reason", ["built without the CUDA kernels (no nvcc)", None])
+def test_a_module_without_cuda_says_why(reason, monkeypatch):
+    module = ModuleType("psm_kernels._C")
+    monkeypatch.setattr("psm_kernels._C", module, raising=False)
+    monkeypatch.setitem(sys.modules, "psm_kernels._C", module)
+    info = SimpleNamespace(MISSING_CUDA=reason) if reason else None  # None: cannot be imported
+    monkeypatch.setitem(sys.modules, "psm_kernels._build_info", info)
+    monkeypatch.setattr(cpp, "unavailable", lambda: None)
+    assert f"{reason or 'built without the CUDA kernels'}: build" in cuda.unavailable.__wrapped__()
+    assert cuda.built_for() is None
+
+
+needs_kernels = pytest.mark.skipif(cuda.built_for() is None, reason="built without CUDA kernels")
+
+
+@needs_kernels
+def test_the_table_has_the_limits_of_the_kernels():
+    from psm_kernels import _C
+
+    row = backends.TABLE["cuda"]
+    assert (row.max_dim, row.max_topk_dim) == (_C.cuda.max_dim, _C.cuda.max_topk_dim)
+    assert _C.cuda.max_finish_topk == cuda.MAX_FINISH_TOPK
+
+
+@needs_kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="host addresses, to be refused by no driver")
+@pytest.mark.parametrize("kernel", ["bank_pass", "bank_topk", "psm_finish", "enqueue"])
+def test_every_argument_reaches_the_runtime(kernel, monkeypatch):
+    """All names and types are as the module wants them, and the runtime's error is an exception."""
+    monkeypatch.setattr(cuda, "_place", lambda bank: {"device": 0, "stream": 0})
+    query, key, bank, s_pos = problem(4, 30, 8)
+    rng_state, memory = torch.tensor([1, 2]), MemoryBank(30, 8)
+    draw = {"temperature": 0.2, "selection": "bernoulli", "a": 0.5, "b": 0.0}
+    rows, index = torch.zeros(4), torch.zeros(4, 3, dtype=torch.int64)
+    swept = rows, torch.zeros(4, 8), rows, rows, torch.zeros(4, 3), index
+    weighting = {"soft_weights": "attention", "weight_temperature": 1.0, "hard_weight": 1.0}
+    calls = {
+        "bank_pass": lambda: cuda.bank_pass(
+            query, key, bank, memory.count, s_pos, *draw.values(), 3, rng_state, 0, 0
+        ),
+        "bank_topk": lambda: cuda.bank_topk(query, bank, 3, memory.count),
+        "psm_finish": lambda: cuda.psm_finish(
+            query, key, bank, s_pos, swept, rng_state=rng_state, row_offset=0, **draw, **weighting
+        ),
+        "enqueue": lambda: cuda.enqueue(
+            key, None, memory.bank, memory.labels, memory.ptr, memory.count
+        ),
+    }
+    with pytest.raises(RuntimeError, match=r"^psm_kernels: cudaGetDevice: cudaError"):
+        calls[kernel]()

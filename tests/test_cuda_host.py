@@ -15,6 +15,7 @@ from conftest import problem
 
 from psm_kernels import functional, noise
 from psm_kernels.ops import BankPass, bank_pass, reference
+from psm_kernels.ops.affine import weighted_pass
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 
@@ -208,17 +209,112 @@ def test_an_empty_bank(path, dtype):
     assert (got.topk_index == -1).all()
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize(("size", "dim", "k"), [(300, 500, 7), (90, 64, 200), (257, 33, 20)])
-def test_bank_topk(dtype, size, dim, k):
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize(
+    ("size", "dim", "k", "cut"),
+    [
+        (300, 504, 7, {"splits": 2, "grid": 1}),
+        (90, 64, 200, {"cell_log2": 2}),
+        (1300, 40, 20, {"splits": 3, "grid": 2, "cell_log2": 3}),
+        (900, 128, 5, {"cell_log2": 8}),
+    ],
+)
+def test_bank_topk(path, dtype, size, dim, k, cut):
     _, key, bank, s_pos = problem(5, size, dim, dtype=dtype)
+    bank[size - 10 :] = torch.nan
     args = arguments(key, key, bank, s_pos, topk=k, selection="all", count=size - 10)
-    got = BankPass(*emulation.bank_pass(*args, sums=False))
+    got = BankPass(*emulation.bank_pass(*args, sums=False, path=path, **cut))
     want_sim, want_index = reference.bank_topk(
         args[1].double(), bank.double(), k, torch.tensor(size - 10)
     )
     torch.testing.assert_close(got.topk_sim.double(), want_sim, atol=1e-6, rtol=1e-5)
     assert (got.topk_index == want_index).float().mean() > 0.99
+
+
+def test_bank_topk_of_odd_widths():
+    _, key, bank, s_pos = problem(5, 257, 33, dtype=torch.bfloat16)
+    args = arguments(key, key, bank, s_pos, topk=20, selection="all")
+    got = BankPass(*emulation.bank_pass(*args, sums=False))
+    want = reference.bank_topk(args[1].double(), bank.double(), 20, torch.tensor(257))
+    torch.testing.assert_close(got.topk_sim.double(), want[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize("cell_log2", [2, 3, 6, 7])
+def test_bank_topk_gives_ties_to_the_smaller_slot(path, dtype, cell_log2):
+    """Most slots tie, so that the last cells chosen matter; few bits: all products are exact."""
+    _, key, bank, s_pos = problem(4, 700, 64, dtype=dtype, few_bits=True)
+    bank[:] = bank[torch.arange(700) * 7 % 9]
+    for k in (1, 3, 6, 50):
+        args = arguments(key, key, bank, s_pos, topk=k, selection="all")
+        cut = {"splits": 2, "grid": 1, "cell_log2": cell_log2}
+        got = BankPass(*emulation.bank_pass(*args, sums=False, path=path, **cut))
+        want = reference.bank_topk(args[1].double(), bank.double(), k, torch.tensor(700))
+        assert torch.equal(got.topk_index, want[1])
+
+
+@pytest.mark.parametrize(
+    ("slots", "dim", "k", "group", "log2"),
+    [
+        (50_000, 512, 5, 4, 3),
+        (50_000, 512, 200, 4, 2),
+        (100, 512, 200, 4, 2),
+        (65_536, 128, 5, 1, 6),
+        (2**20, 128, 5, 1, 6),
+        (2**20 + 1, 128, 5, 1, 7),
+        (2**31 - 4096, 64, 1, 4, 17),
+    ],
+)
+def test_the_size_of_cells(slots, dim, k, group, log2):
+    library, size = emulation.library(), ctypes.c_int64
+    assert library.psm_cell_log2(size(k), size(dim), size(slots), group) == log2
+    for tile in (64, 128, 256):
+        room = library.psm_room_for_cells(size(slots), tile, log2, group)
+        assert room << log2 >= slots
+        assert room % group == 0
+        assert room <= 2**14 + 256
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+def test_a_bad_slot_hides_no_other(path, dtype):
+    """As an integer, NaN is the largest of all; the cell maxima must not take it."""
+    query, key, bank, s_pos = problem(4, 300, 64, dtype=dtype, few_bits=True)
+    bank[70], bank[75] = torch.nan, torch.inf
+    got, _ = both((query, key, bank, s_pos), path, topk=300)
+    good = torch.tensor([slot for slot in range(300) if slot not in (70, 75)])
+    for row in got.topk_index:
+        assert torch.isin(good, row).all()
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "count"), [(3, 63, 24, 40), (70, 300, 128, 300), (2, 130, 250, 0)]
+)
+def test_weighted_pass(batch, size, dim, count, dtype):
+    query, _, bank, s_pos = problem(batch, size, dim, dtype=dtype)
+    draw = torch.Generator().manual_seed(1)
+    rows = {name: torch.rand(batch, generator=draw) - 0.3 for name in ("alpha", "beta", "gamma")}
+    query = query.to(dtype).float()
+    rows["top"] = (query @ bank.float().T).max(1).values
+    rows["cap"] = torch.full((batch,), 0.2)
+    rho = torch.rand(size, generator=draw) - 0.5
+    want = weighted_pass(
+        query.double(),
+        bank.double(),
+        count,
+        temperature=0.3,
+        **{name: value.double() for name, value in rows.items()},
+        rho=rho.double(),
+        backend="reference",
+    )
+    bank[count:], rho[count:] = torch.nan, torch.nan
+    args = arguments(query, query, bank, s_pos, topk=0, count=count, temperature=0.3)
+    args = (*args[:6], "affine", *args[7:])
+    affine = torch.stack(tuple(rows.values()))
+    got = BankPass(*emulation.bank_pass(*args, affine=affine, rho=rho))
+    torch.testing.assert_close(got.neg_lse.double(), want.log_sum, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.neg_count.double(), want.weight, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(got.neg_mean.double(), want.mean, atol=MEAN_ATOL[dtype], rtol=1e-4)
 
 
 def test_noise_words_are_the_canonical_ones():
@@ -271,9 +367,8 @@ def test_enqueue(key_dtype, dtype):
 @pytest.mark.parametrize("soft_weights", ["attention", "uniform", "binary"])
 @pytest.mark.parametrize(("size", "topk"), [(60, 5), (3, 3), (60, 0), (0, 5)])
 def test_finish_is_the_loss_and_its_gradient(size, topk, soft_weights, selection, dtype):
-    """Against functional.psm_loss under autograd, with an own vector for the attention."""
+    """Against functional.psm_loss under autograd."""
     query, key, bank, s_pos = problem(4, max(size, 10), 20, dtype=dtype)
-    projection = problem(4, 1, 20, seed=5)[0]
     rng_state = torch.tensor([SEED, OFFSET])
     settings = {
         "temperature": 0.3,
@@ -288,23 +383,21 @@ def test_finish_is_the_loss_and_its_gradient(size, topk, soft_weights, selection
         query, key, bank, count, s_pos, **settings, topk=topk, rng_state=rng_state,
         backend="reference",
     )  # fmt: skip
-    got = emulation.finish(
-        query, key, projection, bank, s_pos, rng_state, swept, **settings, **rest
+    loss, grad, (kept, mean, var) = emulation.finish(
+        query, key, bank, s_pos, rng_state, swept, **settings, **rest
     )
-    leaves = query.clone().requires_grad_(), projection.clone().requires_grad_()
+    leaf = query.clone().requires_grad_()
     want = functional.psm_loss(
-        leaves[0], key, bank, count=count, topk=topk, rng_state=rng_state, projection=leaves[1],
-        reduction="none", return_stats=True, backend="reference", **settings, **rest,
+        leaf, key, bank, count=count, topk=topk, rng_state=rng_state, reduction="none",
+        return_stats=True, backend="reference", **settings, **rest,
     )  # fmt: skip
     want.loss.sum().backward()
-    torch.testing.assert_close(got[0], want.loss.detach(), atol=2e-5, rtol=1e-5)
-    for unit, grad, leaf in zip((query, projection), got[1:3], leaves, strict=True):
-        along = (grad * unit).sum(1, keepdim=True) * unit  # psm_loss normalizes its inputs
-        wanted = torch.zeros_like(unit) if leaf.grad is None else leaf.grad
-        torch.testing.assert_close(grad - along, wanted, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(got[3], want.stats.kept_count, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(got[4], want.stats.grad_mean, atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(got[5], want.stats.grad_var, atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(loss, want.loss.detach(), atol=2e-5, rtol=1e-5)
+    along = (grad * query).sum(1, keepdim=True) * query  # psm_loss normalizes its query
+    torch.testing.assert_close(grad - along, leaf.grad, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(kept, want.stats.kept_count, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(mean, want.stats.grad_mean, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(var, want.stats.grad_var, atol=1e-5, rtol=1e-2)
 
 
 @pytest.mark.parametrize(

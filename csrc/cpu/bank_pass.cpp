@@ -8,12 +8,9 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
-#include "bank_pass_cpu.h"
-#include "task.h"
+#include "driver.h"
 
 namespace psm::cpu {
 namespace {
@@ -33,6 +30,8 @@ std::vector<const Kernels*> available() {  // best first
     return found;
 }
 
+}  // namespace
+
 const Kernels& choose(const std::string& isa, Dtype dtype) {
     for (const Kernels* kernels : available())
         if (kernels->name == isa) {
@@ -44,6 +43,8 @@ const Kernels& choose(const std::string& isa, Dtype dtype) {
         }
     throw std::invalid_argument("isa: got '" + isa + "', which this machine lacks");
 }
+
+namespace {
 
 // ---- split ----
 
@@ -136,10 +137,11 @@ void lay_out(Worker& w, const Task& t, const Kernels& kernels, Arena& arena) {
         arena.take(w.slot_step, kTile);
         arena.take(w.slot_bias, kTile);
     }
-    arena.take(w.scores, kBlock * kTile);
+    arena.take(w.scores, kGang * kBlock * kTile);
     if (t.sums) {
         arena.take(w.scratch, 2 * kTile);
         arena.take(w.words, kTile);
+        arena.take(w.kept, kGang * kBlock * kTile / kSub);
         arena.take(w.rho, kTile);
         arena.take(w.columns, 4 * kBatches);
         arena.take(w.state, group_rows * 3 * kLanes);
@@ -172,22 +174,6 @@ Layout lay_out(Task task, const Kernels& kernels, int threads, void* workspace) 
     return {task, std::move(workers), arena.bytes()};
 }
 
-// ---- threads ----
-
-// Runs job(worker) on `count` threads, this one included, and returns when all are done. Threads
-// live for one call: nothing to inherit across a fork. Jobs take items from a shared counter, so
-// that it does not matter how many threads the system really grants.
-template <class Job>
-void run_threads(size_t count, const Job& job) {
-    std::vector<std::thread> others;
-    try {
-        for (size_t i = 1; i < count; ++i) others.emplace_back(job, i);
-    } catch (const std::system_error&) {
-    }
-    job(0);
-    for (std::thread& thread : others) thread.join();
-}
-
 // ---- merge ----
 
 struct Outputs {
@@ -206,7 +192,8 @@ void merge_sums(const Task& t, int64_t i, const Outputs& out, float* mean) {
         sq_shift = std::max(sq_shift, t.part_sq_shift[c * t.rows + i]);
     }
     double sum = 0.0, squares = 0.0, count = 0.0;
-    std::fill(mean, mean + t.dim, 0.0f);
+    const int64_t dim = t.mean ? t.dim : 0;  // read once, or the loops below are not vectorized
+    std::fill(mean, mean + dim, 0.0f);
     for (int64_t c = 0; c < t.chunks; ++c) {
         const int64_t at = c * t.rows + i;
         count += t.part_count[at];
@@ -216,13 +203,13 @@ void merge_sums(const Task& t, int64_t i, const Outputs& out, float* mean) {
         sum += double(factor) * t.part_sum[at];
         squares += double(std::exp2(t.part_sq_shift[at] - sq_shift)) * t.part_sq[at];
         const float* part = t.part_mean + at * t.padded;
-        for (int64_t d = 0; t.mean && d < t.dim; ++d) mean[d] += factor * part[d];
+        for (int64_t d = 0; d < dim; ++d) mean[d] += factor * part[d];
     }
     out.neg_lse[i] = log_of(sum, shift);
     out.neg_sq_lse[i] = log_of(squares, sq_shift);
     out.neg_count[i] = float(count);
     const float inverse = sum == 0.0 ? 0.0f : float(1.0 / sum);
-    for (int64_t d = 0; t.mean && d < t.dim; ++d) out.neg_mean[i * t.dim + d] = mean[d] * inverse;
+    for (int64_t d = 0; d < dim; ++d) out.neg_mean[i * dim + d] = mean[d] * inverse;
 }
 
 void merge_heaps(const Task& t, int64_t i, const Outputs& out, std::vector<uint64_t>& entries) {
@@ -273,6 +260,8 @@ void run_task(Task problem, const Kernels& kernels, int threads, void* workspace
     });
 }
 
+}  // namespace
+
 Task make_task(const BankPassArgs& args) {
     Task t{};
     t.query = args.query, t.key = args.key, t.bank = args.bank, t.s_pos = args.s_pos;
@@ -293,8 +282,6 @@ Task make_task(const BankTopkArgs& args) {
     t.dtype = args.dtype, t.selection = Selection::kAll, t.topk = args.topk;
     return t;
 }
-
-}  // namespace
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;

@@ -17,6 +17,31 @@ size_t workspace_bytes(const BankTopkArgs& args, const std::string& isa, int thr
 void run(const BankPassArgs& args, const std::string& isa, int threads, void* workspace);
 void run(const BankTopkArgs& args, const std::string& isa, int threads, void* workspace);
 
+// PSM's finish: what a loss makes of a pass, per row.
+struct FinishArgs {
+    BankPassArgs pass;          // the pass that was run: its outputs are read here
+    const float *query, *key;   // (B, D) unit rows
+    SoftWeights soft_weights;
+    float weight_temperature, hard_weight;
+    float* loss;        // (B,)
+    float* grad_query;  // (B, D) of the sum of the losses, by the unit query
+    float* stats;       // (3, B) negatives kept; mean and variance of g = d loss / d s over them
+};
+void finish(const FinishArgs& args, const std::string& isa, int threads);
+
+// Unit rows of queries and keys, and the similarity of each pair.
+struct UnitPair {
+    const float *query, *key;     // (B, D) of any length
+    float *unit_query, *unit_key; // (B, D)
+    float* norms;                 // (B,) of the queries, 1 for a row of zeros
+    float* s_pos;                 // (B,)
+    int64_t batch, dim;
+};
+void unit_pair(const UnitPair& pair);
+// gradient (B, D) by unit rows, in place: by the rows that they were made of.
+void through_norm(const float* unit, const float* norms, int64_t batch, int64_t dim,
+                  float* gradient);
+
 // Instruction sets that this build has and this machine runs, best first.
 std::vector<std::string> instruction_sets();
 

@@ -12,7 +12,8 @@ namespace {
 #include "simd_avx2.h"
 using namespace simd;
 #include "kernel.inl"
-constexpr Kernels kKernels{"avx2", false, false, prepare, process};
+#include "finish.inl"
+constexpr Kernels kKernels{"avx2", false, false, prepare, process, read_mined, combine};
 }  // namespace
 
 const Kernels* avx2_kernels() {

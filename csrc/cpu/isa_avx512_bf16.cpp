@@ -12,7 +12,8 @@ namespace {
 #include "simd_avx512.h"
 using namespace simd;
 #include "kernel.inl"
-constexpr Kernels kKernels{"avx512_bf16", true, true, prepare, process};
+#include "finish.inl"
+constexpr Kernels kKernels{"avx512_bf16", true, true, prepare, process, read_mined, combine};
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {

@@ -10,7 +10,8 @@ namespace {
 #include "simd_portable.h"
 using namespace simd;
 #include "kernel.inl"
-constexpr Kernels kKernels{"portable", false, false, prepare, process};
+#include "finish.inl"
+constexpr Kernels kKernels{"portable", false, false, prepare, process, read_mined, combine};
 }  // namespace
 
 const Kernels* portable_kernels() { return &kKernels; }

@@ -1,6 +1,8 @@
 // The bank pass over one chunk of the bank, written once for every instruction set. Included by
 // isa_*.cpp after simd_*.h, inside a namespace of its own.
 
+constexpr int kFlight = 4;  // vectors side by side, where each alone would wait for its latencies
+
 #include "pack.inl"
 #include "product.inl"
 #include "mine.inl"
@@ -29,11 +31,11 @@ INLINE void prefetch(const Upcoming& next, int64_t block) {
 
 template <int kRows>
 void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, int64_t first_row,
-                   float* mean) {
+                   int64_t place, float* mean) {
     if (t.topk) mine<kRows>(t, w, tile, block);
     if (!t.sums) return;
     for (int panel = 0; panel < tile.width / kSub; ++panel) {
-        float* scores = w.scores + panel * kSub;
+        float* scores = w.scores + place * kTile + panel * kSub;
 #if PSM_PAIRS
         if (t.query_pairs) {
             const int64_t pairs = t.padded / 2;
@@ -50,8 +52,9 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
         const int64_t i = block * kBlock + r, local = i - first_row;
         float* state = w.state + local * 3 * kLanes;
         const RowSums row{state,           state + kLanes,      state + 2 * kLanes,
-                          w.shift + local, w.sq_shift + local, mean + r * t.padded};
-        float* scores = w.scores + r * kTile;
+                          w.shift + local, w.sq_shift + local, mean + r * t.padded,
+                          w.kept + (place + r) * kTile / kSub};
+        float* scores = w.scores + (place + r) * kTile;
         if (t.selection == Selection::kBernoulli)
             weigh<Selection::kBernoulli>(t, w, tile, i, row, scores);
         else if (t.selection == Selection::kExpected)
@@ -67,7 +70,7 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
                             load(scores + j + kWidth));
 #endif
     }
-    if (t.mean) accumulate_rows<kRows>(t, w, tile, mean);
+    if (t.mean && !skips_slots(t)) accumulate_rows<kRows>(t, w, tile, mean);
 }
 
 void process(const Task& t, Worker& w, int64_t item) {
@@ -95,10 +98,18 @@ void process(const Task& t, Worker& w, int64_t item) {
             pack_philox_columns(t, tile, w.columns);
         const Upcoming next = upcoming(t, index + 1 < last_tile ? tile.slot + t.tile : t.count,
                                        last_block - first_block);
-        for (int64_t block = first_block; block < last_block; ++block) {
-            prefetch(next, block - first_block);
-            const int64_t left = t.rows - block * kBlock;
-            kProcess[smaller(left, kBlock) - 1](t, w, tile, block, first_row, mean);
+        const int64_t gang = skips_slots(t) ? kGang : 1;
+        for (int64_t first = first_block; first < last_block; first += gang) {
+            const int64_t last = smaller(first + gang, last_block);
+            for (int64_t block = first; block < last; ++block) {
+                prefetch(next, block - first_block);
+                const int64_t left = t.rows - block * kBlock, place = (block - first) * kBlock;
+                kProcess[smaller(left, kBlock) - 1](t, w, tile, block, first_row, place, mean);
+            }
+            const int64_t row = first * kBlock;
+            if (skips_slots(t))
+                accumulate_kept_rows(t, w, tile, smaller(last * kBlock, t.rows) - row,
+                                     mean + row * t.padded);
         }
     }
     for (int64_t r = 0; t.sums && r < rows; ++r) {

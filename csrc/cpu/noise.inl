@@ -28,8 +28,7 @@ void philox_row(const Task& t, const Tile& tile, const uint64_t* columns, int64_
                        (uint32_t(a >> 32) ^ uint32_t(row + t.row_offset) ^ key0);
     const W row_high = set1_w(uint32_t(b >> 32) ^ (key1 + kPhiloxW1)), row_low = set1_w(uint32_t(b));
     const W m0 = set1_w(kPhiloxM0), m1 = set1_w(kPhiloxM1);
-    constexpr int kStep = kWidth / 2;      // counters per vector
-    constexpr int kFlight = 4;             // vectors in flight hide the latency of the products
+    constexpr int kStep = kWidth / 2;  // counters per vector
     for (int i = 0; 4 * i < tile.width; i += kFlight * kStep) {
         W c0[kFlight], c1[kFlight], c2[kFlight], c3[kFlight];
         for (int f = 0; f < kFlight; ++f) {  // round 3 of 10

@@ -33,7 +33,6 @@ void convert(const Task& t, const void* src, int64_t row, float* dst) {
 // A row that holds NaN or inf has residual inf: no bound.
 struct Quantized {
     float step, norm, residual;  // norm of the row, norm of (row - step * bytes)
-    int32_t total;               // sum of the bytes
 };
 
 #if PSM_QUADS
@@ -44,16 +43,16 @@ Quantized quantize_row(const float* row, int64_t padded, int8_t* bytes) {
         top = max(top, abs(x));
         norm = fma(x, x, norm);
     }
-    Quantized q{largest(top) / 127.0f, square_root(sum(norm)), kInfinity, 0};
+    Quantized q{largest(top) / 127.0f, square_root(sum(norm)), kInfinity};
     if (!(q.norm < 1e18f && q.norm > 1e-18f)) {  // squares would overflow, vanish or be NaN
         for (int64_t d = 0; d < padded; ++d) bytes[d] = 0;
         const bool zero = largest(top) == 0.0f && q.norm == 0.0f;
-        return zero ? Quantized{1.0f, 0.0f, 0.0f, 0} : Quantized{1.0f, q.norm, kInfinity, 0};
+        return zero ? Quantized{1.0f, 0.0f, 0.0f} : Quantized{1.0f, q.norm, kInfinity};
     }
     const V inverse = set1(1.0f / q.step), step = set1(q.step);
     for (int64_t d = 0; d < padded; d += kWidth) {
         const V x = load(row + d);
-        const V error = sub(x, mul(step, quantize(mul(x, inverse), bytes + d, q.total)));
+        const V error = sub(x, mul(step, quantize(mul(x, inverse), bytes + d)));
         residual = fma(error, error, residual);
     }
     q.residual = square_root(sum(residual));
@@ -150,7 +149,6 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
 #if PSM_QUADS
             const Quantized q = quantize_row(w.rows + j * ld, ld, w.bytes + j * ld);
             w.slot_step[j] = q.step;
-            w.slot_bias[j] = -128 * q.total;
             tile.residual = larger(tile.residual, q.residual);
             tile.norm = larger(tile.norm, q.norm);
 #else
@@ -159,6 +157,13 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
         }
 #if PSM_QUADS
         transpose_panels((const uint32_t*)w.bytes, ld / 4, ld / 4, tile.width, w.quads);
+        for (int j = 0; j < tile.width; j += kWidth) {
+            const uint32_t* quads = w.quads + j / kSub * (ld / 4) * kSub + j % kSub;
+            I biased{};
+            for (int64_t d = 0; d < ld / 4; ++d)
+                biased = dot_bytes(biased, set1_i(0x80808080u), load_i(quads + d * kSub));
+            store_i(w.slot_bias + j, -biased);
+        }
 #endif
     }
     if (t.query_pairs) {

@@ -47,7 +47,7 @@ INLINE V shift_to_exponent(V a) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));
 }
 
-INLINE V keep(V s, const uint32_t* words, V threshold, int& kept) {
+INLINE V keep(V s, const uint32_t* words, V threshold, uint64_t& kept, int at) {
     // Unsigned conversion: above 2^31 through the signed one, then unsigned compare by the sign.
     const V half = set1(2147483648.0f);
     const __m256i sign = _mm256_set1_epi32(int(0x80000000u));
@@ -57,7 +57,7 @@ INLINE V keep(V s, const uint32_t* words, V threshold, int& kept) {
     const __m256i bound = _mm256_blendv_epi8(low, high, _mm256_castps_si256(is_high));
     const __m256i word = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)words), sign);
     const V mask = _mm256_castsi256_ps(_mm256_cmpgt_epi32(bound, word));
-    kept += _mm_popcnt_u32(unsigned(_mm256_movemask_ps(mask)));
+    kept |= uint64_t(_mm256_movemask_ps(mask)) << at;
     return _mm256_blendv_ps(set1(-kInfinity), s, mask);
 }
 

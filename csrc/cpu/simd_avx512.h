@@ -35,17 +35,16 @@ INLINE V shift_to_exponent(V a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23));
 }
 
-INLINE V keep(V s, const uint32_t* words, V threshold, int& kept) {
+INLINE V keep(V s, const uint32_t* words, V threshold, uint64_t& kept, int at) {
     const __mmask16 mask = _mm512_cmplt_epu32_mask(_mm512_loadu_si512(words),
                                                    _mm512_cvttps_epu32(threshold));
-    kept += _mm_popcnt_u32(mask);
+    kept |= uint64_t(mask) << at;
     return _mm512_mask_mov_ps(set1(-kInfinity), mask, s);
 }
 
-INLINE V quantize(V x, int8_t* bytes, int& total) {
+INLINE V quantize(V x, int8_t* bytes) {
     const __m512i q = _mm512_cvtps_epi32(x);
     _mm_storeu_si128((__m128i*)bytes, _mm512_cvtsepi32_epi8(q));
-    total += _mm512_reduce_add_epi32(q);
     return _mm512_cvtepi32_ps(q);
 }
 
@@ -89,6 +88,7 @@ INLINE void transpose(const uint32_t* src, int64_t ld, uint32_t* dst, int64_t ds
 // type is the one that the instruction returns.
 typedef int32_t I __attribute__((vector_size(64)));
 INLINE I load_i(const void* p) { return (I)_mm512_loadu_si512(p); }
+INLINE void store_i(void* p, I x) { _mm512_storeu_si512(p, (__m512i)x); }
 INLINE I set1_i(uint32_t x) { return (I)_mm512_set1_epi32(x); }
 INLINE I dot_bytes(I acc, I u, I s) {
     return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, (__m512i)s);

@@ -52,10 +52,10 @@ INLINE V load_fp16(const uint16_t* p) {
 
 INLINE V shift_to_exponent(V a) { return V(Vu(a) << 23); }
 
-// s where word < floor(threshold), else -inf; adds the number of the kept.
-INLINE V keep(V s, const uint32_t* words, V threshold, int& kept) {
+// s where word < floor(threshold), else -inf; a bit per lane goes to `kept`, the first to bit `at`.
+INLINE V keep(V s, const uint32_t* words, V threshold, uint64_t& kept, int at) {
     const Vi mask = read<Vu>(words) < __builtin_convertvector(threshold, Vu);
-    kept -= mask[0] + mask[1] + mask[2] + mask[3];
+    kept |= uint64_t((mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8)) << at;
     return mask ? s : set1(-kInfinity);
 }
 

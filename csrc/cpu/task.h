@@ -11,6 +11,7 @@ constexpr int kTile = 256;     // bank slots that are packed at once, at most
 constexpr int kSub = 64;       // slots of one packed panel: four AVX-512 registers
 constexpr int kBlock = 6;      // query rows per register block: 6 x 64 are 24 accumulators
 constexpr int kPad = 32;       // rows are padded to this many elements: 32 bf16 pairs a register
+constexpr int kGang = 4;       // row blocks whose weights wait for a second product that skips slots
 constexpr int kLanes = 16;     // partial sums kept per row
 constexpr int kBatches = kTile / 4;  // Philox counters per row and tile
 
@@ -58,10 +59,11 @@ struct Worker {
     int8_t* bytes;        // (tile, padded)
     float* slot_step;     // (kTile,)
     int32_t* slot_bias;   // (kTile,) -128 * sum of the slot's bytes
-    float* scores;        // (kBlock, kTile), then the weights of the second product
+    float* scores;        // (kGang * kBlock, kTile), then the weights of the second product
     float* scratch;       // (2, kTile)
     uint32_t* weight_pairs;  // (kBlock, kTile / 2)
     uint32_t* words;         // (kTile,)
+    uint64_t* kept;          // (kGang * kBlock, kTile / kSub) a bit per slot
     float* rho;              // (kTile,)
     uint64_t* columns;       // (4, kBatches) what Philox knows of a column before it sees a row
     float* state;            // (rows of a group, 3, kLanes) sum, sum of squares, count
@@ -70,11 +72,29 @@ struct Worker {
     float* bars;             // (B,)
 };
 
+// One query with its mined rows, of which the first `found` are there. Buffers of one thread.
+struct MinedRow {
+    int64_t found;
+    const int64_t* slots;  // (topk,)
+    uint32_t* words;       // (topk,) noise
+    float *query, *seen;   // (padded,) the unit query and what its rounding left of it
+    float* rows;           // (topk, padded)
+    float* similarity;     // (topk,) to the query as the pass saw it
+    float* score;          // (topk,) to the unit query
+    float* weight;         // (topk,) of the slot in the sums of the pass
+    float* to_mined;       // (topk,) how much of each vector is in the query's gradient
+    float to_key, to_mean;
+};
+constexpr int kMinedPad = 16;  // MinedRow's buffers have room for a multiple of this
+
 struct Kernels {
     const char* name;
     bool quads, pairs;  // which packed forms the kernels read: bytes for mining, bf16 pairs
     void (*prepare)(const Task&);
     void (*process)(const Task&, Worker&, int64_t item);  // item = group * chunks + chunk
+    void (*read_mined)(const Task&, const MinedRow&, const float* query, int64_t row);
+    void (*combine)(const Task&, const MinedRow&, const float* key, const float* mean, int64_t row,
+                    float* gradient);
 };
 
 // Null where the build or the machine lacks the instruction set.

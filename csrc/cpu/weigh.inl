@@ -6,23 +6,35 @@
 
 constexpr float kHeadroom = 40.0f;
 
-// 2^(t + kLog2Scale) for t <= 127; 0 below t = -127; NaN stays NaN. Relative error 1.5e-7.
+// t = 2^(t + kLog2Scale) for t <= 127; 0 below t = -127; NaN stays NaN. Relative error 1.5e-7.
 // Adding 1.5 * 2^23 + 127 leaves the biased exponent of 2^round(t) in the low bits: additions and
-// a shift, where scalef and reduce of AVX-512 cost 2 and 3 cycles of the multipliers on Zen 4.
-template <int kLog2Scale>
-INLINE V exp2(V t) {
-    t = max(set1(-127.0f), t);
-    const V magic = set1(12582912.0f + 127.0f), biased = add(t, magic);
-    const V f = sub(t, sub(biased, magic));
-    V p = set1(kExp2[5] * (1ull << kLog2Scale));
-    for (int i = 4; i >= 0; --i) p = fma(p, f, set1(kExp2[i] * (1ull << kLog2Scale)));
-    return mul(p, shift_to_exponent(biased));
+// a shift, where scalef and reduce of AVX-512 take 2 cycles each on Zen 4.
+template <int kLog2Scale, int kVectors>
+INLINE void exp2(V (&t)[kVectors]) {
+    const V magic = set1(12582912.0f + 127.0f);
+    V biased[kVectors], p[kVectors];
+    for (V& x : t) x = max(set1(-127.0f), x);
+    for (int n = 0; n < kVectors; ++n) biased[n] = add(t[n], magic);
+    for (int n = 0; n < kVectors; ++n) t[n] = sub(t[n], sub(biased[n], magic));
+    for (V& x : p) x = set1(kExp2[5] * (1ull << kLog2Scale));
+    for (int i = 4; i >= 0; --i)
+        for (int n = 0; n < kVectors; ++n)
+            p[n] = fma(p[n], t[n], set1(kExp2[i] * (1ull << kLog2Scale)));
+    for (int n = 0; n < kVectors; ++n) t[n] = mul(p[n], shift_to_exponent(biased[n]));
+}
+
+// log2(p) before the cap becomes what a noise word has to stay below, 2^32 p.
+template <int kVectors>
+INLINE void keep_threshold(V (&power)[kVectors]) {
+    exp2<32>(power);
+    for (V& x : power) x = min(x, set1(0.999f * 4294967296.0f));
 }
 
 struct RowSums {
     float *sum, *squares, *count;  // kLanes each
     float *shift, *sq_shift;
-    float* mean;  // (padded,)
+    float* mean;     // (padded,)
+    uint64_t* kept;  // (kTile / kSub,)
 };
 
 INLINE void scale_lanes(float* x, int64_t n, float factor) {
@@ -45,14 +57,23 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
     int kept = tile.high - tile.low;
     if constexpr (kSelection == Selection::kBernoulli) {
         philox_row(t, tile, w.columns, i, w.words);
-        const V center = set1(t.s_pos[i] + t.b), cap = set1(0.999f * 4294967296.0f);
+        const V center = set1(t.s_pos[i] + t.b);
         kept = 0;
-        for (int j = 0; j < tile.width; j += kWidth) {
-            const V s = load(scores + j), x = sub(s, center);
-            const V threshold = min(exp2<32>(mul(mul(x, x), slope)), cap);
-            const V kept_s = keep(s, w.words + j, threshold, kept);
-            store(scores + j, kept_s);
-            top = max(top, kept_s);
+        for (int panel = 0; panel < tile.width / kSub; ++panel) row.kept[panel] = 0;
+        for (int j = 0; j < tile.width; j += kFlight * kWidth) {
+            V s[kFlight], p[kFlight];
+            for (int n = 0; n < kFlight; ++n) s[n] = load(scores + j + n * kWidth);
+            for (int n = 0; n < kFlight; ++n) p[n] = sub(s[n], center);
+            for (V& x : p) x = mul(mul(x, x), slope);
+            keep_threshold(p);
+            uint64_t mask = 0;
+            for (int n = 0; n < kFlight; ++n) {
+                s[n] = keep(s[n], w.words + j + n * kWidth, p[n], mask, n * kWidth);
+                store(scores + j + n * kWidth, s[n]);
+                top = max(top, s[n]);
+            }
+            row.kept[j / kSub] |= mask << j % kSub;
+            kept += __builtin_popcountll(mask);
         }
         if (kept == 0) {
             __builtin_memset(scores, 0, size_t(tile.width) * sizeof(float));
@@ -68,11 +89,15 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
     if (any_above(top, set1(*row.shift + kHeadroom))) move_shift(t, row, top);
     const V shift = set1(-*row.shift);
     V total = set1(0.0f), squares = set1(0.0f);
-    for (int j = 0; j < tile.width; j += kWidth) {
-        const V e = exp2<0>(fma(load(scores + j), scale, shift));
-        store(scores + j, e);
-        total = add(total, e);
-        squares = fma(e, e, squares);
+    for (int j = 0; j < tile.width; j += kFlight * kWidth) {
+        V e[kFlight];
+        for (int n = 0; n < kFlight; ++n) e[n] = fma(load(scores + j + n * kWidth), scale, shift);
+        exp2<0>(e);
+        for (int n = 0; n < kFlight; ++n) {
+            store(scores + j + n * kWidth, e[n]);
+            total = add(total, e[n]);
+            squares = fma(e[n], e[n], squares);
+        }
     }
     store(row.sum, add(load(row.sum), total));
     store(row.squares, add(load(row.squares), squares));
@@ -112,11 +137,12 @@ void weigh<Selection::kExpected>(const Task& t, const Worker& w, const Tile& til
     }
     const V shift = set1(-*row.shift), sq_shift = set1(-*row.sq_shift);
     for (int j = 0; j < tile.width; j += kWidth) {
-        const V e = exp2<0>(add(load(scores + j), shift));
-        store(scores + j, e);
-        store(row.sum, add(load(row.sum), e));
-        store(row.squares, add(load(row.squares), exp2<0>(add(load(squares + j), sq_shift))));
-        store(row.count, add(load(row.count), exp2<0>(load(chance + j))));
+        V e[3] = {add(load(scores + j), shift), add(load(squares + j), sq_shift), load(chance + j)};
+        exp2<0>(e);
+        store(scores + j, e[0]);
+        store(row.sum, add(load(row.sum), e[0]));
+        store(row.squares, add(load(row.squares), e[1]));
+        store(row.count, add(load(row.count), e[2]));
     }
 }
 
@@ -132,11 +158,13 @@ void weigh<Selection::kAffine>(const Task& t, const Worker& w, const Tile& tile,
     const V shift = set1(-*row.shift);
     float* weights = w.scratch;
     for (int j = 0; j < tile.width; j += kWidth) {
-        const V s = load(scores + j), e = exp2<0>(fma(s, scale, shift));
+        const V s = load(scores + j);
+        V e[1] = {fma(s, scale, shift)};
+        exp2<0>(e);
         const V line = fma(beta, s, add(alpha, load(w.rho + j)));
-        const V weight = max(zero, fma(gamma, min(cap, e), line));  // NaN stays NaN
+        const V weight = max(zero, fma(gamma, min(cap, e[0]), line));  // NaN stays NaN
         store(weights + j, weight);
-        store(scores + j, mul(weight, e));
+        store(scores + j, mul(weight, e[0]));
     }
     for (int j = 0; j < tile.width; ++j)
         if (j < tile.low || j >= tile.high) scores[j] = weights[j] = 0.0f;

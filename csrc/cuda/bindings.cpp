@@ -28,13 +28,14 @@ void bind_bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t co
                     int64_t row_offset, int64_t col_offset, bool sums, bool null_epilogue,
                     bool force_sm80, uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse,
                     uintptr_t neg_count, uintptr_t topk_sim, uintptr_t topk_index, int device,
-                    uintptr_t stream, const py::function& allocate) {
+                    uintptr_t stream, const py::function& allocate, uintptr_t affine,
+                    uintptr_t rho) {
     check_range("batch", batch, 0, (1 << 30) - 1);
     check_range("slots", slots, 1, (int64_t(1) << 31) - 4096);
-    check_range("dim", dim, 1, sums ? 256 : 512);
+    check_range("dim", dim, 1, sums ? kMaxDim : kMaxTopkDim);
     check_range("topk", topk, 0, 1 << 30);
     check_range("dtype", dtype, 0, 2);
-    check_range("selection", selection, 0, 2);
+    check_range("selection", selection, 0, affine == 0 || rho == 0 || topk > 0 ? 2 : 3);
     Request request = {};
     BankPassArgs& pass = request.pass;
     pass.query = address<void>(query), pass.key = address<void>(key);
@@ -43,6 +44,7 @@ void bind_bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t co
     pass.dtype = Dtype(dtype), pass.selection = Selection(selection);
     pass.temperature = float(temperature), pass.a = float(a), pass.b = float(b);
     pass.row_offset = row_offset, pass.col_offset = col_offset;
+    pass.affine = address<float>(affine), pass.rho = address<float>(rho);
     pass.neg_lse = address<float>(neg_lse), pass.neg_mean = address<float>(neg_mean);
     pass.neg_sq_lse = address<float>(neg_sq_lse), pass.neg_count = address<float>(neg_count);
     pass.topk_sim = address<float>(topk_sim), pass.topk_index = address<int64_t>(topk_index);
@@ -66,27 +68,23 @@ void bind_enqueue(uintptr_t keys, uintptr_t labels, uintptr_t bank, uintptr_t ba
              device, address<void>(stream)});
 }
 
-void bind_finish(uintptr_t query, uintptr_t key, uintptr_t projection, uintptr_t bank,
-                 uintptr_t s_pos, uintptr_t rng_state, uintptr_t neg_lse, uintptr_t neg_mean,
-                 uintptr_t neg_sq_lse, uintptr_t neg_count, uintptr_t topk_index,
-                 int64_t row_offset, int64_t col_offset, int batch, int dim, int topk,
-                 int selection, int soft_weights, double temperature, double weight_temperature,
-                 double hard_weight, double a, double b, uintptr_t loss, uintptr_t grad_query,
-                 uintptr_t grad_projection, uintptr_t kept, uintptr_t grad_mean,
-                 uintptr_t grad_var, int dtype, int device, uintptr_t stream) {
+void bind_finish(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t s_pos,
+                 uintptr_t rng_state, uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse,
+                 uintptr_t neg_count, uintptr_t topk_index, int64_t row_offset, int batch, int dim,
+                 int topk, int selection, int soft_weights, double temperature,
+                 double weight_temperature, double hard_weight, double a, double b, uintptr_t loss,
+                 uintptr_t grad_query, uintptr_t stats, int dtype, int device, uintptr_t stream) {
     check_range("dtype", dtype, 0, 2);
     check_range("selection", selection, 0, 2);
     check_range("soft_weights", soft_weights, 0, 2);
     check_range("topk", topk, 0, kMaxFinishTopk);
     using F = float;
-    finish({address<F>(query), address<F>(key), address<F>(projection), address<void>(bank),
-            address<F>(s_pos), address<int64_t>(rng_state), address<F>(neg_lse),
-            address<F>(neg_mean), address<F>(neg_sq_lse), address<F>(neg_count),
-            address<int64_t>(topk_index), row_offset, col_offset, batch, dim, topk,
-            Selection(selection), SoftWeights(soft_weights), float(temperature),
-            float(weight_temperature), float(hard_weight), sharpness_of(a), float(b),
-            address<F>(loss), address<F>(grad_query), address<F>(grad_projection),
-            address<F>(kept), address<F>(grad_mean), address<F>(grad_var)},
+    finish({address<F>(query), address<F>(key), address<void>(bank), address<F>(s_pos),
+            address<int64_t>(rng_state), address<F>(neg_lse), address<F>(neg_mean),
+            address<F>(neg_sq_lse), address<F>(neg_count), address<int64_t>(topk_index),
+            row_offset, batch, dim, topk, Selection(selection), SoftWeights(soft_weights),
+            float(temperature), float(weight_temperature), float(hard_weight), sharpness_of(a),
+            float(b), address<F>(loss), address<F>(grad_query), address<F>(stats)},
            Dtype(dtype), device, address<void>(stream));
 }
 
@@ -94,7 +92,10 @@ void bind_finish(uintptr_t query, uintptr_t key, uintptr_t projection, uintptr_t
 
 void bind(py::module_& parent) {
     py::module_ m = parent.def_submodule("cuda", "Kernels for NVIDIA GPUs.");
-    m.attr("architectures") = PSM_CUDA_ARCHS;
+    m.attr("built_for") = PSM_CUDA_BUILT_FOR;
+    m.attr("max_dim") = kMaxDim;
+    m.attr("max_topk_dim") = kMaxTopkDim;
+    m.attr("max_finish_topk") = kMaxFinishTopk;
     m.def("unavailable", &unavailable, "Empty, or why this device cannot run the kernels.");
     using py::arg;
     m.def("bank_pass", &bind_bank_pass, py::kw_only(), arg("query"), arg("key"), arg("bank"),
@@ -102,14 +103,14 @@ void bind(py::module_& parent) {
           arg("dtype"), arg("selection"), arg("temperature"), arg("a"), arg("b"), arg("topk"),
           arg("row_offset"), arg("col_offset"), arg("sums"), arg("null_epilogue"),
           arg("force_sm80"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"), arg("neg_count"),
-          arg("topk_sim"), arg("topk_index"), arg("device"), arg("stream"), arg("allocate"));
-    m.def("finish", &bind_finish, py::kw_only(), arg("query"), arg("key"), arg("projection"),
-          arg("bank"), arg("s_pos"), arg("rng_state"), arg("neg_lse"), arg("neg_mean"),
-          arg("neg_sq_lse"), arg("neg_count"), arg("topk_index"), arg("row_offset"),
-          arg("col_offset"), arg("batch"), arg("dim"), arg("topk"), arg("selection"),
-          arg("soft_weights"), arg("temperature"), arg("weight_temperature"), arg("hard_weight"),
-          arg("a"), arg("b"), arg("loss"), arg("grad_query"), arg("grad_projection"), arg("kept"),
-          arg("grad_mean"), arg("grad_var"), arg("dtype"), arg("device"), arg("stream"));
+          arg("topk_sim"), arg("topk_index"), arg("device"), arg("stream"), arg("allocate"),
+          arg("affine") = 0, arg("rho") = 0);
+    m.def("finish", &bind_finish, py::kw_only(), arg("query"), arg("key"), arg("bank"),
+          arg("s_pos"), arg("rng_state"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"),
+          arg("neg_count"), arg("topk_index"), arg("row_offset"), arg("batch"), arg("dim"),
+          arg("topk"), arg("selection"), arg("soft_weights"), arg("temperature"),
+          arg("weight_temperature"), arg("hard_weight"), arg("a"), arg("b"), arg("loss"),
+          arg("grad_query"), arg("stats"), arg("dtype"), arg("device"), arg("stream"));
     m.def("enqueue", &bind_enqueue, py::kw_only(), arg("keys"), arg("labels"), arg("bank"),
           arg("bank_labels"), arg("ptr"), arg("count"), arg("ticket"), arg("batch"), arg("slots"),
           arg("dim"), arg("key_dtype"), arg("bank_dtype"), arg("device"), arg("stream"));

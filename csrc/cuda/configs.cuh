@@ -4,14 +4,12 @@
 
 #include <type_traits>
 
+#include "mine_sm90.cuh"
 #include "pass_fp32.cuh"
 #include "pass_sm80.cuh"
 #include "pass_sm90.cuh"
 
 namespace psm::cuda {
-
-constexpr int kMaxDim = 256;      // of a pass: its (16, D) accumulators per warp must fit registers
-constexpr int kMaxMineDim = 512;  // of bank_topk, which has none
 
 template <class T>
 struct Sm80 {  // rows 16 x warps, slots of a tile, stages

@@ -46,6 +46,7 @@ inline void keep_below(uint32_t word, uint32_t threshold, float& x, int& kept) {
     kept += word < threshold;
     x = word < threshold ? x : -INFINITY;
 }
+inline int max_of_three(int x, int y, int z) { return std::max(x, std::max(y, z)); }
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
 inline float to_float(Float16 x) {
@@ -128,6 +129,7 @@ inline uint32_t warp_uniform(uint32_t x) {
     static const char tag = 0;
     return shuffle(x, &tag, [](int) { return 0; });
 }
+inline uint32_t keep_uniform(uint32_t x, int = 1) { return x; }
 inline bool warp_any(bool x) {
     static const char tag = 0;
     struct Slot {

@@ -88,6 +88,7 @@ inline void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier, in
 
 // --- warpgroups ---
 
+inline void hide(Descriptor&) {}
 template <int kRegisters>
 inline void take_registers() {}
 template <int kRegisters>

@@ -31,7 +31,8 @@ struct Weights<float, kTiles> {
 
 // The two rows of a thread.
 struct Rows {
-    float center[2];  // -sharpness (s_pos + b)
+    float center[2];  // -sharpness (s_pos + b); affine: alpha
+    float beta[2], gamma[2], cap[2];  // affine alone
     NoiseRow noise[2];
     float shift[2] = {kLowest, kLowest}, square_shift[2] = {kLowest, kLowest};
     float sum[2] = {}, square[2] = {}, count[2] = {};
@@ -47,10 +48,9 @@ PSM_DEVICE float quad_sum(float x) {
     return x + shuffle_xor(x, 2);
 }
 
-// Slots of a tile that are not there become -inf.
+// Slots that are not there become -inf; for tiles that are not whole.
 template <int kTiles>
 PSM_DEVICE void mask_slots(float (&s)[kTiles][4], const Walk& walk, int tile) {
-    if (walk.whole(tile)) return;
     const int own = walk.start(tile) + 2 * (thread_index() % 4);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
@@ -204,13 +204,49 @@ PSM_DEVICE void weigh_expected(float (&s)[kTiles][4], float (&out)[kOut][4], con
         }
 }
 
+// "affine": weight w = max(alpha + beta s + gamma min(e, cap) + rho, 0) of e = 2^(logit - shift),
+// whose shift is given: no e exceeds 1. `slot` is the thread's first one, counted from slot 0.
+template <class T, int kTiles>
+PSM_DEVICE void weigh_affine(const float (&s)[kTiles][4], const PassArgs& args, Rows& rows, int slot,
+                             Weights<T, kTiles>& weights) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+        float rho[2], p[4];
+        for (int i = 0; i < 2; ++i) {  // slots that are not there: any rho, and no weight below
+            const int64_t at = slot + 8 * n + i;
+            rho[i] = args.rho[at < 0 ? 0 : at < args.slots ? at : args.slots - 1];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int r = i / 2;
+            const float e = exp2_fast(fmaf(s[n][i], args.scale, -rows.shift[r]));
+            const float line = fmaf(rows.beta[r], s[n][i], rows.center[r] + rho[i % 2]);
+            float w = fmaf(rows.gamma[r], fminf(e, rows.cap[r]), line);
+            w = w < 0 || s[n][i] == -INFINITY ? 0.0f : w;  // NaN stays
+            rows.count[r] += w;
+            rows.sum[r] += p[i] = w * e;
+        }
+        weights.set(n, 0, p[0], p[1]);
+        weights.set(n, 1, p[2], p[3]);
+    }
+}
+
 // What the two rows of a thread and its columns start from.
 template <Selection kSelection>
 PSM_DEVICE void start_rows(const PassArgs& args, const int (&row)[2], Rows& rows, NoiseKey& key,
                            uint32_t& column) {
-    for (int r = 0; r < 2 && kSelection != Selection::kAll; ++r) {
-        const float s_pos = row[r] < args.batch ? args.s_pos[row[r]] : 0.0f;
-        rows.center[r] = -args.sharpness * (s_pos + args.b);
+    column = thread_index() % 4;
+    for (int r = 0; r < 2; ++r) {
+        const bool inside = row[r] < args.batch;
+        if constexpr (kSelection == Selection::kAffine) {
+            const auto load = [&](int which) {
+                return inside ? args.affine[int64_t(which) * args.batch + row[r]] : 0.0f;
+            };
+            rows.center[r] = load(0), rows.beta[r] = load(1), rows.gamma[r] = load(2);
+            rows.shift[r] = fmaxf(load(3) * args.scale, kLowest), rows.cap[r] = load(4);
+        } else if constexpr (kSelection != Selection::kAll) {
+            rows.center[r] = -args.sharpness * ((inside ? args.s_pos[row[r]] : 0.0f) + args.b);
+        }
     }
     if constexpr (kSelection == Selection::kBernoulli) {
         const auto seed = uint64_t(args.rng_state[0]), offset = uint64_t(args.rng_state[1]);
@@ -218,7 +254,7 @@ PSM_DEVICE void start_rows(const PassArgs& args, const int (&row)[2], Rows& rows
         for (int r = 0; r < 2; ++r)
             rows.noise[r] = noise_row(key, uint32_t(args.row_offset + row[r]));
         const int64_t start = args.col_offset - lead_slots(args.col_offset);
-        column = uint32_t(start / 16) * 4 + thread_index() % 4;
+        column += uint32_t(start / 16) * 4;
     }
 }
 
@@ -235,6 +271,9 @@ PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const Pas
                 weights.set(n, row, s[n][2 * row], s[n][2 * row + 1]);
     } else if constexpr (kSelection == Selection::kExpected) {
         weigh_expected(s, out, args, rows, weights);
+    } else if constexpr (kSelection == Selection::kAffine) {  // column is slot / 4 + lane % 4
+        const int slot = int(4 * column) - 2 * (thread_index() % 4) - lead_slots(args.col_offset);
+        weigh_affine(s, args, rows, slot, weights);
     } else {
         weigh<kSelection>(s, out, args, rows, key, column, weights);
     }
@@ -242,39 +281,60 @@ PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const Pas
 
 // Running maximum of the open cell of each of the two rows, written when the cell is through.
 struct CellMax {
-    float* cell[2];  // the open cell of each row
-    bool writes[2];
+    float* cell;  // the last one written of row `lane % 2`
+    bool odd;
+    int cell_slots, open;  // slots that the open cell has left
     float top[2] = {-INFINITY, -INFINITY};
 
-    PSM_DEVICE CellMax(const PassArgs& args, const int (&row)[2], const Walk& walk) {
-        for (int r = 0; r < 2; ++r) {
-            cell[r] = args.cell_max + int64_t(row[r]) * args.cells +
-                      (walk.start(0) >> args.cell_log2);
-            writes[r] = thread_index() % 4 == 0 && row[r] < args.batch;
-        }
+    PSM_DEVICE CellMax(const PassArgs& args, const int (&row)[2], const Walk& walk)
+        : odd(thread_index() % 2), cell_slots(int(keep_uniform(1u << args.cell_log2))), open(cell_slots) {
+        const int own = odd ? row[1] : row[0];
+        cell = args.cell_max + int64_t(own < args.batch ? own : args.batch) * args.cells +
+               (walk.start(0) >> args.cell_log2) - 1;
     }
 
-    // `left`: slots from the tile's start to the end of the valid ones
     template <int kTiles>
-    PSM_DEVICE void take(const float (&s)[kTiles][4], int start, int left, int cell_mask) {
+    PSM_DEVICE void take(const float (&s)[kTiles][4]) {
         constexpr int kUnit = kTiles < 8 ? kTiles : 8;  // n8 tiles of the smallest cell
 #pragma unroll
         for (int unit = 0; unit < kTiles; unit += kUnit) {
+            join<kUnit>(s, unit);
+            open -= 8 * kUnit;
+            if (open == 0) write();
+        }
+    }
+    PSM_DEVICE void finish() {
+        if (open < cell_slots) write();
+    }
+
+    // Positive floats are in order as integers, and sm_90 finds the largest of three integers at
+    // once. Where the result is negative, infinite or NaN, it is found again as a float.
+    template <int kUnit, int kTiles>
+    PSM_DEVICE void join(const float (&s)[kTiles][4], int unit) {
+        int best[2] = {int(float_bits(top[0])), int(float_bits(top[1]))};
+#pragma unroll
+        for (int n = unit; n < unit + kUnit; ++n)
+#pragma unroll
+            for (int r = 0; r < 2; ++r)
+                best[r] = max_of_three(best[r], int(float_bits(s[n][2 * r])),
+                                       int(float_bits(s[n][2 * r + 1])));
+        const auto plain = [](int x) { return uint32_t(x) < 0x7F800000u; };
+        if (warp_any(!plain(best[0]) || !plain(best[1]))) {
 #pragma unroll
             for (int n = unit; n < unit + kUnit; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n][i]);
-            const int after = 8 * (unit + kUnit);
-            const bool through = ((start + after) & cell_mask) == 0 || after >= left;
-            if (!through || after - 8 * kUnit >= left) continue;
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float best = quad_max(top[r]);
-                if (writes[r]) *cell[r] = best;
-                ++cell[r];
-                top[r] = -INFINITY;
-            }
+        } else {
+            for (int r = 0; r < 2; ++r) top[r] = bits_float(best[r]);
         }
+    }
+
+    PSM_DEVICE void write() {
+        float best = odd ? top[1] : top[0];  // each lane keeps one row and sends the other
+        best = fmaxf(best, shuffle_xor(odd ? top[0] : top[1], 1));
+        *++cell = fmaxf(best, shuffle_xor(best, 2));
+        top[0] = top[1] = -INFINITY;
+        open = cell_slots;
     }
 };
 

@@ -1,5 +1,6 @@
 // What PSM makes of a pass, one CTA per row: loss, gradients and statistics of B x (1 + k) numbers
-// in one kernel. The formulas are those of psm_kernels/functional.py, differentiated by hand.
+// in one kernel. The formulas are those of psm_kernels/functional/psm.py, differentiated by hand;
+// the attention is the query's own.
 #pragma once
 
 #include "enqueue.cuh"
@@ -10,10 +11,9 @@ namespace psm::cuda {
 constexpr int kFinishThreads = 128;
 
 struct FinishShared {
-    float logit[kMaxFinishTopk], score[kMaxFinishTopk];  // query and projection by mined row
-    float to_query[kMaxFinishTopk], to_projection[kMaxFinishTopk];  // what a mined row adds to each
-    float key, mean;                                                // and the key and neg_mean
-    float keep[kMaxFinishTopk];
+    float similarity[kMaxFinishTopk], score[kMaxFinishTopk];  // query by mined row; for the attention
+    float logit[kMaxFinishTopk], keep[kMaxFinishTopk], weight[kMaxFinishTopk];
+    float of_mined[kMaxFinishTopk], of_key, of_mean;  // what the gradient holds of each vector
 };
 
 PSM_DEVICE float log_add(float x, float y) {
@@ -27,7 +27,7 @@ PSM_DEVICE float pass_weight(const FinishArgs& args, int row, int64_t slot, floa
     const float d = fmaf(s, args.sharpness, -args.sharpness * (args.s_pos[row] + args.b));
     if (args.selection == Selection::kExpected) return fminf(exp2_subnormal(-d * d), kKeepMax);
     const uint32_t word =
-        philox_word(args.row_offset + row, args.col_offset + slot, uint64_t(args.rng_state[0]),
+        philox_word(args.row_offset + row, slot, uint64_t(args.rng_state[0]),
                     uint64_t(args.rng_state[1]));
     return word < scaled_threshold(exp2_fast(-d * d), kKeepMax) ? 1.0f : 0.0f;
 }
@@ -37,28 +37,28 @@ PSM_DEVICE void mined_products(const FinishArgs& args, int row, const int64_t* i
                                FinishShared& shared) {
     const int lane = thread_index() % 32;
     const float* query = args.query + int64_t(row) * args.dim;
-    const float* projection = args.projection + int64_t(row) * args.dim;
     for (int c = thread_index() / 32; c < args.topk; c += kFinishThreads / 32) {
         const int64_t slot = index[c] < 0 ? 0 : index[c];
         const T* mined = static_cast<const T*>(args.bank) + slot * args.dim;
-        float logit = 0, score = 0;
+        float similarity = 0, score = 0;
         for (int d = lane; d < args.dim && index[c] >= 0; d += 32) {
             const float m = to_float(mined[d]);
-            logit = fmaf(to_float(from_float<T>(query[d])), m, logit);  // rounded as in the pass
-            score = fmaf(projection[d], m, score);
+            similarity = fmaf(to_float(from_float<T>(query[d])), m, similarity);  // as in the pass
+            score = fmaf(query[d], m, score);
         }
         for (int mask = 16; mask > 0; mask /= 2) {
-            logit += shuffle_xor(logit, mask);
+            similarity += shuffle_xor(similarity, mask);
             score += shuffle_xor(score, mask);
         }
         if (lane == 0) {
-            shared.logit[c] = logit / args.temperature;
+            shared.similarity[c] = similarity;
+            shared.logit[c] = similarity / args.temperature;
             shared.score[c] = score / args.weight_temperature;
         }
     }
 }
 
-// One thread: loss and statistics, and how much of each vector the gradients hold.
+// One thread: loss and statistics, and how much of each vector the gradient holds.
 PSM_DEVICE void finish_scalars(const FinishArgs& args, int row, const int64_t* index,
                                FinishShared& shared) {
     const float tau = args.temperature, positive = args.s_pos[row] / tau;
@@ -66,7 +66,7 @@ PSM_DEVICE void finish_scalars(const FinishArgs& args, int row, const int64_t* i
     float taken = 0, taken_square = 0, left = args.neg_count[row], found = 0, top = -INFINITY;
     for (int c = 0; c < args.topk; ++c) {
         if (index[c] < 0) continue;
-        shared.keep[c] = pass_weight(args, row, index[c], shared.logit[c] * tau);
+        shared.keep[c] = pass_weight(args, row, index[c], shared.similarity[c]);
         if (shared.keep[c] > 0) {
             taken += shared.keep[c] * expf(shared.logit[c] - neg_lse);
             taken_square += shared.keep[c] * expf(2 * shared.logit[c] - neg_sq_lse);
@@ -99,37 +99,38 @@ PSM_DEVICE void finish_scalars(const FinishArgs& args, int row, const int64_t* i
         weights += weight;
         soft += weight * gap;
         pulled += weight * gap;
-        shared.to_projection[c] = weight;
+        shared.weight[c] = weight;
     }
     args.loss[row] = soft + args.hard_weight * (log_h - positive);
 
     const float negatives =
         weights * expf(log_n - log_z) + args.hard_weight * expf(log_n - log_h);
-    shared.mean = negatives / (rest * tau);
-    shared.key = (weights * expf(positive - log_z) - 1 +
-                  args.hard_weight * (expf(positive - log_h) - 1)) / tau;
+    shared.of_mean = negatives / (rest * tau);
+    shared.of_key = (weights * expf(positive - log_z) - 1 +
+                     args.hard_weight * (expf(positive - log_h) - 1)) / tau;
     for (int c = 0; c < args.topk; ++c) {
         if (index[c] < 0) {
-            shared.to_query[c] = shared.to_projection[c] = 0;
+            shared.of_mined[c] = 0;
             continue;
         }
-        const float weight = shared.to_projection[c], logit = shared.logit[c];
+        const float weight = shared.weight[c], logit = shared.logit[c];
         const float keep = none ? 0.0f : shared.keep[c];
         const float removed = keep == 0 ? 0.0f : keep * expf(logit - neg_lse);
-        shared.to_query[c] = (weights * expf(logit - log_z) - weight) / tau - shared.mean * removed;
-        shared.to_projection[c] =
-            args.soft_weights == SoftWeights::kAttention
-                ? weight * (log_z - logit - pulled) / args.weight_temperature
-                : 0.0f;
+        float of_mined = (weights * expf(logit - log_z) - weight) / tau - shared.of_mean * removed;
+        if (args.soft_weights == SoftWeights::kAttention)
+            of_mined += weight * (log_z - logit - pulled) / args.weight_temperature;
+        shared.of_mined[c] = of_mined;
     }
 
     // g = exp(s / tau) / tau (weights / Z + hard_weight / H): its mean and variance
     const float log_pull =
         log_add(logf(weights) - log_z, logf(args.hard_weight) - log_h) - logf(tau);
     const float kept = fmaxf(left, 1.0f), mean = expf(log_n + log_pull) / kept;
-    args.kept[row] = fmaxf(left, 0.0f);
-    args.grad_mean[row] = mean;
-    args.grad_var[row] = fmaxf(expf(log_square + 2 * log_pull) / kept - mean * mean, 0.0f);
+    const float variance = expf(log_square + 2 * log_pull) / kept - mean * mean;
+    const int64_t batch = args.batch;
+    args.stats[row] = fmaxf(left, 0.0f);
+    args.stats[batch + row] = mean;
+    args.stats[2 * batch + row] = fmaxf(variance, 0.0f);
 }
 
 template <class T>
@@ -142,16 +143,14 @@ PSM_DEVICE void finish_rows(const FinishArgs& args, FinishShared& shared) {
         block_sync();
         for (int d = thread_index(); d < args.dim; d += kFinishThreads) {
             const int64_t at = int64_t(row) * args.dim + d;
-            float query = shared.key * args.key[at], projection = 0;
-            if (shared.mean != 0) query = fmaf(shared.mean, args.neg_mean[at], query);
+            float gradient = shared.of_key * args.key[at];
+            if (shared.of_mean != 0) gradient = fmaf(shared.of_mean, args.neg_mean[at], gradient);
             for (int c = 0; c < args.topk; ++c) {
                 if (index[c] < 0) continue;
                 const float m = to_float(static_cast<const T*>(args.bank)[index[c] * args.dim + d]);
-                query = fmaf(shared.to_query[c], m, query);
-                projection = fmaf(shared.to_projection[c], m, projection);
+                gradient = fmaf(shared.of_mined[c], m, gradient);
             }
-            args.grad_query[at] = query;
-            args.grad_projection[at] = projection;
+            args.grad_query[at] = gradient;
         }
         block_sync();  // the next row overwrites shared memory
     }

@@ -9,6 +9,7 @@ struct PassKernel {
     const void* function;
     const char* name;
     int threads, rows, tile_slots, shared_bytes;
+    int cell_group = 1;  // see PassArgs
 };
 
 // By padded D; sm_90a kernels read rows through tensor maps, so they need them aligned to 16 bytes.

@@ -38,7 +38,8 @@ Chosen choose(const Request& request, bool aligned) {
                                               : Work::kPass;
 #ifdef PSM_CUDA_SM90A
     const bool hopper = attribute(cudaDevAttrComputeCapabilityMajor, request.device) == 9;
-    if (hopper && aligned && !request.force_sm80 && work != Work::kMine) {
+    const bool affine = pass.selection == Selection::kAffine;
+    if (hopper && aligned && !affine && !request.force_sm80) {
         if (pass.dtype == Dtype::kBFloat16)
             return {sm90_bfloat16(pass.selection, work, dim), true};
         if (pass.dtype == Dtype::kFloat16) return {sm90_float16(pass.selection, work, dim), true};
@@ -64,6 +65,12 @@ int choose_splits(int row_blocks, int resident, int most) {
     return best;
 }
 
+constexpr int64_t kMineBytes = int64_t(128) << 20;
+
+const void* offset(const void* start, int64_t bytes) {
+    return start == nullptr ? nullptr : static_cast<const char*>(start) + bytes;
+}
+
 // Cuts one allocation into aligned arrays; called with null to find its size.
 class Cutter {
    public:
@@ -85,13 +92,13 @@ size_t lay_out(MergeArgs& args, bool sums, int merge_grid, void* workspace) {
     Cutter cutter(workspace);
     PassArgs& pass = args.pass;
     const int64_t rows = int64_t(pass.splits) * pass.batch;
-    const int64_t chosen = chosen_cells(args.topk, pass.cells);
+    const int64_t chosen = chosen_cells(args.topk, pass.cells, pass);
     if (sums) {
         pass.sums = cutter.take<RowSums>(rows);
         pass.means = cutter.take<float>(rows * pass.dim);
     }
     if (pass.mine) {
-        pass.cell_max = cutter.take<float>(int64_t(pass.batch) * pass.cells);
+        pass.cell_max = cutter.take<float>(int64_t(pass.batch + 1) * pass.cells);
         args.cell_keys = cutter.take<uint64_t>(int64_t(merge_grid) * power_of_two(int(chosen)));
         args.slot_keys = cutter.take<uint64_t>(int64_t(merge_grid) * power_of_two(args.topk));
         args.scores = cutter.take<float>(int64_t(merge_grid) * chosen << pass.cell_log2);
@@ -132,46 +139,60 @@ void bank_pass(const Request& request, const Allocate& allocate) {
     PassArgs& pass = args.pass;
     pass.query = in.query, pass.key = in.key, pass.bank = in.bank;
     pass.count = request.count, pass.s_pos = in.s_pos, pass.rng_state = request.rng_state;
+    pass.affine = in.affine, pass.rho = in.rho;
     pass.slots = request.slots;
     pass.row_offset = in.row_offset, pass.col_offset = in.col_offset;
-    pass.batch = int(in.batch), pass.dim = int(in.dim);
+    pass.dim = int(in.dim);
     pass.selection = in.selection;
     pass.mine = in.topk > 0;
     pass.aligned = aligned;
     pass.scale = float(1.4426950408889634 / in.temperature);
     pass.sharpness = sharpness_of(in.a);
     pass.b = in.b;
-    pass.cell_log2 = kCellLog2;
-    const int64_t last = request.slots + lead_slots(in.col_offset) - 1;
-    while ((last >> pass.cell_log2) >= kMaxCells) ++pass.cell_log2;
-    pass.cells = int(last >> pass.cell_log2) + 1;
-    pass.row_blocks = (pass.batch + kernel.rows - 1) / kernel.rows;
-    const int64_t grain = std::max(1 << pass.cell_log2, kernel.tile_slots);
-    const int grains = int(std::min<int64_t>(kMaxSplits, last / grain + 1));
-    pass.splits = choose_splits(pass.row_blocks, resident, grains);
-
+    pass.cell_group = kernel.cell_group;
+    const int64_t slots = request.slots + lead_slots(in.col_offset);
+    pass.cell_log2 = choose_cell_log2(in.topk, in.dim, slots, kernel.cell_group);
+    pass.cells = room_for_cells(slots, kernel.tile_slots, pass);
+    const int64_t grain = std::max(group_slots(pass), kernel.tile_slots);
+    const int grains = int(std::min<int64_t>(kMaxSplits, (slots - 1) / grain + 1));
     args.topk = int(in.topk);
-    args.neg_lse = in.neg_lse, args.neg_mean = in.neg_mean;
-    args.neg_sq_lse = in.neg_sq_lse, args.neg_count = in.neg_count;
-    args.topk_sim = in.topk_sim, args.topk_index = in.topk_index;
-    const int merge_grid = std::min(pass.batch, 4 * multiprocessors);
-    const size_t bytes = lay_out(args, request.sums, merge_grid, nullptr);
-    lay_out(args, request.sums, merge_grid, allocate(bytes));
 
-    TensorMaps maps;
-    void* pass_arguments[] = {&pass, &maps};
-    if (chosen.tensor_maps) {
-        maps.query = tensor_map(pass.query, in.dtype, pass.batch, pass.dim, kernel.rows);
-        maps.key = pass.mine ? tensor_map(pass.key, in.dtype, pass.batch, pass.dim, kernel.rows)
-                             : maps.query;
-        maps.bank = tensor_map(pass.bank, in.dtype, pass.slots, pass.dim, kernel.tile_slots);
+    // bank_topk takes so many rows at a time that their maxima keep to kMineBytes.
+    const int64_t most = kMineBytes / (int64_t(pass.cells) * 4) / kernel.rows * kernel.rows;
+    const int64_t step = request.sums ? in.batch : std::max<int64_t>(most, kernel.rows);
+    const auto take_rows = [&](int64_t first) {
+        pass.batch = int(std::min(step, in.batch - first));
+        pass.row_blocks = (pass.batch + kernel.rows - 1) / kernel.rows;
+        pass.splits = choose_splits(pass.row_blocks, resident, grains);
+        return std::min(pass.batch, 4 * multiprocessors);  // CTAs of the merge
+    };
+    const size_t bytes = lay_out(args, request.sums, take_rows(0), nullptr);
+    void* workspace = allocate(bytes);
+    for (int64_t first = 0; first < in.batch; first += step) {
+        const int merge_grid = take_rows(first);
+        lay_out(args, request.sums, merge_grid, workspace);
+        pass.key = offset(in.key, first * in.dim * (in.dtype == Dtype::kFloat32 ? 4 : 2));
+        args.neg_lse = in.neg_lse, args.neg_mean = in.neg_mean;
+        args.neg_sq_lse = in.neg_sq_lse, args.neg_count = in.neg_count;
+        args.topk_sim = in.topk_sim + first * in.topk;
+        args.topk_index = in.topk_index + first * in.topk;
+        TensorMaps maps;
+        void* pass_arguments[] = {&pass, &maps};
+        if (chosen.tensor_maps) {
+            const auto map = [&](const void* rows, int64_t count, int box_rows) {
+                return tensor_map(rows, in.dtype, count, pass.dim, box_rows);
+            };
+            maps.bank = map(pass.bank, pass.slots, kernel.tile_slots);
+            if (request.sums) maps.query = map(pass.query, pass.batch, kernel.rows);
+            if (pass.mine) maps.key = map(pass.key, pass.batch, kernel.rows);
+        }
+        const int grid = std::min(resident, pass.row_blocks * pass.splits);
+        launch(kernel.function, kernel.name, grid, kernel.threads, kernel.shared_bytes,
+               request.stream, pass_arguments);
+        void* merge_arguments[] = {&args};
+        launch(find_merge(in.dtype), "merge", merge_grid, kMergeThreads, 0, request.stream,
+               merge_arguments);
     }
-    const int grid = std::min(resident, pass.row_blocks * pass.splits);
-    launch(kernel.function, kernel.name, grid, kernel.threads, kernel.shared_bytes, request.stream,
-           pass_arguments);
-    void* merge_arguments[] = {&args};
-    launch(find_merge(in.dtype), "merge", merge_grid, kMergeThreads, 0, request.stream,
-           merge_arguments);
 }
 
 std::string unavailable(int device) {

@@ -9,6 +9,9 @@
 
 namespace psm::cuda {
 
+constexpr int kMaxDim = 256;  // of a pass: its (16, D) accumulators per warp must fit registers
+constexpr int kMaxTopkDim = 512;  // of bank_topk, which has none
+
 struct Request {
     BankPassArgs pass;         // count, seed and offset are on the device instead:
     const int64_t* count;      // ()
@@ -37,23 +40,21 @@ struct EnqueueRequest {
 // The argument of the finish kernel; addresses are the device's.
 constexpr int kMaxFinishTopk = 64;
 
-enum class SoftWeights : int { kAttention = 0, kUniform = 1, kBinary = 2 };
-
 struct FinishArgs {
-    const float *query, *key, *projection;  // (B, D) unit rows; projection may be the query
-    const void* bank;                       // (K, D)
-    const float* s_pos;                     // (B,)
-    const int64_t* rng_state;               // (2,) or null
+    const float *query, *key;  // (B, D) unit rows
+    const void* bank;          // (K, D)
+    const float* s_pos;        // (B,)
+    const int64_t* rng_state;  // (2,) or null
     const float *neg_lse, *neg_mean, *neg_sq_lse, *neg_count;  // of the pass
     const int64_t* topk_index;                                 // (B, k)
-    int64_t row_offset, col_offset;
+    int64_t row_offset;
     int batch, dim, topk;
     Selection selection;
     SoftWeights soft_weights;
     float temperature, weight_temperature, hard_weight, sharpness, b;
-    float* loss;                             // (B,)
-    float *grad_query, *grad_projection;     // (B, D) of the sum of the losses
-    float *kept, *grad_mean, *grad_var;      // (B,) statistics of the negatives
+    float* loss;        // (B,)
+    float* grad_query;  // (B, D) of the sum of the losses
+    float* stats;       // (3, B) of the negatives: how many are left, mean and variance of g
 };
 
 using Allocate = std::function<void*(size_t)>;  // device memory that outlives the work of the call

@@ -1,6 +1,7 @@
 // After the pass, one CTA per row: partial sums of the splits added in their order, and the exact
 // top-k. The k best slots lie in the k cells with the largest maxima (a slot outside has k better
-// ones, ties going to the smaller slot), so those cells are looked at again, in fp32.
+// ones, ties going to the smaller slot), so those cells are looked at again, in fp32. Where four
+// cells share a group, three of them may tie with a fourth and hold later slots: k + 3 cells.
 #pragma once
 
 #include "select.cuh"
@@ -25,8 +26,24 @@ struct MergeArgs {
     float* scores;        // (grid, chosen cells << cell_log2)
 };
 
-// At most k cells can matter.
-PSM_HD int chosen_cells(int topk, int cells) { return topk < cells ? topk : cells; }
+// So many cells can matter.
+PSM_HD int chosen_cells(int64_t topk, int cells, const PassArgs& args) {
+    const int64_t most = topk + args.cell_group - 1;
+    return int(most < cells ? most : cells);
+}
+
+// Slots of a cell, in base 2. A pass writes one maximum per 64 slots. bank_topk on Hopper balances
+// 20 bytes of maxima per cell (written once, read by about four passes of the selection) against
+// the rows of k + 3 cells that are read again: 8 slots for k = 5 of 50,000 x 512, 4 for k = 200.
+PSM_HD int choose_cell_log2(int64_t topk, int64_t dim, int64_t slots, int cell_group) {
+    int log2 = kCellLog2;
+    if (cell_group > 1) {
+        const int64_t again = (topk + 3 < slots ? topk + 3 : slots) * dim;
+        for (log2 = 2; again << (2 * log2 + 1) <= 10 * slots;) ++log2;
+    }
+    while ((slots - 1) >> log2 >= kMaxCells) ++log2;
+    return log2;
+}
 
 struct MergeShared {
     SelectScratch select;
@@ -125,8 +142,9 @@ PSM_DEVICE void mine(const MergeArgs& args, int row, MergeShared& shared) {
     const PassArgs& pass = args.pass;
     const int thread = thread_index(), count = valid_slots(pass);
     const int lead = lead_slots(pass.col_offset), cell_slots = 1 << pass.cell_log2;
-    const int cells = cell_count(count, lead, pass.cell_log2);
-    const int room = chosen_cells(args.topk, pass.cells), chosen = chosen_cells(args.topk, cells);
+    const int cells = cell_count(count, lead, pass);
+    const int room = chosen_cells(args.topk, pass.cells, pass);
+    const int chosen = chosen_cells(args.topk, cells, pass);
     const int n = chosen << pass.cell_log2;
     uint64_t* cell_keys = args.cell_keys + int64_t(block_index()) * power_of_two(room);
     uint64_t* keys = args.slot_keys + int64_t(block_index()) * power_of_two(args.topk);
@@ -134,12 +152,12 @@ PSM_DEVICE void mine(const MergeArgs& args, int row, MergeShared& shared) {
 
     const float* best = pass.cell_max + int64_t(row) * pass.cells;
     const auto cell_key = [&](int i) { return select_key(float_bits(best[i]), uint32_t(i)); };
-    if (chosen > 0) select_largest(cells, chosen, cell_key, cell_keys, shared.select);
+    if (chosen > 0) select_largest<false>(cells, chosen, cell_key, cell_keys, shared.select);
 
     const auto slot_at = [&](int i) {  // of the i-th score, outside [0, count) where there is none
         const uint64_t key = cell_keys[i >> pass.cell_log2];
-        const int first = int(key_position(key) << pass.cell_log2) - lead;
-        return key == 0 ? -1 : first + (i & (cell_slots - 1));
+        const int slot = cell_slot(int(key_position(key)), i & (cell_slots - 1), pass) - lead;
+        return key == 0 ? -1 : slot;
     };
     const T* left = static_cast<const T*>(pass.key) + int64_t(row) * pass.dim;
     for (int i = thread / kDotLanes; i < n; i += kMergeThreads / kDotLanes) {
@@ -153,7 +171,7 @@ PSM_DEVICE void mine(const MergeArgs& args, int row, MergeShared& shared) {
     const auto score_key = [&](int i) {
         return select_key(float_bits(scores[i]), uint32_t(slot_at(i)));
     };
-    select_largest(n, args.topk, score_key, keys, shared.select);
+    select_largest<true>(n, args.topk, score_key, keys, shared.select);
     for (int i = thread; i < args.topk; i += kMergeThreads) {
         const int64_t at = int64_t(row) * args.topk + i;
         args.topk_sim[at] = keys[i] == 0 ? -INFINITY : bits_float(key_value_bits(keys[i]));

@@ -33,6 +33,8 @@ struct PassArgs {
     const int64_t* count;            // () valid slots
     const float* s_pos;              // (B,)
     const int64_t* rng_state;        // (2,) or null
+    const float* affine;             // (5, B) alpha, beta, gamma, top, cap; of kAffine alone
+    const float* rho;                // (K,)
     int64_t slots;                   // K, below 2^31
     int64_t row_offset, col_offset;
     int batch, dim;
@@ -44,10 +46,11 @@ struct PassArgs {
     float b;
     int row_blocks, splits;
     int cell_log2;     // slots of a cell, a power of two
+    int cell_group;    // 1, or 4: four cells share each group of slots, see cell_slot
     int cells;         // room per row in `cell_max`
     RowSums* sums;     // (splits, B)
     float* means;      // (splits, B, D) sum weight 2^(logit - shift) bank
-    float* cell_max;   // (B, cells)
+    float* cell_max;   // (B + 1, cells); what rows behind the batch give goes to the last
 };
 
 // The kernels walk global slots in aligned groups of 16, so that a thread owns the four elements of
@@ -57,8 +60,20 @@ PSM_DEVICE int valid_slots(const PassArgs& args) {
     const int64_t count = *args.count;
     return int(count < 0 ? 0 : count > args.slots ? args.slots : count);
 }
-PSM_HD int cell_count(int count, int lead, int cell_log2) {
-    return count > 0 ? ((count + lead - 1) >> cell_log2) + 1 : 0;
+PSM_HD int group_slots(const PassArgs& args) { return args.cell_group << args.cell_log2; }
+PSM_HD int cell_count(int count, int lead, const PassArgs& args) {
+    return count > 0 ? ((count + lead - 1) / group_slots(args) + 1) * args.cell_group : 0;
+}
+// Cells of `slots` slots in whole tiles: those behind the last valid slot are written, too.
+PSM_HD int room_for_cells(int64_t slots, int tile_slots, const PassArgs& args) {
+    const int group = group_slots(args), grain = group > tile_slots ? group : tile_slots;
+    return int((slots + grain - 1) / grain * (grain / group)) * args.cell_group;
+}
+// Slot `i` of a cell, counted with `lead`. Cells follow each other, or each of the four threads of
+// an accumulator's quad has its own: slots 2 c and 2 c + 1 of every 8 in the group.
+PSM_HD int cell_slot(int cell, int i, const PassArgs& args) {
+    const int first = cell / args.cell_group * group_slots(args);
+    return args.cell_group == 1 ? first + i : first + i / 2 * 8 + cell % 4 * 2 + i % 2;
 }
 PSM_HD int split_begin(int cells, int split, int splits) {
     return int(int64_t(cells) * split / splits);
@@ -67,23 +82,25 @@ PSM_HD int split_begin(int cells, int split, int splits) {
 // The tiles of one split: tile t covers slots [start(t), start(t + 1)), counted with `lead`.
 struct Walk {
     int lead, tile_slots, first_tile, tiles;
-    int end;  // of the valid slots
+    int end;          // of the valid slots
+    int first_whole;  // this tile and those after it have all of their slots,
+    unsigned wholes;  // so many of them
     PSM_DEVICE int start(int tile) const { return (first_tile + tile) * tile_slots; }
     PSM_DEVICE int left(int tile) const { return end - start(tile); }
-    PSM_DEVICE bool whole(int tile) const {  // all of its slots are there
-        return start(tile) >= lead && start(tile) + tile_slots <= end;
-    }
+    PSM_DEVICE bool whole(int tile) const { return unsigned(tile - first_whole) < wholes; }
 };
 // Splits begin at whole tiles and whole cells.
 PSM_DEVICE Walk walk_of(const PassArgs& args, int tile_slots, int split) {
     const int lead = lead_slots(args.col_offset), count = valid_slots(args);
-    const int cell_slots = 1 << args.cell_log2, end = count + lead;
-    const int grain = cell_slots > tile_slots ? cell_slots : tile_slots;
+    const int group = group_slots(args), end = count + lead;
+    const int grain = group > tile_slots ? group : tile_slots;
     const int grains = count > 0 ? (end - 1) / grain + 1 : 0, grain_tiles = grain / tile_slots;
     const int tiles = count > 0 ? (end - 1) / tile_slots + 1 : 0;
     const int first = split_begin(grains, split, args.splits) * grain_tiles;
     const int last = split_begin(grains, split + 1, args.splits) * grain_tiles;
-    return {lead, tile_slots, first, (last < tiles ? last : tiles) - first, end};
+    const int first_whole = first == 0 && lead > 0, wholes = end / tile_slots - first - first_whole;
+    return {lead, tile_slots, first, (last < tiles ? last : tiles) - first, end,
+            first_whole, unsigned(wholes > 0 ? wholes : 0)};
 }
 
 template <class T>

@@ -118,7 +118,6 @@ struct PassFp32 {
         const int row[2] = {block * kRows + 16 * warp + lane / 4,
                             block * kRows + 16 * warp + lane / 4 + 8};
         const Walk walk = walk_of(args, kTileSlots, split);
-        const int cell_mask = (1 << args.cell_log2) - 1;
         const auto load_stage = [&](int tile) {
             if (tile < walk.tiles) {
                 load_bank(args, ring + tile % kStages * kStageBytes,
@@ -143,12 +142,12 @@ struct PassFp32 {
             float s[kTiles][4];
             if (kWork == Work::kMine || args.mine) {
                 product(s, args.key, row, args, bank, lane);
-                mask_slots(s, walk, tile);
-                best.take(s, walk.start(tile), walk.left(tile), cell_mask);
+                if (!walk.whole(tile)) mask_slots(s, walk, tile);
+                best.take(s);
             }
             if constexpr (kSum) {
                 product(s, args.query, row, args, bank, lane);
-                mask_slots(s, walk, tile);
+                if (!walk.whole(tile)) mask_slots(s, walk, tile);
                 Weights<float, kTiles> weights;
                 epilogue<kSelection, kWork>(s, out, args, rows, noise,
                                             column + uint32_t(walk.start(tile) / 4), weights);
@@ -156,6 +155,7 @@ struct PassFp32 {
             }
         }
         copy_wait<0>();
+        if (kWork == Work::kMine || args.mine) best.finish();
         if constexpr (kSum) write_partial<kSelection>(args, rows, out, row, split);
     }
 };

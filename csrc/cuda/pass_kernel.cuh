@@ -20,6 +20,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     Config::template run<kSelection, kWork>(args, maps, dynamic_shared);
 }
 
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    bank_topk_sm90(const __grid_constant__ PassArgs args, const __grid_constant__ TensorMaps maps) {
+    Config::run(args, maps, dynamic_shared);
+}
+
 template <class Config, class Function>
 PassKernel handle(Function* function, const char* name, Work work) {
     return {reinterpret_cast<const void*>(function), name, Config::kThreads, Config::kRows,
@@ -40,6 +46,9 @@ PassKernel find_sm80(Selection selection, Work work, int dim) {
         if (work == Work::kProducts)
             return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kProducts>,
                                   "null bank_pass (sm_80)", work);
+        if (selection == Selection::kAffine)
+            return handle<Config>(bank_pass_sm80<Config, Selection::kAffine, Work::kPass>,
+                                  "weighted_pass", work);
         return visit_selection(selection, [&](auto chosen) {
             return handle<Config>(bank_pass_sm80<Config, decltype(chosen)::value, Work::kPass>,
                                   "bank_pass (sm_80)", work);
@@ -49,6 +58,12 @@ PassKernel find_sm80(Selection selection, Work work, int dim) {
 
 template <class T>
 PassKernel find_sm90(Selection selection, Work work, int dim) {
+    if (work == Work::kMine) {
+        using Config = MineSm90<T>;
+        PassKernel kernel = handle<Config>(bank_topk_sm90<Config>, "bank_topk (sm_90a)", work);
+        kernel.cell_group = 4;
+        return kernel;
+    }
     return visit_pass<Sm90<T>>(dim, [&](auto config) {
         using Config = typename decltype(config)::type;
         if (work == Work::kProducts)

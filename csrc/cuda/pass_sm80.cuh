@@ -73,7 +73,9 @@ struct PassSm80 {
         const int items = args.row_blocks * args.splits;
         for (int item = block_index(); item < items; item += grid_size()) {
             const int block = item % args.row_blocks, split = item / args.row_blocks;
-            if (kWork == Work::kMine || args.mine) {
+            if constexpr (kSelection == Selection::kAffine) {  // mines nothing
+                pass<kSelection, kWork, false>(args, shared, block, split);
+            } else if (kWork == Work::kMine || args.mine) {
                 pass<kSelection, kWork, true>(args, shared, block, split);
             } else if constexpr (kWork != Work::kMine) {
                 pass<kSelection, kWork, false>(args, shared, block, split);
@@ -92,7 +94,6 @@ struct PassSm80 {
                             block * kRows + 16 * warp + lane / 4 + 8};
 
         const Walk walk = walk_of(args, kTileSlots, split);
-        const int cell_mask = (1 << args.cell_log2) - 1;
         const auto load_stage = [&](int tile) {
             if (tile < walk.tiles) {
                 load_tile<kTileSlots, kDim>(ring + tile % kStages * kStageBytes,
@@ -126,11 +127,11 @@ struct PassSm80 {
             float s[kTiles][4], t[kTiles][4];
             products<kSum, kMine>(s, t, query, key, bank, warp, lane);
             if constexpr (kMine) {
-                mask_slots(t, walk, tile);
-                best.take(t, walk.start(tile), walk.left(tile), cell_mask);
+                if (!walk.whole(tile)) mask_slots(t, walk, tile);
+                best.take(t);
             }
             if constexpr (kSum) {
-                mask_slots(s, walk, tile);
+                if (!walk.whole(tile)) mask_slots(s, walk, tile);
                 Weights<T, kTiles> weights;
                 epilogue<kSelection, kWork>(s, out, args, rows, noise,
                                             column + uint32_t(walk.start(tile) / 4), weights);
@@ -138,6 +139,7 @@ struct PassSm80 {
             }
         }
         copy_wait<0>();
+        if (kMine) best.finish();
         if constexpr (kSum) write_partial<kSelection>(args, rows, out, row, split);
     }
 };

@@ -77,6 +77,7 @@ PSM_DEVICE void keep_below(uint32_t word, uint32_t threshold, float& x, int& kep
         : "+f"(x), "+r"(kept)
         : "r"(word), "r"(threshold));
 }
+PSM_DEVICE int max_of_three(int x, int y, int z) { return __vimax3_s32(x, y, z); }  // 1 on sm_90
 PSM_DEVICE float to_float(float x) { return x; }
 PSM_DEVICE float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 PSM_DEVICE float to_float(Float16 x) {
@@ -110,6 +111,11 @@ PSM_DEVICE V shuffle_from(V x, int lane) {
     return __shfl_sync(0xFFFFFFFFu, x, lane);
 }
 PSM_DEVICE uint32_t warp_uniform(uint32_t x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+// x, the same in the whole warp, in a uniform register, where it stays: the assembler, which does not
+// know that threadIdx.y is 0, can neither make it again nor share it with the x of another `copy`.
+PSM_DEVICE uint32_t keep_uniform(uint32_t x, int copy = 1) {
+    return warp_uniform(x + threadIdx.y * copy);
+}
 PSM_DEVICE bool warp_any(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 PSM_DEVICE void warp_sync() { __syncwarp(); }
 PSM_DEVICE void block_sync() { __syncthreads(); }

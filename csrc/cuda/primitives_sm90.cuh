@@ -17,15 +17,25 @@ struct TensorMaps {
 // 8 x 128 bytes. K-major (similarities: columns are summed over): `stride` between groups of 8
 // rows, `leading` unused. MN-major (P . M: slots are summed over): `leading` between panels of 64
 // columns, `stride` between groups of 8 slots (PTX ISA, "Matrix descriptor"; CUTLASS,
-// mma_traits_sm90_gmma.hpp).
+// mma_traits_sm90_gmma.hpp). Distances in it count 16 bytes.
+//
+// wgmma takes both descriptors from four neighbouring uniform registers. Halves that the assembler
+// can make from a constant, or outside the loop, it copies there for every product: 4 issue slots
+// instead of 2. So keep_uniform() and hide().
+constexpr uint32_t kUnit = 16;
 struct Descriptor {
     uint32_t low, high;
-    PSM_DEVICE Descriptor(uint32_t address, uint32_t leading, uint32_t stride)
-        : low(address >> 4 | leading >> 4 << 16), high(stride >> 4 | 1u << 30) {}  // 1: 128 bytes
-    PSM_DEVICE uint64_t at(uint32_t offset) const {
-        return uint64_t(high) << 32 | (low + (offset >> 4));
+    PSM_DEVICE uint64_t at(uint32_t bytes) const {
+        return uint64_t(high) << 32 | (low + bytes / kUnit);
     }
+    PSM_DEVICE Descriptor moved(uint32_t units) const { return {low + units, high}; }
 };
+PSM_DEVICE Descriptor descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
+    return {address / kUnit | leading / kUnit << 16, stride / kUnit | 1u << 30};  // 1: 128 bytes
+}
+PSM_DEVICE Descriptor keep_uniform(Descriptor x, int copy) {
+    return {keep_uniform(x.low, copy), keep_uniform(x.high, copy)};
+}
 
 }  // namespace psm::cuda
 
@@ -78,6 +88,9 @@ PSM_DEVICE void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier
 }
 
 // --- warpgroups ---
+
+// A descriptor that is made here, inside the loop.
+PSM_DEVICE void hide(Descriptor& descriptor) { asm volatile("" : "+r"(descriptor.low)); }
 
 template <int kRegisters>
 PSM_DEVICE void take_registers() {

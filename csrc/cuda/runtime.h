@@ -17,15 +17,17 @@ inline void check(cudaError_t error, const char* what) {
 
 class DeviceGuard {
    public:
-    explicit DeviceGuard(int device) {
+    explicit DeviceGuard(int device) : device_(device) {
         check(cudaGetDevice(&before_), "cudaGetDevice");
-        check(cudaSetDevice(device), "cudaSetDevice");
+        if (before_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
     }
-    ~DeviceGuard() { cudaSetDevice(before_); }
+    ~DeviceGuard() {
+        if (before_ != device_) cudaSetDevice(before_);
+    }
     DeviceGuard(const DeviceGuard&) = delete;
 
    private:
-    int before_ = 0;
+    int device_, before_ = 0;
 };
 
 inline int attribute(cudaDeviceAttr which, int device) {

@@ -75,9 +75,9 @@ PSM_HD int power_of_two(int n) {
     return power;
 }
 
-// keys[0 .. k) = the k largest in descending order, 0 where there are fewer; room for
+// keys[0 .. k) = the k largest, in descending order if kSort, 0 where there are fewer; room for
 // power_of_two(k).
-template <class KeyAt>
+template <bool kSort, class KeyAt>
 PSM_DEVICE void select_largest(int n, int k, KeyAt key_at, uint64_t* keys, SelectScratch& scratch) {
     const int thread = thread_index(), room = power_of_two(k);
     const uint64_t threshold = select_threshold(n, k, key_at, scratch);
@@ -89,7 +89,7 @@ PSM_DEVICE void select_largest(int n, int k, KeyAt key_at, uint64_t* keys, Selec
         if (key >= threshold) keys[atomic_add(&scratch.count, 1)] = key;
     }
     block_sync();
-    for (int size = 2; size <= room; size *= 2) {  // bitonic, largest first; keys are distinct
+    for (int size = 2; kSort && size <= room; size *= 2) {  // bitonic, largest first; keys are distinct
         for (int stride = size / 2; stride > 0; stride /= 2) {
             for (int i = thread; i < room; i += block_size()) {
                 const int other = i ^ stride;

@@ -12,7 +12,7 @@ from torch import Tensor
 from psm_kernels import _checks as checks
 from psm_kernels import noise
 from psm_kernels.distributed import Shard, bank_pass, bank_rows, bank_topk
-from psm_kernels.functional.common import REDUCTIONS, check_pair, reduce, unit
+from psm_kernels.functional.common import REDUCTIONS, check_pair, contrast, reduce, unit, views
 from psm_kernels.ops import SELECTIONS, check_backend, snapshot
 from psm_kernels.ops.fused import psm_rows
 from psm_kernels.stats import MiningStats, PSMOutput
@@ -125,7 +125,6 @@ def psm_loss(
     draw = _Draw(selection, a, b, None if rng_state is None else snapshot(rng_state), row_offset)
 
     with torch.autocast(bank.device.type, enabled=False):
-        query, key = unit(query, bank), unit(key, bank)
         sweep = draw._asdict() | {"temperature": temperature, "topk": topk, "backend": backend}
         if negatives == "bank" and projection is None and not (return_stats or key.requires_grad):
             weighting = {
@@ -136,6 +135,7 @@ def psm_loss(
             rows = psm_rows(query, key, bank, count, sweep, weighting)
             if rows is not None:
                 return reduce(rows, reduction)
+        query, key = unit(query, bank), unit(key, bank)
         projection = query if projection is None else unit(projection, bank)
         if negatives == "bank":
             pos, neg = _bank_sides(query, key, bank, count, draw, sweep)
@@ -332,14 +332,11 @@ def _neighbor_sides(
 
 def _view_loss(query: Tensor, key: Tensor, draw: _Draw, temperature: float) -> Tensor:
     """The hard term over the 2B views, (B,): the mean of the query's and the key's row."""
-    batch = len(query)
-    views = torch.cat((query, key))  # (2B, D)
-    similarity = views @ views.T
-    logit = (query * key).sum(1).repeat(2) / temperature  # (2B,)
-    eye = torch.eye(batch, dtype=torch.bool, device=query.device).repeat(2, 2)
+    both = views(query, key)
+    positive = both.positive / temperature  # (2B,)
     draw = draw._replace(row_offset=2 * draw.row_offset)
-    neg = _in_batch(similarity, ~eye, logit, draw, temperature, _TAG_HARD)
-    return (torch.logaddexp(logit, neg.log_sum) - logit).view(2, batch).mean(0)
+    neg = _in_batch(both.similarity, both.candidate, positive, draw, temperature, _TAG_HARD)
+    return both.fold(contrast(positive, neg.log_sum))
 
 
 def _in_batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,21 @@ from psm_kernels.distributed import ShardedBank
 from psm_kernels.losses.psm import BankLoss
 from psm_kernels.memory_bank import MemoryBank
 
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11
+
+
+class SharedOptions(TypedDict, total=False):
+    """What every loss takes by keyword, as in `PSMLoss`."""
+
+    reduction: str
+    bank_dtype: torch.dtype
+    gather_distributed: bool
+    shard_bank: bool
+    process_group: dist.ProcessGroup | None
+    seed: int
+    backend: str
+
 
 class PairLoss(BankLoss):
     """What the kin share: `memory_bank_size=0` (lightly's word) is the in-batch form, where both
@@ -21,7 +36,13 @@ class PairLoss(BankLoss):
     _twin: Any  # the function in `psm_kernels.functional`
     _check_settings: Any  # raises the ValueError of a wrong setting
 
-    def __init__(self, temperature: float, memory_bank_size, settings: dict, **shared):
+    def __init__(
+        self,
+        temperature: float,
+        memory_bank_size: tuple[int, int] | int,
+        settings: dict[str, Any],
+        **shared: Unpack[SharedOptions],
+    ):
         super().__init__(temperature, memory_bank_size, **shared)
         if self.memory_bank is None and self.collective:
             raise ValueError(
@@ -99,11 +120,8 @@ class InfoNCELoss(PairLoss):
     Args:
         temperature: tau > 0 (0.2: MoCo v2).
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form ((65536, 128): MoCo).
-        reduction: "mean" | "sum" | "none".
-        bank_dtype: fp32, bf16 or fp16; bf16 halves the bank and its reading time. Sums are fp32.
-        gather_distributed, shard_bank, process_group: as in `PSMLoss`; they need a bank.
-        seed: as in `PSMLoss`; nothing is drawn here.
-        backend: "auto" or a name of `python -m psm_kernels`.
+        reduction, bank_dtype, gather_distributed, shard_bank, process_group, seed, backend: as in
+            `PSMLoss`, with its defaults; gathering and sharding need a bank.
 
     Raises:
         ValueError: an argument is wrong; bank and noise state are as before.
@@ -115,27 +133,9 @@ class InfoNCELoss(PairLoss):
         self,
         temperature: float = 0.2,
         memory_bank_size: tuple[int, int] | int = (65536, 128),
-        *,
-        reduction: str = "mean",
-        bank_dtype: torch.dtype = torch.float32,
-        gather_distributed: bool = False,
-        shard_bank: bool = False,
-        process_group: dist.ProcessGroup | None = None,
-        seed: int = 0,
-        backend: str = "auto",
+        **shared: Unpack[SharedOptions],
     ):
-        super().__init__(
-            temperature,
-            memory_bank_size,
-            {},
-            reduction=reduction,
-            bank_dtype=bank_dtype,
-            gather_distributed=gather_distributed,
-            shard_bank=shard_bank,
-            process_group=process_group,
-            seed=seed,
-            backend=backend,
-        )
+        super().__init__(temperature, memory_bank_size, {}, **shared)
 
     def _check_settings(self, **unused) -> None:
         """None of its own."""
@@ -150,7 +150,7 @@ class HCLLoss(PairLoss):
         temperature: tau > 0.
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form, the paper's.
         beta, tau_plus, detach_weights: see there.
-        reduction and all behind it: as in `InfoNCELoss`.
+        All else: as in `InfoNCELoss`.
 
     Raises:
         ValueError: an argument is wrong; bank and noise state are as before.
@@ -166,25 +166,13 @@ class HCLLoss(PairLoss):
         beta: float = 1.0,
         tau_plus: float = 0.1,
         detach_weights: bool = False,
-        reduction: str = "mean",
-        bank_dtype: torch.dtype = torch.float32,
-        gather_distributed: bool = False,
-        shard_bank: bool = False,
-        process_group: dist.ProcessGroup | None = None,
-        seed: int = 0,
-        backend: str = "auto",
+        **shared: Unpack[SharedOptions],
     ):
         super().__init__(
             temperature,
             memory_bank_size,
             {"beta": beta, "tau_plus": tau_plus, "detach_weights": detach_weights},
-            reduction=reduction,
-            bank_dtype=bank_dtype,
-            gather_distributed=gather_distributed,
-            shard_bank=shard_bank,
-            process_group=process_group,
-            seed=seed,
-            backend=backend,
+            **shared,
         )
 
     def _check_settings(self, bank, **settings) -> None:
@@ -201,7 +189,7 @@ class SSCLLoss(PairLoss):
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form, the paper's.
         num_hard, num_synthetic, beta, tau_plus, mix, detach_weights: see there.
         seed: of the canonical noise; the state [seed, offset] is the buffer `rng_state`.
-        reduction and all else: as in `InfoNCELoss`.
+        All else: as in `InfoNCELoss`.
 
     Raises:
         ValueError: an argument is wrong; bank and noise state are as before.
@@ -220,13 +208,7 @@ class SSCLLoss(PairLoss):
         tau_plus: float = 0.05,
         mix: str = "pair",
         detach_weights: bool = False,
-        reduction: str = "mean",
-        bank_dtype: torch.dtype = torch.float32,
-        gather_distributed: bool = False,
-        shard_bank: bool = False,
-        process_group: dist.ProcessGroup | None = None,
-        seed: int = 0,
-        backend: str = "auto",
+        **shared: Unpack[SharedOptions],
     ):
         super().__init__(
             temperature,
@@ -239,13 +221,7 @@ class SSCLLoss(PairLoss):
                 "mix": mix,
                 "detach_weights": detach_weights,
             },
-            reduction=reduction,
-            bank_dtype=bank_dtype,
-            gather_distributed=gather_distributed,
-            shard_bank=shard_bank,
-            process_group=process_group,
-            seed=seed,
-            backend=backend,
+            **shared,
         )
 
     def _check_settings(self, bank, num_hard, num_synthetic, mix, **settings) -> None:
@@ -271,7 +247,7 @@ class UnReMixLoss(PairLoss):
         temperature: tau > 0.
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form, the paper's.
         similarity_weight, uncertainty_weight, representativeness_weight: see there.
-        reduction and all behind it: as in `InfoNCELoss`.
+        All else: as in `InfoNCELoss`.
 
     Raises:
         ValueError: an argument is wrong; bank and noise state are as before.
@@ -287,13 +263,7 @@ class UnReMixLoss(PairLoss):
         similarity_weight: float = 1 / 3,
         uncertainty_weight: float = 1 / 3,
         representativeness_weight: float = 1 / 3,
-        reduction: str = "mean",
-        bank_dtype: torch.dtype = torch.float32,
-        gather_distributed: bool = False,
-        shard_bank: bool = False,
-        process_group: dist.ProcessGroup | None = None,
-        seed: int = 0,
-        backend: str = "auto",
+        **shared: Unpack[SharedOptions],
     ):
         super().__init__(
             temperature,
@@ -303,13 +273,7 @@ class UnReMixLoss(PairLoss):
                 "uncertainty_weight": uncertainty_weight,
                 "representativeness_weight": representativeness_weight,
             },
-            reduction=reduction,
-            bank_dtype=bank_dtype,
-            gather_distributed=gather_distributed,
-            shard_bank=shard_bank,
-            process_group=process_group,
-            seed=seed,
-            backend=backend,
+            **shared,
         )
 
     def _check_settings(self, bank, **settings) -> None:

@@ -27,13 +27,13 @@ class BankLoss(nn.Module):
         temperature: float,
         memory_bank_size: tuple[int, int],
         *,
-        reduction: str,
-        bank_dtype: torch.dtype,
-        seed: int,
-        backend: str,
+        reduction: str = "mean",
+        bank_dtype: torch.dtype = torch.float32,
         gather_distributed: bool = False,
         shard_bank: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+        backend: str = "auto",
     ):
         super().__init__()
         checks.check_number("temperature", temperature, above=0)
@@ -121,7 +121,7 @@ class BankLoss(nn.Module):
         if self.collective:
             key = gather(key, self.process_group)
             labels = None if labels is None else gather(labels, self.process_group)
-        self.memory_bank.enqueue(key, labels)
+        self.memory_bank.enqueue(key, labels, backend=self.backend)
 
     def _before_load(self, state_dict, prefix, *unused) -> None:
         """A MoCo checkpoint has `queue` and `queue_ptr` on the model: hand them to the bank. Sizes

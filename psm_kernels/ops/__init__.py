@@ -181,7 +181,7 @@ def _run_bank_pass(query, key, bank, count, s_pos, *settings) -> tuple[Tensor, .
 
 
 def _run_bank_topk(query, bank, k, count, backend) -> tuple[Tensor, Tensor]:
-    implementation = backends.choose(backend, bank)
+    implementation = backends.choose(backend, bank, topk_only=True)
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
         return tuple(implementation.bank_topk(query.to(bank.dtype).contiguous(), bank, k, count))
 

@@ -12,8 +12,11 @@ from torch import Tensor
 from psm_kernels import __version__
 from psm_kernels._csrc import source_id
 
+MAX_FINISH_TOPK = 1024  # a thread of psm_finish holds (topk, D) in fp32
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
+_SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
 _REBUILD = "build it with `pip install -e .` in a checkout, or reinstall the package"
 
 
@@ -89,7 +92,7 @@ def bank_pass(
         s_pos.new_empty(shape) for shape in (batch, batch, batch, (batch, dim))
     )
     topk_sim, topk_index = _topk_outputs(query, topk)
-    seed, offset = (0, 0) if rng_state is None else rng_state.tolist()
+    seed, offset = _noise(rng_state)
     _C.bank_pass(
         query=query.data_ptr(),
         key=key.data_ptr() if topk else 0,
@@ -121,6 +124,103 @@ def bank_pass(
         allocate=_Workspace(),
     )
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+
+
+def unit_pair(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `psm_kernels.ops.fused.psm_rows`."""
+    from psm_kernels import _C
+
+    batch, dim = query.shape
+    query, key = query.float(), key.float()
+    unit_query, unit_key = torch.empty_like(query), torch.empty_like(key)
+    norms, s_pos = query.new_empty(batch, 1), query.new_empty(batch)
+    _C.unit_pair(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        unit_query=unit_query.data_ptr(),
+        unit_key=unit_key.data_ptr(),
+        norms=norms.data_ptr(),
+        s_pos=s_pos.data_ptr(),
+        batch=batch,
+        dim=dim,
+    )
+    return unit_query, unit_key, norms, s_pos
+
+
+def through_norm(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+    """See `psm_kernels.ops.fused.psm_rows`."""
+    from psm_kernels import _C
+
+    batch, dim = unit.shape
+    _C.through_norm(
+        unit=unit.data_ptr(),
+        norms=norms.data_ptr(),
+        batch=batch,
+        dim=dim,
+        gradient=gradient.data_ptr(),
+    )
+    return gradient
+
+
+def psm_finish(
+    query: Tensor,  # (B, D) fp32
+    key: Tensor,  # (B, D) fp32
+    bank: Tensor,  # (K, D)
+    s_pos: Tensor,  # (B,)
+    swept: tuple[Tensor, ...],
+    *,
+    temperature: float,
+    selection: str,
+    a: float,
+    b: float,
+    rng_state: Tensor | None,  # (2,)
+    row_offset: int,
+    soft_weights: str,
+    weight_temperature: float,
+    hard_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `psm_kernels.ops.fused.psm_rows`."""
+    from psm_kernels import _C
+
+    neg_lse, neg_mean, neg_sq_lse, neg_count, _, topk_index = swept
+    batch, dim = query.shape
+    loss, grad_query = torch.empty_like(s_pos), torch.empty_like(query)
+    stats = s_pos.new_empty(3, batch)
+    seen = query.to(bank.dtype)
+    seed, offset = _noise(rng_state)
+    _C.psm_finish(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        seen=seen.data_ptr(),
+        bank=bank.data_ptr(),
+        s_pos=s_pos.data_ptr(),
+        neg_lse=neg_lse.data_ptr(),
+        neg_mean=neg_mean.data_ptr(),
+        neg_sq_lse=neg_sq_lse.data_ptr(),
+        neg_count=neg_count.data_ptr(),
+        topk_index=topk_index.data_ptr(),
+        batch=batch,
+        slots=len(bank),
+        dim=dim,
+        dtype=_DTYPES[bank.dtype],
+        selection=_SELECTIONS[selection],
+        temperature=temperature,
+        a=a,
+        b=b,
+        topk=topk_index.shape[1],
+        seed=seed,
+        offset=offset,
+        row_offset=row_offset,
+        soft_weights=_SOFT_WEIGHTS[soft_weights],
+        weight_temperature=weight_temperature,
+        hard_weight=hard_weight,
+        loss=loss.data_ptr(),
+        grad_query=grad_query.data_ptr(),
+        stats=stats.data_ptr(),
+        isa=instruction_set(),
+        threads=torch.get_num_threads(),
+    )
+    return loss, grad_query, stats
 
 
 def row_ranges(
@@ -179,6 +279,10 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
 def _topk_outputs(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], k)
     return query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.int64)
+
+
+def _noise(rng_state: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if rng_state is None else tuple(rng_state.tolist())
 
 
 def _valid(count: Tensor, bank: Tensor) -> int:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from psm_kernels.ops import cpp
 
-MAX_DIM = 256  # of bank_pass; bank_topk, which keeps no sums per column, takes MAX_TOPK_DIM
-MAX_TOPK_DIM = 512
-MAX_FINISH_TOPK = 64
+MAX_FINISH_TOPK = 64  # of psm_finish
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
-_SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2}
+_SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
 
 
 @functools.cache
@@ -27,10 +24,27 @@ def unavailable() -> str | None:
     from psm_kernels import _C
 
     if not hasattr(_C, "cuda"):
-        return "psm_kernels._C has no CUDA kernels: build it with PSM_CUDA=1 and nvcc"
+        return f"psm_kernels._C was {_missing()}: build it again with nvcc and PSM_CUDA=1"
     if not torch.cuda.is_available():
         return "no CUDA device was found"
     return _C.cuda.unavailable(torch.cuda.current_device()) or None
+
+
+def _missing() -> str:
+    try:
+        from psm_kernels._build_info import MISSING_CUDA
+    except ImportError:  # not built by setup.py
+        return "built without the CUDA kernels"
+    return MISSING_CUDA
+
+
+def built_for() -> str | None:
+    """The architectures whose machine code is in the module; None without the CUDA kernels."""
+    if cpp.unavailable() is not None:
+        return None
+    from psm_kernels import _C
+
+    return _C.cuda.built_for if hasattr(_C, "cuda") else None
 
 
 class _Workspace:
@@ -61,12 +75,12 @@ def bank_pass(
     *,
     null_epilogue: bool = False,
     force_sm80: bool = False,
+    affine: Tensor | None = None,  # (5, B): of `weighted_pass`, with selection "affine"
+    rho: Tensor | None = None,  # (K,)
 ) -> tuple[Tensor, ...]:
-    """See `psm_kernels.ops.bank_pass`. The last two flags exist for benchmarks and tests: products
-    alone, whose outputs mean nothing, and the kernels of sm_80 on a Hopper GPU."""
+    """See `psm_kernels.ops.bank_pass`. Two flags exist for benchmarks and tests: products alone,
+    whose outputs mean nothing, and the kernels of sm_80 on a Hopper GPU."""
     batch, dim = query.shape
-    if dim > MAX_DIM:
-        raise ValueError(f"query: got {dim} columns, wanted at most {MAX_DIM} on backend 'cuda'")
     fp32 = functools.partial(torch.empty, dtype=torch.float32, device=bank.device)
     neg_lse, neg_sq_lse, neg_count = fp32(batch), fp32(batch), fp32(batch)
     neg_mean, topk_sim = fp32(batch, dim), fp32(batch, topk)
@@ -87,8 +101,26 @@ def bank_pass(
         col_offset=col_offset,
         null_epilogue=null_epilogue,
         force_sm80=force_sm80,
+        affine=_address(affine),
+        rho=_address(rho),
     )
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+
+
+def weighted_pass(
+    query: Tensor,  # (B, D)
+    bank: Tensor,  # (K, D)
+    count: Tensor,  # ()
+    temperature: float,
+    affine: Tensor,  # (5, B)
+    rho: Tensor,  # (K,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `psm_kernels.ops.affine.weighted_pass`."""
+    log_sum, mean, _, weight, *_ = bank_pass(
+        query, None, bank, count, affine[0], temperature, "affine", 0.0, 0.0, 0, None, 0, 0,
+        affine=affine, rho=rho,
+    )  # fmt: skip
+    return log_sum, mean, weight
 
 
 def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,51 +179,32 @@ def _run(
     )
 
 
-class Finish(NamedTuple):
-    """Per row; gradients are of the sum of the losses, with respect to unit rows."""
-
-    loss: Tensor  # (B,)
-    grad_query: Tensor  # (B, D)
-    grad_projection: Tensor  # (B, D)
-    kept: Tensor  # (B,) negatives that are left
-    grad_mean: Tensor  # (B,) of g over them, see MiningStats
-    grad_var: Tensor  # (B,)
-
-
-def finish(
+def psm_finish(
     query: Tensor,  # (B, D) fp32
     key: Tensor,  # (B, D) fp32
-    projection: Tensor,  # (B, D) fp32
     bank: Tensor,  # (K, D)
     s_pos: Tensor,  # (B,)
-    rng_state: Tensor | None,  # (2,)
-    swept: tuple[Tensor, ...],  # what bank_pass returned
+    swept: tuple[Tensor, ...],
     *,
     temperature: float,
     selection: str,
+    a: float,
+    b: float,
+    rng_state: Tensor | None,  # (2,)
+    row_offset: int,
     soft_weights: str,
     weight_temperature: float,
     hard_weight: float,
-    a: float,
-    b: float,
-    row_offset: int = 0,
-    col_offset: int = 0,
-) -> Finish:
-    """Loss, gradients and statistics of `functional.psm_loss` after its pass, in one kernel.
-
-    All (B, D) inputs are unit rows, contiguous. Mined positives: at most MAX_FINISH_TOPK.
-    """
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `psm_kernels.ops.fused.psm_rows`."""
     from psm_kernels import _C
 
     neg_lse, neg_mean, neg_sq_lse, neg_count, _, topk_index = swept
-    if topk_index.shape[1] > MAX_FINISH_TOPK:
-        raise ValueError(f"topk: got {topk_index.shape[1]}, wanted at most {MAX_FINISH_TOPK}")
-    loss, kept, grad_mean, grad_var = (torch.empty_like(s_pos) for _ in range(4))
-    out = Finish(loss, torch.empty_like(query), torch.empty_like(query), kept, grad_mean, grad_var)
+    loss, grad_query = torch.empty_like(s_pos), torch.empty_like(query)
+    stats = query.new_empty(3, query.shape[0])
     _C.cuda.finish(
         query=query.data_ptr(),
         key=key.data_ptr(),
-        projection=projection.data_ptr(),
         bank=bank.data_ptr(),
         s_pos=s_pos.data_ptr(),
         rng_state=_address(rng_state),
@@ -201,7 +214,6 @@ def finish(
         neg_count=neg_count.data_ptr(),
         topk_index=topk_index.data_ptr(),
         row_offset=row_offset,
-        col_offset=col_offset,
         batch=query.shape[0],
         dim=query.shape[1],
         topk=topk_index.shape[1],
@@ -212,15 +224,17 @@ def finish(
         hard_weight=hard_weight,
         a=a,
         b=b,
-        **{name: tensor.data_ptr() for name, tensor in out._asdict().items()},
+        loss=loss.data_ptr(),
+        grad_query=grad_query.data_ptr(),
+        stats=stats.data_ptr(),
         dtype=_DTYPES[bank.dtype],
         **_place(bank),
     )
-    return out
+    return loss, grad_query, stats
 
 
 def enqueue(
-    keys: Tensor,  # (B, D) fp32 | bf16 | fp16
+    keys: Tensor,  # (B, D) of any float dtype
     labels: Tensor | None,  # (B,) int64
     bank: Tensor,  # (K, D) fp32 | bf16 | fp16
     bank_labels: Tensor,  # (K,) int64
@@ -230,7 +244,8 @@ def enqueue(
     """`MemoryBank.enqueue` in one kernel: normalize, cast, write, advance."""
     from psm_kernels import _C
 
-    keys = keys.contiguous()
+    keys = keys.contiguous() if keys.dtype in _DTYPES else keys.float().contiguous()
+    labels = None if labels is None else labels.contiguous()
     _C.cuda.enqueue(
         keys=keys.data_ptr(),
         labels=_address(labels),

@@ -6,43 +6,72 @@ import torch
 from torch import Tensor
 
 from psm_kernels import backends
+from psm_kernels.memory_bank import unit_rows, unit_rows_and_norms
 from psm_kernels.ops import bank_pass
-
-MAX_TOPK = 32  # one program holds the (k, D) mined rows in registers
 
 
 def psm_rows(
     query: Tensor, key: Tensor, bank: Tensor, count: Tensor, sweep: dict, finish: dict
 ) -> Tensor | None:
-    """Loss rows (B,) of unit queries, differentiable by `query`; None where no backend has this.
+    """Loss rows (B,), differentiable by `query`; None where no backend has this.
+
+    A backend that has it defines
+
+        MAX_FINISH_TOPK  # more mined rows than that take the differentiable torch code instead
+        psm_finish(query, key, bank, s_pos, swept, *, temperature, selection, a, b, rng_state,
+                   row_offset, soft_weights, weight_temperature, hard_weight)
+
+    on contiguous fp32 unit rows and what `bank_pass` made of them. It returns the losses (B,), the
+    gradient of their sum by the unit query (B, D), and (3, B): the count of kept negatives, mean
+    and variance of g over them (`MiningStats`). It may define what lies around them as well:
+
+        unit_pair(query, key)  # as `_unit_pair` below
+        through_norm(gradient, unit, norms)  # as `_through_norm` below
 
     Args:
-        query, key: (B, D) fp32 unit rows; `key` carries no gradient.
+        query, key: (B, D), any length of row; `key` carries no gradient.
         bank, count: as in `psm_kernels.ops.bank_pass`.
         sweep: its keyword arguments.
         finish: soft_weights, weight_temperature and hard_weight of `functional.psm_loss`.
     """
-    if torch.compiler.is_compiling() or not isinstance(bank, Tensor) or sweep["topk"] > MAX_TOPK:
+    if torch.compiler.is_compiling() or not isinstance(bank, Tensor):
         return None
-    if not hasattr(backends.choose(sweep["backend"], bank), "psm_finish"):
+    backend = backends.choose(sweep["backend"], bank)
+    if sweep["topk"] > getattr(backend, "MAX_FINISH_TOPK", -1):
         return None
     return _PSMRows.apply(query, key, bank, count, sweep, finish)
+
+
+def _unit_pair(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit rows of contiguous query and key in fp32, the query's norms (B, 1), similarity (B,)."""
+    query, norms = unit_rows_and_norms(query)
+    key = unit_rows(key)
+    return query, key, norms, (query * key).sum(1)
+
+
+def _through_norm(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+    """The gradient by the rows before their normalization; may write in place. The part along a row
+    does nothing, the rest counts per length."""
+    return gradient.addcmul_((gradient * unit).sum(1, keepdim=True), unit, value=-1).div_(norms)
 
 
 class _PSMRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, bank, count, sweep, finish):
-        s_pos = (query * key).sum(1)
-        swept = bank_pass(query, key if sweep["topk"] else None, bank, count, s_pos, **sweep)
         backend = backends.choose(sweep["backend"], bank)
+        unit_pair = getattr(backend, "unit_pair", _unit_pair)
+        rows, key, norms, s_pos = unit_pair(query.contiguous(), key.contiguous())
+        swept = bank_pass(rows, key if sweep["topk"] else None, bank, count, s_pos, **sweep)
         names = ("temperature", "selection", "a", "b", "rng_state", "row_offset")
         draw = {name: sweep[name] for name in names}
-        rows, grad_query, _ = backend.psm_finish(query, key, bank, s_pos, swept, **draw, **finish)
-        ctx.save_for_backward(grad_query)
-        return rows
+        loss, gradient, _ = backend.psm_finish(rows, key, bank, s_pos, swept, **draw, **finish)
+        through_norm = getattr(backend, "through_norm", _through_norm)
+        ctx.save_for_backward(through_norm(gradient, rows, norms))
+        ctx.dtype = query.dtype
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_rows):
-        (grad_query,) = ctx.saved_tensors
-        return grad_rows[:, None] * grad_query, None, None, None, None, None
+    def backward(ctx, grad_loss):
+        (gradient,) = ctx.saved_tensors
+        return (grad_loss[:, None] * gradient).to(ctx.dtype), None, None, None, None, None

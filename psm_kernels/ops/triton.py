@@ -14,6 +14,7 @@ from torch import Tensor
 
 MAX_K = 1024
 MAX_SIZE = 2**31 - 128  # slots are counted in 32 bits, with a tile to spare
+MAX_FINISH_TOPK = 32  # one program of psm_finish holds the (topk, D) mined rows in registers
 CELL = 64
 LOG2E = 1.4426950408889634
 

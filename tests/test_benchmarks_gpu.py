@@ -1,0 +1,105 @@
+"""benchmarks/gpu.py without a GPU: all but its clocks."""
+
+import importlib.util
+import json
+
+import pytest
+
+from benchmarks import gpu
+
+CLOCK = {"us": 20.0, "q10": 19.0, "q90": 22.0, "runs": 9}
+MACHINE = {"gpu": "NVIDIA H100 80GB", "flops": 800e12, "bytes_per_s": 3e12}
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    def timed(step, seconds, flush):
+        step()
+        return CLOCK
+
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "timed", timed)
+    monkeypatch.setattr(gpu, "captured", lambda step: step)
+    monkeypatch.setattr(gpu, "peak_bytes", lambda step: 12)
+    monkeypatch.setattr(gpu, "compiled_pass", lambda: gpu.eager_pass)
+    small = {"topk": (4, 90, 16, 5)}
+    monkeypatch.setattr(gpu, "SHAPES", {kind: [small.get(kind, (4, 90, 16))] for kind in gpu.RUNS})
+
+
+@pytest.mark.parametrize("group", ["reference", "torch"])
+def test_a_group_measures_every_kind(group, on_the_cpu):
+    rows = []
+    assert gpu.measure_group(group, 60, rows.append), rows
+    wanted = {"pass", "loss", "topk"} | ({"enqueue"} if group == "torch" else set())
+    assert {row["kind"] for row in rows} == wanted
+    for row in rows:
+        assert row["hot"] == row["cold"] == CLOCK
+        assert row["peak_bytes"] == 12
+
+
+def test_a_failure_is_a_row_and_the_next_case_runs(on_the_cpu, monkeypatch):
+    def broken(group, *shape):
+        yield gpu.Run("first", lambda: None, False)
+        raise RuntimeError("an illegal address\nwas met")
+
+    monkeypatch.setitem(gpu.RUNS, "loss", broken)
+    rows = []
+    assert not gpu.measure_group("reference", 60, rows.append)
+    first, second = (row for row in rows if row["kind"] == "loss")
+    assert first["backend"] == "first"
+    assert "hot" in first
+    assert second["error"] == "RuntimeError: an illegal address"
+    assert "hot" not in second
+    assert any(row["kind"] == "topk" and "hot" in row for row in rows)
+
+
+def test_a_backend_that_cannot_run_is_a_failure(on_the_cpu, monkeypatch):
+    monkeypatch.setattr(gpu.backends, "load", lambda name: "no GPU was found")
+    rows = []
+    assert not gpu.measure_group("cuda", 60, rows.append)
+    assert rows == [{"error": "no GPU was found"}]
+
+
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [("os._exit(3)", "ended with status 3"), ("time.sleep(600)", "stopped after 3 s"), ("0", None)],
+)
+def test_rows_survive_a_process_that_dies_or_hangs(last, why, tmp_path, monkeypatch):
+    script = tmp_path / "child.py"
+    script.write_text(f"import os, time\nprint('noise\\n{{\"a\": 1}}', flush=True)\n{last}\n")
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    assert gpu.start_group("cuda", -18) == ([{"a": 1}], why)  # 30 s less 1.5 times 18
+
+
+def row(backend: str, **rest) -> dict:
+    about = {"kind": "pass", "shape": [256, 65_536, 128], "dtype": "bfloat16", "backend": backend}
+    return about | rest
+
+
+def test_the_report_holds_what_was_measured(tmp_path, monkeypatch, capsys):
+    times = {"hot": CLOCK, "cold": CLOCK | {"us": 30.0}, "peak_bytes": 5, "graph": True}
+    groups = {
+        "machine": ([MACHINE], None),
+        "triton": ([row("triton", **times), row("triton", error="ValueError: no")], "status 1"),
+        "cuda": ([{"error": "no CUDA kernels"}], "ended with status 1"),
+        "torch": ([row("eager", **times)], None),
+    }
+    monkeypatch.setattr(gpu, "start_group", lambda group, seconds: groups[group])
+    assert gpu.run_groups(60, tmp_path / "new") == 1
+    result = json.loads((tmp_path / "new/NVIDIA_H100_80GB.json").read_text())
+    assert result["failed"] == {"triton": "status 1", "cuda": "no CUDA kernels"}
+    assert [r["backend"] for r in result["rows"]] == ["triton", "triton", "eager"]
+    measured = result["rows"][0]
+    assert measured["roofline_us"] == pytest.approx(3 * 2 * 256 * 65_536 * 128 / 800e6)
+    assert measured["share_of_roofline"] == pytest.approx(measured["roofline_us"] / 20)
+    assert result["versions"]["torch"]
+    assert "commit" in result["versions"]
+    assert "ValueError: no" in capsys.readouterr().out
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "new/NVIDIA_H100_80GB.png").stat().st_size > 1000
+
+
+def test_without_a_gpu_the_program_says_so(monkeypatch):
+    monkeypatch.setattr(gpu, "start_group", lambda group, seconds: ([], "ended with status 1"))
+    with pytest.raises(SystemExit, match="the GPU could not be measured: ended with status 1"):
+        gpu.run_groups(60, None)

@@ -1,0 +1,78 @@
+"""Losses and modules on a GPU, on every backend, against the reference on the CPU. The noise is
+canonical, so that the same negatives are drawn."""
+
+import copy
+
+import pytest
+import torch
+from conftest import problem
+
+import psm_kernels
+from psm_kernels import backends, functional
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DRAW = {"rng_state": torch.tensor([5, 6]), "row_offset": 3}
+LOSSES = {
+    "psm": {"topk": 5, **DRAW},
+    "info_nce": {},
+    "hcl": {},
+    "sscl": {"num_hard": 6, **DRAW},
+    "unremix": {},
+}
+
+
+@pytest.fixture(params=[name for name, row in backends.TABLE.items() if name != "cpp"])
+def backend(request) -> str:
+    reason = backends.load(request.param)
+    if isinstance(reason, str):
+        pytest.fail(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_gradients(backend, name, dtype):
+    loss = getattr(functional, f"{name}_loss")
+    query, key, bank, _ = problem(33, 700, 64, dtype=dtype, few_bits=True)
+    found = {}
+    for device, own in (("cpu", "reference"), ("cuda", backend)):
+        leaf = query.to(device).requires_grad_()
+        moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in LOSSES[name].items()}
+        rows = loss(
+            leaf, key.to(device), bank.to(device), count=600, reduction="none", backend=own, **moved
+        )
+        rows.sum().backward()
+        found[device] = rows.detach().cpu(), leaf.grad.cpu()
+    loose = 1e-4 if dtype is torch.float32 else 1e-2  # weights round to the bank's dtype
+    for got, want in zip(found["cuda"], found["cpu"], strict=True):
+        torch.testing.assert_close(got, want, atol=loose, rtol=loose)
+
+
+def test_the_module_trains_as_on_the_cpu(backend):
+    here = psm_kernels.PSMLoss(0.2, memory_bank_size=(200, 32), backend="reference")
+    there = copy.deepcopy(here).to("cuda")
+    there.backend = backend
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):  # the third wraps around
+        query, key = torch.randn(2, 80, 32, generator=generator)
+        want = here(query.requires_grad_(), key)
+        got = there(query.detach().cuda().requires_grad_(), key.cuda())
+        torch.testing.assert_close(got.cpu(), want, atol=1e-4, rtol=1e-4)
+    got, want = there.state_dict(), here.state_dict()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name].cpu(), value, atol=1e-6, rtol=1e-5)
+
+
+def test_the_module_compiles_whole(backend):
+    criterion = psm_kernels.PSMLoss(0.2, memory_bank_size=(200, 32), backend=backend).cuda()
+    twin = copy.deepcopy(criterion)
+    compiled = torch.compile(twin, fullgraph=True)
+    for _ in range(3):
+        query, key = torch.randn(2, 16, 32, device="cuda")
+        got, want = compiled(query, key), criterion(query, key)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(twin.memory_bank.bank, criterion.memory_bank.bank)
