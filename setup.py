@@ -38,6 +38,7 @@ SOURCES = {  # source -> flags of its own: nothing else may be compiled for more
     Path("csrc/bindings.cpp"): [],
     CPU / "bank_pass.cpp": [],
     CPU / "finish.cpp": [],
+    CPU / "rows.cpp": [],
     CPU / "threads.cpp": [],
     CPU / "isa_portable.cpp": [],
 }

@@ -33,7 +33,8 @@ void check_size(const char* name, int64_t size, int64_t least, int64_t most) {
 }
 
 void check_temperature(const char* name, double value) {
-    if (!(value > 0.0) || std::isinf(value)) refuse(name, std::to_string(value), "a number above 0");
+    if (value > 0.0 && !std::isinf(value)) return;
+    refuse(name, std::to_string(value), "a number above 0");
 }
 
 template <class T>
@@ -161,6 +162,31 @@ void psm_finish(uintptr_t query, uintptr_t key, uintptr_t seen, uintptr_t bank, 
     psm::cpu::finish(args, isa, threads);
 }
 
+void unit_pair(uintptr_t query, uintptr_t key, uintptr_t unit_query, uintptr_t unit_key,
+               uintptr_t norms, uintptr_t s_pos, int64_t batch, int64_t dim) {
+    check_sizes(batch, 0, dim, 0, 0, 1);
+    psm::cpu::UnitPair pair{};
+    pair.query = pointer<float>("query", query, batch);
+    pair.key = pointer<float>("key", key, batch);
+    pair.unit_query = pointer<float>("unit_query", unit_query, batch);
+    pair.unit_key = pointer<float>("unit_key", unit_key, batch);
+    pair.norms = pointer<float>("norms", norms, batch);
+    pair.s_pos = pointer<float>("s_pos", s_pos, batch);
+    pair.batch = batch, pair.dim = dim;
+    py::gil_scoped_release release;
+    psm::cpu::unit_pair(pair);
+}
+
+void through_norm(uintptr_t unit, uintptr_t norms, int64_t batch, int64_t dim,
+                  uintptr_t gradient) {
+    check_sizes(batch, 0, dim, 0, 0, 1);
+    const float* rows = pointer<float>("unit", unit, batch);
+    const float* lengths = pointer<float>("norms", norms, batch);
+    float* target = pointer<float>("gradient", gradient, batch);
+    py::gil_scoped_release release;
+    psm::cpu::through_norm(rows, lengths, batch, dim, target);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -184,6 +210,10 @@ PYBIND11_MODULE(_C, m) {
           arg("seed"), arg("offset"), arg("row_offset"), arg("soft_weights"),
           arg("weight_temperature"), arg("hard_weight"), arg("loss"), arg("grad_query"),
           arg("stats"), arg("isa"), arg("threads"));
+    m.def("unit_pair", &unit_pair, py::kw_only(), arg("query"), arg("key"), arg("unit_query"),
+          arg("unit_key"), arg("norms"), arg("s_pos"), arg("batch"), arg("dim"));
+    m.def("through_norm", &through_norm, py::kw_only(), arg("unit"), arg("norms"), arg("batch"),
+          arg("dim"), arg("gradient"));
 #ifdef PSM_CUDA
     psm::cuda::bind(m);
 #endif

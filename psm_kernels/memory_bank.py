@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from psm_kernels import _checks as checks
+from psm_kernels import backends
 
 
 def unit_rows(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -82,18 +83,23 @@ class MemoryBank(nn.Module):
             checks.check_device("labels", labels, self.bank.device)
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
+    def enqueue(self, keys: Tensor, labels: Tensor | None = None, *, backend: str = "auto") -> None:
         """Write a batch behind the newest rows; of more than `size` keys the last `size` stay.
 
         Args:
             keys: (B, dim), any B; normalized here. A row with a NaN or an infinity is stored as
                 zeros, similarity 0 to everything, so that it cannot spoil later steps.
             labels: (B,) int64 or None for unknown. They serve statistics, never the loss.
+            backend: "auto" or a name of `python -m psm_kernels`; "cuda" does it in one kernel.
 
         Raises:
-            ValueError: wrong shape, dtype or device; nothing is written.
+            ValueError: wrong shape, dtype or device, or the backend cannot run; nothing is written.
         """
         self.check(keys, labels)
+        if isinstance(self.bank, Tensor) and not torch.compiler.is_compiling():
+            own = getattr(backends.choose(backend, self.bank), "enqueue", None)
+            if own is not None:
+                return own(keys.detach(), labels, self.bank, self.labels, self.ptr, self.count)
         batch = keys.shape[0]
         if labels is None:
             labels = torch.full((batch,), -1, device=self.ptr.device)
@@ -101,7 +107,8 @@ class MemoryBank(nn.Module):
         wide = torch.float64 if self.bank.dtype is torch.float64 else torch.float32
         with torch.autocast(keys.device.type, enabled=False):
             rows = unit_rows(last, wide)
-        rows = torch.where(rows.isfinite().all(1, keepdim=True), rows, 0.0)
+        # With a NaN or an infinity the norm is one too: what it divides is all 0 and NaN.
+        rows = rows.nan_to_num_(0.0)
         slots = torch.arange(batch - rows.shape[0], batch, device=self.ptr.device)
         slots = (self.ptr + slots) % self.size
         self._write(slots, rows.to(self.bank.dtype), labels[-self.size :])

@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psm_kernels import MemoryBank
+from psm_kernels import MemoryBank, PSMLoss
 from psm_kernels.memory_bank import unit_rows
+from psm_kernels.ops import reference
 
 
 @given(size=st.integers(1, 12), batches=st.lists(st.integers(1, 30), max_size=8))
@@ -123,3 +124,20 @@ def test_bad_input(make, name):
     with pytest.raises(ValueError, match=rf"^{name}: got .*wanted"):
         make(bank)
     assert int(bank.count) == 0
+
+
+def test_a_backend_with_its_own_enqueue_writes(monkeypatch):
+    """As `cuda` does; the loss hands over its backend's name."""
+    calls = []
+    monkeypatch.setattr(reference, "enqueue", lambda *args: calls.append(args), raising=False)
+    criterion = PSMLoss(0.5, (8, 4), topk=1, backend="reference")
+    keys, labels, bank = torch.randn(3, 4), torch.arange(3), criterion.memory_bank
+    criterion.enqueue(keys, labels)
+    assert len(calls) == 1
+    for got, wanted in zip(calls[0], (keys, labels), strict=False):
+        assert torch.equal(got, wanted)
+    for got, wanted in zip(
+        calls[0][2:], (bank.bank, bank.labels, bank.ptr, bank.count), strict=True
+    ):
+        assert got is wanted
+    assert not bank.bank.any()  # nobody else wrote

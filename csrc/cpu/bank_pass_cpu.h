@@ -29,6 +29,19 @@ struct FinishArgs {
 };
 void finish(const FinishArgs& args, const std::string& isa, int threads);
 
+// Unit rows of queries and keys, and the similarity of each pair.
+struct UnitPair {
+    const float *query, *key;     // (B, D) of any length
+    float *unit_query, *unit_key; // (B, D)
+    float* norms;                 // (B,) of the queries, 1 for a row of zeros
+    float* s_pos;                 // (B,)
+    int64_t batch, dim;
+};
+void unit_pair(const UnitPair& pair);
+// gradient (B, D) by unit rows, in place: by the rows that they were made of.
+void through_norm(const float* unit, const float* norms, int64_t batch, int64_t dim,
+                  float* gradient);
+
 // Instruction sets that this build has and this machine runs, best first.
 std::vector<std::string> instruction_sets();
 

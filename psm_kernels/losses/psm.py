@@ -121,7 +121,7 @@ class BankLoss(nn.Module):
         if self.collective:
             key = gather(key, self.process_group)
             labels = None if labels is None else gather(labels, self.process_group)
-        self.memory_bank.enqueue(key, labels)
+        self.memory_bank.enqueue(key, labels, backend=self.backend)
 
     def _before_load(self, state_dict, prefix, *unused) -> None:
         """A MoCo checkpoint has `queue` and `queue_ptr` on the model: hand them to the bank. Sizes

@@ -12,11 +12,11 @@ from torch import Tensor
 from psm_kernels import __version__
 from psm_kernels._csrc import source_id
 
+MAX_FINISH_TOPK = 1024  # a thread of psm_finish holds (topk, D) in fp32
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
 _SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
-
-MAX_FINISH_TOPK = 1024  # a thread of psm_finish holds (topk, D) in fp32
 _REBUILD = "build it with `pip install -e .` in a checkout, or reinstall the package"
 
 
@@ -124,6 +124,42 @@ def bank_pass(
         allocate=_Workspace(),
     )
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+
+
+def unit_pair(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `psm_kernels.ops.fused.psm_rows`."""
+    from psm_kernels import _C
+
+    batch, dim = query.shape
+    query, key = query.float(), key.float()
+    unit_query, unit_key = torch.empty_like(query), torch.empty_like(key)
+    norms, s_pos = query.new_empty(batch, 1), query.new_empty(batch)
+    _C.unit_pair(
+        query=query.data_ptr(),
+        key=key.data_ptr(),
+        unit_query=unit_query.data_ptr(),
+        unit_key=unit_key.data_ptr(),
+        norms=norms.data_ptr(),
+        s_pos=s_pos.data_ptr(),
+        batch=batch,
+        dim=dim,
+    )
+    return unit_query, unit_key, norms, s_pos
+
+
+def through_norm(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+    """See `psm_kernels.ops.fused.psm_rows`."""
+    from psm_kernels import _C
+
+    batch, dim = unit.shape
+    _C.through_norm(
+        unit=unit.data_ptr(),
+        norms=norms.data_ptr(),
+        batch=batch,
+        dim=dim,
+        gradient=gradient.data_ptr(),
+    )
+    return gradient
 
 
 def psm_finish(

@@ -180,11 +180,11 @@ def _run(
 
 
 def psm_finish(
-    query: Tensor,  # (B, D) fp32 unit rows
-    key: Tensor,  # (B, D) fp32 unit rows
+    query: Tensor,  # (B, D) fp32
+    key: Tensor,  # (B, D) fp32
     bank: Tensor,  # (K, D)
     s_pos: Tensor,  # (B,)
-    swept: tuple[Tensor, ...],  # the six tensors of bank_pass
+    swept: tuple[Tensor, ...],
     *,
     temperature: float,
     selection: str,
@@ -196,12 +196,10 @@ def psm_finish(
     weight_temperature: float,
     hard_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss rows (B,), their gradient by the unit query (B, D), and stats (3, B): kept count, mean
-    and variance of g over the kept negatives."""
+    """See `psm_kernels.ops.fused.psm_rows`."""
     from psm_kernels import _C
 
     neg_lse, neg_mean, neg_sq_lse, neg_count, _, topk_index = swept
-    query, key = query.contiguous(), key.contiguous()
     loss, grad_query = torch.empty_like(s_pos), torch.empty_like(query)
     stats = query.new_empty(3, query.shape[0])
     _C.cuda.finish(

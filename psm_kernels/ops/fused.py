@@ -23,7 +23,10 @@ def psm_rows(
 
     on contiguous fp32 unit rows and what `bank_pass` made of them. It returns the losses (B,), the
     gradient of their sum by the unit query (B, D), and (3, B): the count of kept negatives, mean
-    and variance of g over them (`MiningStats`).
+    and variance of g over them (`MiningStats`). It may define what lies around them as well:
+
+        unit_pair(query, key)  # as `_unit_pair` below
+        through_norm(gradient, unit, norms)  # as `_through_norm` below
 
     Args:
         query, key: (B, D), any length of row; `key` carries no gradient.
@@ -39,20 +42,31 @@ def psm_rows(
     return _PSMRows.apply(query, key, bank, count, sweep, finish)
 
 
+def _unit_pair(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit rows of contiguous query and key in fp32, the query's norms (B, 1), similarity (B,)."""
+    query, norms = unit_rows_and_norms(query)
+    key = unit_rows(key)
+    return query, key, norms, (query * key).sum(1)
+
+
+def _through_norm(gradient: Tensor, unit: Tensor, norms: Tensor) -> Tensor:
+    """The gradient by the rows before their normalization; may write in place. The part along a row
+    does nothing, the rest counts per length."""
+    return gradient.addcmul_((gradient * unit).sum(1, keepdim=True), unit, value=-1).div_(norms)
+
+
 class _PSMRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, bank, count, sweep, finish):
-        rows, norms = unit_rows_and_norms(query.contiguous())
-        key = unit_rows(key.contiguous())
-        s_pos = (rows * key).sum(1)
-        swept = bank_pass(rows, key if sweep["topk"] else None, bank, count, s_pos, **sweep)
         backend = backends.choose(sweep["backend"], bank)
+        unit_pair = getattr(backend, "unit_pair", _unit_pair)
+        rows, key, norms, s_pos = unit_pair(query.contiguous(), key.contiguous())
+        swept = bank_pass(rows, key if sweep["topk"] else None, bank, count, s_pos, **sweep)
         names = ("temperature", "selection", "a", "b", "rng_state", "row_offset")
         draw = {name: sweep[name] for name in names}
         loss, gradient, _ = backend.psm_finish(rows, key, bank, s_pos, swept, **draw, **finish)
-        # Through the normalization: the part along a row does nothing, the rest counts per length.
-        gradient = gradient.addcmul_((gradient * rows).sum(1, keepdim=True), rows, value=-1)
-        ctx.save_for_backward(gradient.div_(norms))
+        through_norm = getattr(backend, "through_norm", _through_norm)
+        ctx.save_for_backward(through_norm(gradient, rows, norms))
         ctx.dtype = query.dtype
         return loss
 
