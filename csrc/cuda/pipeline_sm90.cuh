@@ -32,7 +32,7 @@ struct Barriers {
     }
 };
 
-// A place in a ring of stages and the parity of its current phase. The address of the stage's `full`
+// A place in a ring of stages and the parity of its phase. The address of the stage's `full`
 // barrier tells it.
 template <int kStages>
 struct Ring {
