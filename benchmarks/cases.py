@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -24,7 +25,7 @@ PRODUCTS = {
     "bank_topk": 1,
     "enqueue": 0,
 }
-BANKS = ("random", "clustered", "sorted", "duplicated")
+BANKS = ("random", "clustered", "sorted", "duplicated", "collapsed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,13 @@ class Case:
         return f"{self.operation}-B{self.batch}-K{self.size}-D{self.dim}{k}-{self.dtype}{kind}"
 
     @property
+    def elements(self) -> int:
+        """What time grows with."""
+        return self.batch * self.size * self.dim
+
+    @property
     def flops(self) -> float:
-        return 2.0 * PRODUCTS[self.operation] * self.batch * self.size * self.dim
+        return 2.0 * PRODUCTS[self.operation] * self.elements
 
     @property
     def bank_bytes(self) -> int:
@@ -75,27 +81,42 @@ class Problem:
 
 
 def make_problem(case: Case, device: str) -> Problem:
+    return Problem(case, *_inputs(dataclasses.replace(case, operation="", topk=0), device))
+
+
+@functools.lru_cache(1)  # three operations want the same bank of 16 M rows
+def _inputs(case: Case, device: str) -> tuple[Tensor, Tensor, MemoryBank, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
 
     def rows(count: int) -> Tensor:
         return torch.randn(count, case.dim, generator=generator, device=device)
 
-    query = rows(case.batch)
-    key = query + 0.5 * rows(case.batch)
+    def some(centers: Tensor, count: int) -> Tensor:
+        which = torch.randint(len(centers), (count,), generator=generator, device=device)
+        return centers[which] + 0.3 * rows(count)
+
     memory = MemoryBank(case.size, case.dim, dtype=DTYPES[case.dtype], device=device)
-    if case.bank == "clustered":
-        which = torch.randint(100, (case.size,), generator=generator, device=device)
-        memory.enqueue(rows(100)[which] + 0.3 * rows(case.size))
-    elif case.bank == "duplicated":
-        memory.enqueue(rows(-(-case.size // 16)).repeat(16, 1)[: case.size])
-    elif case.bank == "sorted":  # the best slot last: the worst order for a running maximum
+    query = rows(case.batch)
+    if case.bank == "clustered":  # a hundred slots in ten thousand are nearly as good as the best
+        centers = rows(100)
+        query = some(centers, case.batch)
+        memory.enqueue(some(centers, case.size))
+    elif case.bank == "sorted":  # all rows look one way and each slot is better than those before
+        axis = 10 * rows(1)
+        query = axis + rows(case.batch)
         found = unit_rows(rows(case.size))
-        memory.enqueue(found[(found @ unit_rows(key)[0]).argsort()])
-    else:
-        for start in range(0, case.size, 65_536):  # at once would need the bank's memory four times
-            memory.enqueue(rows(min(65_536, case.size - start)))
-    rng_state = torch.tensor([1, 2], device=device)
-    return Problem(case, query.requires_grad_(), key, memory, rng_state)
+        memory.enqueue(found[(found @ axis[0]).argsort()])
+    elif case.bank == "duplicated":  # each row sixteen times
+        memory.enqueue(rows(-(-case.size // 16)).repeat(16, 1)[: case.size])
+    elif case.bank == "collapsed":  # one row: nothing tells the best slot from another
+        memory.enqueue(rows(1).expand(case.size, -1))
+    else:  # drawing 16 M rows takes more than a minute: a part, and the same with rotated columns
+        drawn = unit_rows(rows(min(case.size, 262_144)))
+        for turn, part in enumerate(memory.bank.split(len(drawn))):
+            part.copy_(drawn.roll(turn, 1)[: len(part)])
+        memory.count.fill_(case.size)
+    key = query + 0.5 * rows(case.batch)
+    return query.requires_grad_(), key, memory, torch.tensor([1, 2], device=device)
 
 
 # --- which cases ---------------------------------------------------------------------------------
@@ -106,22 +127,24 @@ def default_cases(device: str) -> list[Case]:
     product may win. Shapes of a GPU are larger."""
     big = 65_536 if device == "cpu" else 262_144
     cases = [
-        Case("psm_forward", 256, 16_384, 128, 5),
+        Case("psm_forward", 256, big, 128, 5),
         Case("psm", 64, 1_024, 128, 5),
         Case("psm", 256, 16_384, 128, 5),
         Case("psm", 256, big, 128, 5),
         Case("psm", 256, big, 128, 5, "bf16"),
+        Case("info_nce", 1, 256, 128),
         Case("info_nce", 64, 1_024, 128),
-        Case("info_nce", 256, 16_384, 128),
         Case("info_nce", 256, big, 128),
-        Case("hcl", 256, 16_384, 128),
-        Case("sscl", 256, 16_384, 128, 32),
-        Case("unremix", 256, 16_384, 128),
+        Case("hcl", 256, big, 128),
+        Case("sscl", 256, big, 128, 32),
+        Case("unremix", 256, big, 128),
+        Case("bank_topk", 1, big, 128, 5),
         Case("bank_topk", 64, 1_024, 128, 5),
-        Case("bank_topk", 256, 65_536, 128, 5),
+        Case("bank_topk", 256, big, 128, 5),
         Case("bank_topk", 1_000, 50_000, 512, 200),  # kNN evaluation
-        Case("enqueue", 256, 65_536, 128),
-        Case("enqueue", 256, 65_536, 128, 0, "bf16"),
+        Case("enqueue", 16, 1_024, 128),
+        Case("enqueue", 256, big, 128),
+        Case("enqueue", 256, big, 128, 0, "bf16"),
     ]
     if device != "cpu":
         cases += [
@@ -136,26 +159,32 @@ def default_cases(device: str) -> list[Case]:
 SWEEPS = ("K", "B", "D", "k", "bank")
 
 
-def sweep_cases(name: str) -> Iterator[Case]:
-    """One variable at a time around (256, 65536, 128, 5)."""
-    base = Case("psm", 256, 65_536, 128, 5)
+def sweep_cases(names: list[str]) -> list[Case]:
+    """One variable at a time around (256, 65536, 128, 5). The smallest first: they tell how long
+    the larger ones would take, and those are lost when the time is over."""
+    found = dict.fromkeys(case for name in names for case in _sweep(name))
+    return sorted(found, key=lambda case: (case.elements, case.bank, case.dim))
+
+
+def _sweep(name: str) -> Iterator[Case]:
+    base, topk = Case("psm", 256, 65_536, 128, 5), Case("bank_topk", 256, 65_536, 128, 5)
     if name == "K":
         for power in range(12, 25, 2):
-            for operation, topk in (("psm", 5), ("info_nce", 0), ("bank_topk", 5)):
-                yield Case(operation, 256, 1 << power, 128, topk, "fp32")
+            for case in (base, Case("info_nce", 256, 65_536, 128), topk):
+                yield dataclasses.replace(case, size=1 << power)
     elif name == "B":
         yield from (dataclasses.replace(base, batch=1 << power) for power in range(6, 13))
     elif name == "D":
         yield from (dataclasses.replace(base, dim=1 << power) for power in range(6, 11))
     elif name == "k":
-        for topk in (0, 1, 5, 16, 32, 64):
-            yield dataclasses.replace(base, topk=topk)
-            if topk:
-                yield Case("bank_topk", 256, 65_536, 128, topk)
+        yield dataclasses.replace(base, topk=0)
+        for k in (1, 5, 16, 32, 64):
+            yield dataclasses.replace(base, topk=k)
+            yield dataclasses.replace(topk, topk=k)
     else:
         for kind in BANKS:
             yield dataclasses.replace(base, bank=kind)
-            yield Case("bank_topk", 256, 65_536, 128, 5, bank=kind)
+            yield dataclasses.replace(topk, bank=kind)
 
 
 def tiny(case: Case) -> Case:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import measure, report
+from benchmarks import measure, report, tables
 from benchmarks.cases import SWEEPS, default_cases, sweep_cases, tiny
 from benchmarks.providers import our_name
 from psm_kernels import backends
@@ -20,8 +20,12 @@ RESULTS = pytest.StashKey[dict]()
 def pytest_addoption(parser):
     group = parser.getgroup("psm_kernels")
     group.addoption("--device", default="auto", help="cpu, cuda; auto: a GPU if there is one")
-    group.addoption("--sweep", nargs="+", default=[], choices=SWEEPS, help="instead of the default")
-    group.addoption("--budget", type=float, default=6.0, help="seconds of timed rounds a case")
+    group.addoption(
+        "--sweep", nargs="+", default=[], choices=[*SWEEPS, "all"], help="instead of the default"
+    )
+    group.addoption("--minutes", type=float, default=9.5, help="after that, cases are skipped")
+    group.addoption("--budget", type=float, help="seconds of timed rounds a case; 3, in a sweep 1")
+    group.addoption("--longest", type=float, default=5.0, help="seconds of a call by a competitor")
     group.addoption("--tiny", action="store_true", help="does everything run? numbers mean nothing")
     group.addoption(
         "--results", type=Path, default=Path(".benchmarks/latest.json"), help="what is measured"
@@ -35,10 +39,15 @@ def pytest_configure(config):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     config.option.device = device
+    if config.option.budget is None:
+        config.option.budget = 1.0 if config.option.sweep else 3.0
+    config.option.least = 0 if config.option.sweep or config.option.tiny else 5  # rounds of a case
+    end = time.monotonic() + 60 * config.option.minutes
+    config.option.seconds_left = lambda: end - time.monotonic()
     if our_name(device) == "reference":
         raise pytest.UsageError(f"nothing to measure on {device}:\n{backends.describe()}")
-    cases = [case for name in config.option.sweep for case in sweep_cases(name)]
-    cases = cases or default_cases(device)
+    names = SWEEPS if "all" in config.option.sweep else config.option.sweep
+    cases = sweep_cases(names) or default_cases(device)
     if config.option.tiny:
         cases = [tiny(case) for case in cases]
     config.option.cases = list(dict.fromkeys(cases))
@@ -64,11 +73,12 @@ def pytest_collection_finish(session):
         "ours": our_name(device),
         **measure.provenance(),
         "rates": measure.rates(device, dtypes, 256 if config.option.tiny else None),
+        "sweep": bool(config.option.sweep),
         "rows": [],
         "skipped": [],
     }
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    for line in report.headline(config.stash[RESULTS]):
+    for line in tables.headline(config.stash[RESULTS]):
         reporter.write_line(line)
 
 
@@ -87,18 +97,11 @@ def pytest_terminal_summary(terminalreporter, config):
     if results is None or not (results["rows"] or "training" in results):
         return
     terminalreporter.section("benchmarks")
-    for line in (*report.headline(results), "", *report.text(results)):
+    for line in (*tables.headline(results), "", *tables.text(results)):
         terminalreporter.write_line(line)
     path = config.option.results
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    terminalreporter.write_line(f"\nwritten: {path}; pictures: python -m benchmarks.report {path}")
-
-
-def wants_memory(case, options) -> bool:
-    """The largest fp32 bank of each operation; of the sweep over K all of them."""
-    if case.operation in ("enqueue", "psm_forward") or case.dtype != "fp32":
-        return False
-    alike = [c for c in options.cases if dataclasses.replace(case, size=c.size) == c]
-    same = [c for c in options.cases if (c.operation, c.dtype) == (case.operation, case.dtype)]
-    return len(alike) > 2 or case.size == max(c.size for c in same)
+    terminalreporter.write_line(f"\nwritten: {path}")
+    for line in report.pictures(results, path):
+        terminalreporter.write_line(line)

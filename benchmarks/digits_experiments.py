@@ -1,10 +1,11 @@
 """The three experiments of PSM's note, and every method, on digits, with several seeds each:
 
-    python benchmarks/digits_experiments.py --jobs 2
+    python -m benchmarks.digits_experiments --jobs 2
 
 Trains each configuration with each seed by train.py and prints markdown tables of mean and
-standard deviation over the seeds, read from the files the runs leave. Runs that are there already
-are not repeated, and an interrupted one is continued.
+standard deviation over the seeds, read from the files the runs leave; benchmarks.report puts them
+into the README from benchmarks/results/digits.json. Runs that are there already are not repeated,
+and an interrupted one is continued.
 """
 
 import argparse
@@ -15,6 +16,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from benchmarks.measure import provenance
+from benchmarks.report import STORED
+from benchmarks.tables import markdown
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 CONFIGURATIONS = {
@@ -52,18 +57,13 @@ def spread(values: list[float | None], form: str) -> str:
     return f"{mean} ± {format(statistics.stdev(values), form)}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> None:
-    for row in (head, ["---"] * len(head), *rows):
-        print(f"| {' | '.join(row)} |")
-    print()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, help="default: train.py's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/digits_experiments"))
+    parser.add_argument("--results", type=Path, default=STORED / "digits.json")
     parser.add_argument("rest", nargs="*", help="after --: more options for train.py")
     args = parser.parse_args()
     common = [*(["--epochs", str(args.epochs)] if args.epochs else []), *args.rest]
@@ -87,7 +87,7 @@ def main() -> None:
     accuracy = [
         (".2%", lambda r, k=k: r["accuracy"][trained][k]) for k in ("knn", "linear", "linear_10")
     ]
-    print("Accuracy and mining after the last epoch\n")
+    tables = {}
     rows = [
         row(
             name,
@@ -102,9 +102,8 @@ def main() -> None:
         columns = [spread([s[k] for s in scores], ".2%") for k in ("knn", "linear", "linear_10")]
         rows.append([name, *columns, "-", "-"])
     head = ["", "kNN", "linear", "linear, 10 labels per class", "purity", "negatives kept"]
-    table(head, rows)
+    tables["accuracy"] = head, rows
 
-    print("Purity of mined positives by epoch\n")
     epochs = [row["epoch"] for row in found["PSM"][0][1]]
     shown = sorted({epochs[(len(epochs) - 1) * i // 5] for i in range(6)})
     mining = [name for name in found if found[name][0][0]["settings"]["method"] == "psm"]
@@ -115,9 +114,8 @@ def main() -> None:
         ]
         for name in mining
     ]
-    table(["", *(f"epoch {e}" for e in shown)], rows)
+    tables["purity"] = ["", *(f"epoch {e}" for e in shown)], rows
 
-    print("Gradient of the top-ranked negatives after the last epoch\n")
     rows = []
     for name in mining:
         columns = [
@@ -127,7 +125,12 @@ def main() -> None:
         ]
         rows.append(row(name, *columns, (".1f", lambda r: r["gradient"]["positive_rank"])))
     head = ["mean at ranks 1-10", "variance", "mean at ranks 91-100", "variance"]
-    table(["", *head, "mean rank of the positive"], rows)
+    tables["gradient"] = ["", *head, "mean rank of the positive"], rows
+
+    for name, (head, rows) in tables.items():
+        print(name, *markdown(head, rows), sep="\n", end="\n\n")
+    about = {"seeds": args.seeds, "options": common, **provenance(), "tables": tables}
+    args.results.write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

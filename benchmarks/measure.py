@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import datetime
 import functools
 import gc
 import importlib.metadata
-import json
+import multiprocessing
 import os
 import platform
 import random
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
+from benchmarks.cases import DTYPES, Case, make_problem
+
 ROOT = Path(__file__).resolve().parent.parent
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 PEERS = ("lightly", "pytorch-metric-learning", "liger-kernel", "faiss-cpu")
 
 
 # --- time ----------------------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], object], device: str, cache: str = "warm") -> float:
-    """Wall time of one call; on a GPU the device's. "cold" empties its L2 first."""
+def seconds(
+    run: Callable[[], object], device: str, cache: str = "warm", clock=time.perf_counter
+) -> float:
+    """One call's time by the clock; on a GPU the device's. "cold" empties its L2 first."""
     if device == "cpu":
-        start = time.perf_counter()
+        start = clock()
         run()
-        return time.perf_counter() - start
+        return clock() - start
     if cache == "cold":
         _flusher(device).zero_()
     else:
@@ -55,24 +59,33 @@ class Turns:
     """Calling it is one round: every run once, in a new order. A machine that slows down for a
     while slows all of them, so that their ratios hold."""
 
-    def __init__(self, runs: dict[str, Callable[[], object]], device: str, cache: str = "warm"):
-        self.runs, self.device, self.cache = runs, device, cache
+    def __init__(
+        self,
+        runs: dict[str, Callable[[], object]],
+        device: str,
+        cache: str = "warm",
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.runs = runs
+        self.time = functools.partial(seconds, device=device, cache=cache, clock=clock)
         self.taken: dict[str, list[float]] = {name: [] for name in runs}
         self.random = random.Random(0)
 
     def __call__(self) -> None:
         for name in self.random.sample(list(self.runs), len(self.runs)):
-            self.taken[name].append(seconds(self.runs[name], self.device, self.cache))
+            self.taken[name].append(self.time(self.runs[name]))
 
-    def rounds(self, budget: float, least: int = 3, most: int = 50) -> int:
-        """How many rounds fit the budget; call it after the rounds that warm up, which count only
-        where there is time for no other (`least` 0)."""
+    def measure(self, budget: float, least: int = 5, most: int = 50) -> None:
+        """One round to warm up, then as many as fit the budget. With `least` 0 the first one is
+        all where it took longer than that."""
+        self()
         last = sum(taken[-1] for taken in self.taken.values())
-        if not least and last > budget:
-            return 0
+        if last > budget and not least:
+            return
         for taken in self.taken.values():
             taken.clear()
-        return int(min(max(budget / last, least), most))
+        for _ in range(int(min(max(budget / last, least, 1), most))):
+            self()
 
     def summary(self) -> dict[str, dict[str, float]]:
         return {name: quantiles(taken) for name, taken in self.taken.items()}
@@ -100,41 +113,42 @@ def available_memory(device: str) -> float:
     return 1024.0 * int(text.split("MemAvailable:")[1].split()[0])
 
 
-def peak_memory(case, provider: str, device: str) -> int | None:
-    """Bytes that one call takes on top of its inputs; None where the system does not tell."""
+def peak_memory(case: Case, provider: str, device: str) -> int | None:
+    """Bytes that one call takes on top of its inputs, in a process that has done nothing else;
+    None where the system does not tell.
+
+    Raises:
+        BrokenProcessPool: the process was killed, mostly for its memory.
+    """
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, "-m", "benchmarks.measure", provider, device]
-    command.append(json.dumps(dataclasses.asdict(case)))
-    # Fixed thresholds: otherwise glibc keeps freed blocks below 32 MB, and they look resident.
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **settings}
-    )
-    if done.returncode:
-        raise RuntimeError(f"{provider} on {case}: {done.stderr.strip()[-2000:]}")
-    return int(done.stdout.split()[-1])
+    # A fork server that has imported torch, and no more, saves two seconds a process.
+    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    context.set_forkserver_preload(["torch._dynamo"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure_peak, case, provider, device).result()
 
 
-def _measure_peak(provider: str, device: str, text: str) -> None:
+def _measure_peak(case: Case, provider: str, device: str) -> int:
     """In the fresh process: the second call, because the first one loads and compiles."""
-    from benchmarks.cases import Case, make_problem
-    from benchmarks.providers import PROVIDERS
+    from benchmarks.providers import PROVIDERS  # which imports this module
 
-    run = PROVIDERS[provider].make(make_problem(Case(**json.loads(text)), device))
+    if device == "cpu":  # fixed thresholds: or glibc keeps freed blocks, and they look resident
+        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(threshold, 65_536)
+    run = PROVIDERS[provider].make(make_problem(case, device))
     run()
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        print(torch.cuda.max_memory_allocated() - before)
-        return
+        return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _high_water()
     run()
-    print(_high_water() - before)
+    return _high_water() - before
 
 
 def _high_water() -> int:
@@ -147,8 +161,6 @@ def _high_water() -> int:
 def rates(device: str, dtypes: tuple[str, ...], edge: int | None = None) -> dict[str, float]:
     """The roofline: operations a second of a large product of each type, bytes a second of a copy
     (read and written). Best of several: the machine, not its disturbances."""
-    from benchmarks.cases import DTYPES
-
     edge = edge or (2048 if device == "cpu" else 8192)
     found = {}
     for name in dtypes:
@@ -212,7 +224,3 @@ def provenance() -> dict:
 def _git(*words: str) -> str | None:
     done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT)
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-if __name__ == "__main__":
-    _measure_peak(*sys.argv[1:])

@@ -1,11 +1,16 @@
-"""Pictures of results, PNG and SVG: time against K, memory against K, ratios."""
+"""Pictures of results, PNG and SVG: time and memory against K, B, D and k, and ratios."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from benchmarks.cases import PRODUCTS
-from benchmarks.report import cases
+from matplotlib import rcParams
+from matplotlib.figure import Figure  # no pyplot: the user's backend stays as it is
+from matplotlib.ticker import FuncFormatter
+
+from benchmarks.cases import PRODUCTS, Case
+from benchmarks.tables import cases
 
 COLORS = {
     "eager": "#c0433c",
@@ -18,16 +23,18 @@ COLORS = {
     "faiss": "#2d8f91",
 }
 OURS = "#3b6ea8"
+VARIABLES = {"size": "K", "batch": "B", "dim": "D", "topk": "k"}
+LEAST = 3  # points of a curve
+
+Curves = dict[str, list[tuple[int, float]]]  # provider: (variable, value)
 
 
 def draw(results: dict, path: Path) -> list[Path]:
     """Files named after `path`; a picture without data is not drawn."""
-    import matplotlib
-
-    matplotlib.rcParams["svg.hashsalt"] = "psm_kernels"  # the same results, the same bytes
+    rcParams["svg.hashsalt"] = "psm_kernels"  # the same results, the same bytes
     made = {
-        "time": against_size(results, "median", 1e3, "milliseconds"),
-        "memory": against_size(results, "memory", 1e-6, "peak memory, MB"),
+        "time": curves(results, "median", 1e3, "milliseconds"),
+        "memory": curves(results, "memory", 1e-6, "peak memory, MB"),
         "ratios": bars(results),
     }
     written = []
@@ -40,77 +47,95 @@ def draw(results: dict, path: Path) -> list[Path]:
     return written
 
 
-def against_size(results: dict, column: str, unit: float, label: str):
-    """A panel for each operation that has at least two sizes K of one (B, D, k, dtype)."""
-    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    settings: dict[str, tuple] = {}
+def panels(results: dict, column: str, unit: float) -> dict[tuple[Case, str], Curves]:
+    """Cases that differ in one variable, which is set to 0 in the key."""
+    found: dict[tuple[Case, str], Curves] = {}
     for case, cache, rows in cases(results):
-        shape = (case.batch, case.dim, case.topk, case.dtype)
-        if case.dtype != "fp32" or case.bank != "random" or cache != "warm":
-            continue
-        if settings.setdefault(case.operation, _commonest(results, case.operation)) != shape:
-            continue
-        for name, row in rows.items():
-            if row.get(column):
-                points = lines.setdefault(case.operation, {}).setdefault(name, [])
-                points.append((case.size, row[column] * unit))
-    panels = {
-        operation: found
-        for operation, found in lines.items()
-        if max(len(points) for points in found.values()) > 1
+        for variable in VARIABLES if cache == "warm" else ():
+            curves = found.setdefault((dataclasses.replace(case, **{variable: 0}), variable), {})
+            for name, row in rows.items():
+                if row.get(column) is not None:
+                    point = (getattr(case, variable), row[column] * unit)
+                    curves.setdefault(name, []).append(point)
+    return {
+        key: curves
+        for key, curves in sorted(found.items(), key=lambda item: _order(*item[0]))
+        if max(map(len, curves.values()), default=0) >= LEAST
     }
-    if not panels:
+
+
+def _order(case: Case, variable: str) -> tuple:
+    return list(VARIABLES).index(variable), list(PRODUCTS).index(case.operation), str(case)
+
+
+def curves(results: dict, column: str, unit: float, label: str) -> Figure | None:
+    found = panels(results, column, unit)
+    if not found:
         return None
-    figure, axes = _figure(4.2 * len(panels), 3.6, ncols=len(panels), squeeze=False)
-    for axis, (operation, found) in zip(axes[0], panels.items(), strict=True):
-        for name, points in found.items():
+    across = min(len(found), 3)
+    down = -(-len(found) // across)
+    figure = Figure(figsize=(4.4 * across, 3.5 * down), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).flat
+    for axis, ((case, variable), lines) in zip(axes, found.items(), strict=False):
+        for name, points in lines.items():
             color, width = (OURS, 2.4) if name == results["ours"] else (COLORS.get(name), 1.3)
             axis.plot(*zip(*sorted(points), strict=True), "o-", color=color, lw=width, ms=3)
-            last = max(points)
             axis.annotate(
-                name, last, (4, 0), textcoords="offset points", fontsize=7, color=color, va="center"
-            )
-        batch, dim, topk, _ = settings[operation]
-        axis.set_title(f"{operation}: B {batch}, D {dim}, k {topk}", fontsize=10, loc="left")
-        axis.set_xscale("log", base=2)
+                name, max(points), (4, 0), textcoords="offset points", fontsize=7, color=color,
+                va="center",
+            )  # fmt: skip
+        fixed = [f"{v} {getattr(case, n)}" for n, v in VARIABLES.items() if getattr(case, n)]
+        title = f"{case.operation}: {', '.join(fixed)}, {case.dtype}"
+        axis.set_title(title, fontsize=9, loc="left")
+        if variable == "topk":
+            axis.set_xscale("symlog", base=2, linthresh=1)  # it has a 0
+        else:
+            axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         axis.set_yscale("log")
-        axis.set_xlabel("bank rows K")
-        axis.margins(x=0.15)
+        axis.set_xlabel(VARIABLES[variable])
+        axis.margins(x=0.18)
         _clean(axis)
-    axes[0][0].set_ylabel(label)
+    for axis in list(axes):  # what is left of the grid
+        axis.remove()
+    figure.supylabel(label, fontsize=9)
     return figure
 
 
-def _commonest(results: dict, operation: str) -> tuple:
-    shapes = [
-        (case.batch, case.dim, case.topk, case.dtype)
-        for case, cache, _ in cases(results)
-        if case.operation == operation and case.dtype == "fp32" and cache == "warm"
-    ]
-    return max(shapes, key=shapes.count)
+def short(value: float) -> str:
+    """Powers of two as they are called: 64k, 16M."""
+    for unit, letter in ((1 << 20, "M"), (1 << 10, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
 
 
-def bars(results: dict):
-    """How many times longer than ours the others take, a group for each case; 1 is a tie."""
-    ours, names = results["ours"], ("eager", "compile", "slab", *list(COLORS)[4:])
-    order = list(PRODUCTS)
+def bars(results: dict) -> Figure | None:
+    """How many times longer than ours the others take, a group for each case; 1 is a tie. Of sweeps
+    the kinds of banks: the rest are curves."""
+    ours, names = results["ours"], [name for name in COLORS if name != "matmul"]
+    found = [(case, rows) for case, cache, rows in cases(results) if cache == "warm"]
+    if results["sweep"]:
+        bases = {dataclasses.replace(c, bank="random") for c, _ in found if c.bank != "random"}
+        found = [(c, r) for c, r in found if dataclasses.replace(c, bank="random") in bases]
     groups = [
         (case, {n: rows[n]["median"] / rows[ours]["median"] for n in names if n in rows})
-        for case, cache, rows in cases(results)
-        if ours in rows and cache == "warm" and case.bank == "random"
+        for case, rows in found
+        if ours in rows
     ]
+    order = list(PRODUCTS)
     groups = sorted((g for g in groups if g[1]), key=lambda g: order.index(g[0].operation))
     if not groups:
         return None
-    figure, axis = _figure(8, 0.9 + 0.5 * len(groups))
-    seen = set()
-    for place, (_, found) in enumerate(groups):
-        for i, (name, times) in enumerate(found.items()):
+    figure = Figure(figsize=(8, 0.9 + 0.5 * len(groups)), layout="constrained")
+    axis, seen = figure.subplots(), set()
+    for place, (_, times) in enumerate(groups):
+        height = 0.8 / len(times)
+        for i, (name, value) in enumerate(times.items()):
             label = None if name in seen else name
             seen.add(name)
-            height = 0.8 / len(found)
             y = place - 0.4 + (i + 0.5) * height
-            axis.barh(y, times - 1, height, left=1, color=COLORS[name], label=label)
+            axis.barh(y, value - 1, height, left=1, color=COLORS[name], label=label)
     axis.axvline(1, color="#444444", lw=1)
     axis.set_yticks(range(len(groups)), [str(case) for case, _ in groups], fontsize=7)
     axis.invert_yaxis()
@@ -119,13 +144,6 @@ def bars(results: dict):
     axis.legend(frameon=False, fontsize=8)
     _clean(axis)
     return figure
-
-
-def _figure(width: float, height: float, **grid):
-    from matplotlib.figure import Figure  # no pyplot: the user's backend stays as it is
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(**grid)
 
 
 def _clean(axis) -> None:

@@ -6,6 +6,7 @@ does the work once and returns the loss (or the top-k similarities), so that all
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Callable
@@ -36,8 +37,9 @@ def step(p: Problem, loss: Callable[[], Tensor]) -> Run:
         return torch.no_grad()(loss)
 
     def run():
+        p.query.grad = None
         value = loss()
-        torch.autograd.grad(value, p.query)
+        value.backward()
         return value.detach()
 
     return run
@@ -65,7 +67,8 @@ def ours(backend: str) -> Provider:
             return reason
         if device not in row.devices or (backend, device) == ("triton", "cpu"):
             return f"runs on {device} in tests alone" if device in row.devices else OTHER_JOB
-        if DTYPES[case.dtype] not in row.dtypes or case.dim > (row.max_dim or case.dim):
+        most = row.max_topk_dim if case.operation == "bank_topk" else row.max_dim
+        if DTYPES[case.dtype] not in row.dtypes or case.dim > most:
             return f"takes no {case.dtype} bank of {case.dim} columns"
         if case.operation == "enqueue" and backend != our_name(device):
             return "the enqueue is the same for every backend"
@@ -73,7 +76,8 @@ def ours(backend: str) -> Provider:
 
     def make(p: Problem) -> Run:
         if p.case.operation == "enqueue":
-            return lambda: p.memory.enqueue(p.key)
+            memory = copy.deepcopy(p.memory)  # other cases read this bank
+            return lambda: memory.enqueue(p.key)
         if p.case.operation == "bank_topk":
             return lambda: ops.bank_topk(p.query, p.bank, p.case.topk, backend=backend)[0]
         return step(p, lambda: our_loss(p, backend))
@@ -163,7 +167,7 @@ def peer(
         if case.dtype not in reads:
             return f"takes {' and '.join(reads)} banks alone"
         if device not in (None, on):
-            return f"runs on {device} alone"
+            return f"its kernels run on {device} alone"
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed"
         if case.bank_bytes > 0.4 * available_memory(on):
@@ -182,10 +186,10 @@ def make_lightly(p: Problem) -> Run:
     return step(p, lambda: criterion(p.query, p.key))
 
 
-def fits_metric_learning(case: Case, device: str) -> str | None:
+def refuse_metric_learning(case: Case, device: str) -> str | None:
     reason = peer("pytorch_metric_learning", "info_nce")(case, device)
-    if reason is None and case.batch * case.size > 1 << 22:
-        return "its pairs took more than 24 GB at 256 x 65,536"
+    if reason is None and case.batch * case.size >= 1 << 20:
+        return "makes a list of all pairs: half a minute a call at 256 x 16,384, 24 GB at 65,536"
     return reason
 
 
@@ -248,7 +252,7 @@ PROVIDERS = {
     "lightly": Provider("NTXentLoss with a bank", peer("lightly", "info_nce"), make_lightly),
     "metric-learning": Provider(
         "CrossBatchMemory(NTXentLoss)",
-        fits_metric_learning,
+        refuse_metric_learning,
         make_metric_learning,
     ),
     "liger": Provider(
@@ -259,10 +263,3 @@ PROVIDERS = {
     ),
     "faiss": Provider("IndexFlatIP", peer("faiss", "bank_topk", device="cpu"), make_faiss),
 }
-
-
-def select(case: Case, device: str) -> tuple[list[str], dict[str, str]]:
-    """Names of the providers of a case, and why others sit it out that do such work."""
-    reasons = {name: provider.refuse(case, device) for name, provider in PROVIDERS.items()}
-    able = [name for name, reason in reasons.items() if reason is None]
-    return able, {n: reason for n, reason in reasons.items() if reason not in (None, OTHER_JOB)}

@@ -220,5 +220,14 @@ int psm_fault(const char* name) {
     });
 }
 
+int psm_cell_log2(int64_t topk, int64_t dim, int64_t slots, int cell_group) {
+    return choose_cell_log2(topk, dim, slots, cell_group);
+}
+int psm_room_for_cells(int64_t slots, int tile_slots, int cell_log2, int cell_group) {
+    PassArgs args = {};
+    args.cell_log2 = cell_log2, args.cell_group = cell_group;
+    return room_for_cells(slots, tile_slots, args);
+}
+
 float psm_sharpness(double a) { return sharpness_of(a); }
 }

@@ -125,9 +125,9 @@ def bank_pass(
     (batch, dim), slots = query.shape, bank.shape[0]
     cell_group = 1 if sums or path == "sm80" else 4
     cell_log2 = cell_log2 if cell_group > 1 else max(cell_log2, 6)
-    group = cell_group << cell_log2
-    grain = max(group, 256)  # no tile is larger
-    cells = -(-(slots + col_offset % 16) // grain) * (grain // group) * cell_group
+    padded = ctypes.c_int64(slots + col_offset % 16)
+    tile_slots = 256 if cell_group > 1 else 128  # no tile of these kernels is larger
+    cells = library().psm_room_for_cells(padded, tile_slots, cell_log2, cell_group)
     chosen = min(topk + cell_group - 1, cells)
     f32 = {"dtype": torch.float32}
     out = {

@@ -253,9 +253,31 @@ def test_bank_topk_gives_ties_to_the_smaller_slot(path, dtype, cell_log2):
         assert torch.equal(got.topk_index, want[1])
 
 
+@pytest.mark.parametrize(
+    ("slots", "dim", "k", "group", "log2"),
+    [
+        (50_000, 512, 5, 4, 3),
+        (50_000, 512, 200, 4, 2),
+        (100, 512, 200, 4, 2),
+        (65_536, 128, 5, 1, 6),
+        (2**20, 128, 5, 1, 6),
+        (2**20 + 1, 128, 5, 1, 7),
+        (2**31 - 4096, 64, 1, 4, 17),
+    ],
+)
+def test_the_size_of_cells(slots, dim, k, group, log2):
+    library, size = emulation.library(), ctypes.c_int64
+    assert library.psm_cell_log2(size(k), size(dim), size(slots), group) == log2
+    for tile in (64, 128, 256):
+        room = library.psm_room_for_cells(size(slots), tile, log2, group)
+        assert room << log2 >= slots
+        assert room % group == 0
+        assert room <= 2**14 + 256
+
+
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 def test_a_bad_slot_hides_no_other(path, dtype):
-    """NaN and inf compare as integers in the fast path of the cell maxima, but may not win there."""
+    """As an integer, NaN is the largest of all; the cell maxima must not take it."""
     query, key, bank, s_pos = problem(4, 300, 64, dtype=dtype, few_bits=True)
     bank[70], bank[75] = torch.nan, torch.inf
     got, _ = both((query, key, bank, s_pos), path, topk=300)
@@ -292,9 +314,7 @@ def test_weighted_pass(batch, size, dim, count, dtype):
     got = BankPass(*emulation.bank_pass(*args, affine=affine, rho=rho))
     torch.testing.assert_close(got.neg_lse.double(), want.log_sum, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.neg_count.double(), want.weight, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(
-        got.neg_mean.double(), want.mean, atol=MEAN_ATOL[dtype], rtol=1e-4
-    )
+    torch.testing.assert_close(got.neg_mean.double(), want.mean, atol=MEAN_ATOL[dtype], rtol=1e-4)
 
 
 def test_noise_words_are_the_canonical_ones():

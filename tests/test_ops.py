@@ -158,7 +158,11 @@ def test_a_bad_row_spoils_itself_alone(backend, bad, where):
     (query if where == "query" else key)[2, 7] = bad
     got = run(query, key, bank, s_pos, backend=backend)
     others = torch.tensor([0, 1, 3, 4, 5])
-    assert all(torch.equal(a[others], b[others]) for a, b in zip(got, want, strict=True))
+    for name, a, b in zip(want._fields, got, want, strict=True):
+        if name == "neg_mean":  # the order of its sum may depend on what a neighbor keeps
+            torch.testing.assert_close(a[others], b[others], rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(a[others], b[others]), name
     assert got.topk_index.min() >= -1
     assert got.topk_index.max() < 150
     if where == "query":

@@ -192,7 +192,8 @@ void merge_sums(const Task& t, int64_t i, const Outputs& out, float* mean) {
         sq_shift = std::max(sq_shift, t.part_sq_shift[c * t.rows + i]);
     }
     double sum = 0.0, squares = 0.0, count = 0.0;
-    std::fill(mean, mean + t.dim, 0.0f);
+    const int64_t dim = t.mean ? t.dim : 0;  // read once, or the loops below are not vectorized
+    std::fill(mean, mean + dim, 0.0f);
     for (int64_t c = 0; c < t.chunks; ++c) {
         const int64_t at = c * t.rows + i;
         count += t.part_count[at];
@@ -202,13 +203,13 @@ void merge_sums(const Task& t, int64_t i, const Outputs& out, float* mean) {
         sum += double(factor) * t.part_sum[at];
         squares += double(std::exp2(t.part_sq_shift[at] - sq_shift)) * t.part_sq[at];
         const float* part = t.part_mean + at * t.padded;
-        for (int64_t d = 0; t.mean && d < t.dim; ++d) mean[d] += factor * part[d];
+        for (int64_t d = 0; d < dim; ++d) mean[d] += factor * part[d];
     }
     out.neg_lse[i] = log_of(sum, shift);
     out.neg_sq_lse[i] = log_of(squares, sq_shift);
     out.neg_count[i] = float(count);
     const float inverse = sum == 0.0 ? 0.0f : float(1.0 / sum);
-    for (int64_t d = 0; t.mean && d < t.dim; ++d) out.neg_mean[i * t.dim + d] = mean[d] * inverse;
+    for (int64_t d = 0; d < dim; ++d) out.neg_mean[i * dim + d] = mean[d] * inverse;
 }
 
 void merge_heaps(const Task& t, int64_t i, const Outputs& out, std::vector<uint64_t>& entries) {

@@ -142,7 +142,7 @@ void accumulate_kept(const float* weights, uint64_t kept0, uint64_t kept1, const
 
 // Wide rows evict one another from L1, and with AVX2 the loads take as long as the saved products.
 bool skips_slots(const Task& t) {
-    return t.mean && t.selection == Selection::kBernoulli && !t.query_pairs && t.padded <= 256 &&
+    return t.mean && t.selection == Selection::kBernoulli && !t.query_pairs && t.padded <= 512 &&
            kWidth == 16;
 }
 

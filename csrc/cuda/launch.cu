@@ -88,19 +88,6 @@ class Cutter {
     size_t bytes_ = 0;
 };
 
-// Slots of a cell, in base 2. A pass writes one maximum per 64 slots. bank_topk on Hopper balances
-// 20 bytes of maxima per cell (written once, read by about four passes of the selection) against
-// the rows of k + 3 cells that are read again: 8 slots for k = 5 of 50,000 x 512, 4 for k = 200.
-int choose_cell_log2(const BankPassArgs& pass, int64_t slots, int cell_group) {
-    int log2 = kCellLog2;
-    if (cell_group > 1) {
-        const int64_t again = std::min(pass.topk + 3, slots) * pass.dim;
-        for (log2 = 2; again << (2 * log2 + 1) <= 10 * slots;) ++log2;
-    }
-    while ((slots - 1) >> log2 >= kMaxCells) ++log2;
-    return log2;
-}
-
 size_t lay_out(MergeArgs& args, bool sums, int merge_grid, void* workspace) {
     Cutter cutter(workspace);
     PassArgs& pass = args.pass;
@@ -164,7 +151,7 @@ void bank_pass(const Request& request, const Allocate& allocate) {
     pass.b = in.b;
     pass.cell_group = kernel.cell_group;
     const int64_t slots = request.slots + lead_slots(in.col_offset);
-    pass.cell_log2 = choose_cell_log2(in, slots, kernel.cell_group);
+    pass.cell_log2 = choose_cell_log2(in.topk, in.dim, slots, kernel.cell_group);
     pass.cells = room_for_cells(slots, kernel.tile_slots, pass);
     const int64_t grain = std::max(group_slots(pass), kernel.tile_slots);
     const int grains = int(std::min<int64_t>(kMaxSplits, (slots - 1) / grain + 1));
