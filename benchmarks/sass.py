@@ -28,17 +28,18 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARGUMENTS = {
     "count": "*i64", "s_pos": "*fp32", "rng_state": "*i64", "cell_max": "*fp32",
-    "part_stats": "*fp32", "part_mean": "*fp32", "scale": "fp32", "decay": "fp32", "b": "fp32",
+    "parts": "*fp32", "scale": "fp32", "sharpness": "fp32", "b": "fp32",
     "row_offset": "i64", "col_offset": "i64",
 }  # fmt: skip
 INTEGERS = ("B", "K", "D", "cells", "splits")
-UNUSED_BY_MINING = ("query", "s_pos", "rng_state", "part_stats", "part_mean")
+UNUSED_BY_MINING = ("query", "s_pos", "rng_state", "parts")
 UNUSED_BY_SUMS = ("key", "cell_max")
 
 
 class Report(NamedTuple):
     registers: int
     stack: int  # bytes, spills included
+    spills: int  # loads and stores of the inner loop
     shared: int  # bytes
     per_element: float  # instructions of the inner loop
     kinds: dict[str, float]
@@ -51,7 +52,7 @@ def chip(arch: str) -> str:
 
 def compile_pass(arch: str, dtype: torch.dtype, dim: int, mine=True, total=True, selection=None):
     """The compiled kernel of one launch, as the launcher of `ops/triton.py` sets it up."""
-    block = tile(dtype, dim, chip(arch))
+    block = tile(dtype, dim, chip(arch), total)
     name = TYPES[dtype]
     types = dict.fromkeys(("query", "key", "bank"), f"*{name}") | ARGUMENTS
     types |= dict.fromkeys(INTEGERS, "i32")
@@ -102,6 +103,7 @@ def nvidia_report(kernel, block) -> Report:
     return Report(
         registers,
         stack,
+        sum(op.startswith(("LDL", "STL")) for op in loop),
         kernel.metadata.shared,
         len(loop) / elements,
         {kind: n / elements for kind, n in kinds.most_common()},
@@ -155,8 +157,8 @@ def main() -> None:
                     print(title, amd_report(kernel))
                     continue
                 *numbers, kinds, serial = nvidia_report(kernel, block)
-                print(title, "registers {} stack {} shared {} per element {:.1f}".format(*numbers),
-                      f"serial {serial}")  # fmt: skip
+                words = "registers {} stack {} spills {} shared {} per element {:.1f} serial {}"
+                print(title, words.format(*numbers, serial))
                 if arguments.kinds:
                     print("   ", ", ".join(f"{kind} {n:.2f}" for kind, n in kinds.items()))
 

@@ -227,6 +227,64 @@ def test_rows_that_need_a_shift_beside_rows_that_do_not(device, dtype):
     check(*both(query, key, bank, s_pos, temperature=0.05, selection="all", topk=0), dtype)
 
 
+@pytest.mark.parametrize("size", [64, 200])
+def test_fp16_keeps_its_bits_when_all_weights_are_small(device, size):
+    # p from 1e-9 to 1e-5: as they are, the weights p exp(s / tau) are 0 or subnormal in fp16
+    tensors = problem(device, 5, size, 32, torch.float16)
+    got, want = both(*tensors, selection="expected", a=3.0, b=2.5, temperature=0.5)
+    assert (want.neg_count < size * 1e-4).all()
+    check(got, want, torch.float16)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs one program of many")
+def test_addresses_beyond_2_to_the_31(device, monkeypatch):
+    from triton.runtime import interpreter
+
+    from psm_kernels.ops import triton_kernels
+
+    size, dim = 2**24 + 64, 128  # of the 4 GB of addresses the last 128 rows are touched
+    bank = torch.empty(size, dim, dtype=torch.bfloat16)
+    query, key, tail, s_pos = problem(device, 2, 128, dim, torch.bfloat16)
+    bank[-128:] = tail
+    splits = 512  # of 513 tiles, but for the last, which has these two
+    kernel = triton_kernels.bank_pass_kernel
+
+    class Last:
+        """The kernel, of whose programs the last alone runs."""
+
+        def __getitem__(self, grid):
+            assert grid == (splits,)
+            return self.run
+
+        def run(self, *args, **kwargs):
+            with monkeypatch.context() as patch:
+                last = np.array([splits - 1], dtype=np.int32)
+                handle = interpreter.TensorHandle(last, interpreter.tl.int32)
+                builder = interpreter.InterpreterBuilder
+                patch.setattr(builder, "create_get_program_id", lambda self, axis: handle)
+                kernel[(1,)](*args, **kwargs)
+
+    monkeypatch.setattr(triton_kernels, "bank_pass_kernel", Last())
+    monkeypatch.setattr(backend, "_splits", lambda *args: splits)
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # what the other programs leave
+    # Results are in place already, and copying the bank onto itself would touch all of it.
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
+    settings = {"selection": "all", "topk": 1, "temperature": 0.2}
+    got = ops.bank_pass(query, bank[-2:], bank, None, s_pos, backend="triton", **settings)
+    want = ops.bank_pass(query, bank[-2:], tail, None, s_pos, backend="reference", **settings)
+    want = want._replace(topk_index=want.topk_index + size - 128)
+    check(got, want, torch.bfloat16)
+
+    from psm_kernels.ops.triton_finish import finish
+
+    finishing = {"temperature": 0.2, "selection": "all", "a": 1.0, "b": 0.0, "rng_state": None}
+    finishing |= {"soft_weights": "uniform", "weight_temperature": 1.0, "hard_weight": 1.0}
+    loss, _, _ = finish(query, key, bank, s_pos, got, **finishing)
+    want = want._replace(topk_index=want.topk_index - size + 128)
+    near, _, _ = finish(query, key, tail, s_pos, want, **finishing)
+    torch.testing.assert_close(loss, near)
+
+
 def test_duplicates_go_to_the_smaller_slot(device):
     query, key, bank, s_pos = problem(device, 4, 400, 16)
     bank[:] = bank[torch.arange(400) % 7]
@@ -281,6 +339,10 @@ def test_limits_are_said(device):
 def test_the_tiles_of_every_chip(device, chip, dim, monkeypatch):
     monkeypatch.setattr(backend, "_chip", lambda device: chip)
     check(*both(*problem(device, 3, 200, dim, torch.bfloat16), topk=2), torch.bfloat16)
+    query, _, bank, _ = problem(device, 2, 140, dim, torch.bfloat16)  # its last cell ends a tile
+    got = ops.bank_topk(query, bank, 3, backend="triton")
+    want = ops.bank_topk(query, bank, 3, backend="reference")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

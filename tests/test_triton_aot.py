@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, which the interpreter does not", allow_module_level=True)
 
@@ -26,17 +27,26 @@ def launches(arch, dim):
     return sass.launches(fused, True, True)
 
 
-# Limits: instructions per element of noise, mining and gradient together. Hopper at D = 128 takes
-# 31.3; at D = 256, where products take twice the time, 5.6 for mining and 31.1 for the rest.
+# Limits: instructions per element of noise, mining and gradient together, what the worst of Triton
+# 3.6 to 3.9 takes. Hopper at D = 256, where products take twice the time: 3.3 for mining and 30.3
+# for the rest.
 @pytest.mark.parametrize(
-    ("arch", "dim", "limit"), [("sm_90", 128, 36), ("sm_90", 256, 38), ("sm_80", 128, 48)]
+    ("arch", "dim", "limit"),
+    [
+        ("sm_90", 64, 31),
+        ("sm_90", 128, 32),
+        ("sm_90", 256, 34),
+        ("sm_80", 64, 36),
+        ("sm_80", 128, 41),
+    ],
 )
 def test_nvidia(arch, dim, limit):
     reports = [
         sass.nvidia_report(*sass.compile_pass(arch, torch.bfloat16, dim, mine, total))
         for mine, total in launches(arch, dim)
     ]
-    assert all(report.stack == 0 for report in reports)
+    assert all(report.spills == 0 for report in reports)
+    assert arch == "sm_80" or all(report.stack == 0 for report in reports)
     assert sum(report.per_element for report in reports) <= limit
     assert all(report.serial == 0 for report in reports)
 
@@ -54,3 +64,75 @@ def test_fp32_products_are_fp32():
     assert "tf32" not in kernel.asm["ptx"]
     assert "fma.rn.f32" in kernel.asm["ptx"]
     assert sass.nvidia_report(kernel, sass.tile(torch.float32, 128, "hopper")).stack == 0
+
+
+class _NoDriver:
+    """Enough of a driver to key a launch on a chip that is not here."""
+
+    def get_current_device(self):
+        return "none"
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Kernel names, each with the keys under which launches would have been compiled."""
+    from psm_kernels.ops import triton as backend
+
+    keys = defaultdict(set)
+
+    def note(*, key, fn, **unused):
+        keys[fn.name.rpartition(".")[2]].add(key)
+        return True  # do not compile, do not launch
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
+    monkeypatch.setattr(backend, "_chip", lambda device: "hopper")
+    monkeypatch.setattr(triton.runtime.driver, "_active", _NoDriver())
+    return keys
+
+
+@pytest.mark.parametrize("dim", [64, 256])  # one launch, and two
+def test_sizes_and_settings_do_not_compile_again(compilations, dim):
+    from psm_kernels.ops import triton as backend
+
+    # 1 and multiples of 16 are what Triton specializes, 2^31 what it widens
+    sizes = [(1, 1, 5, 0, 0), (16, 1024, 8, 16, 1), (33, 5000, 7, 1, 2**40 + 16), (2, 64, 6, -1, 3)]
+    for batch, size, k, row_offset, col_offset in sizes:
+        bank = torch.zeros(size, dim, dtype=torch.bfloat16)
+        query, s_pos = bank.new_zeros(batch, dim), torch.zeros(batch)
+        count, state = torch.tensor(size), torch.zeros(3, dtype=torch.int64)[1:]  # not 16-aligned
+        swept = backend.bank_pass(
+            query, query, bank, count, s_pos, 1.0, "bernoulli", 1.0, 0.0, k, state,
+            row_offset, col_offset,
+        )  # fmt: skip
+        backend.bank_topk(query, bank, k, count)
+        unit = query.float()
+        backend.psm_finish(
+            unit, unit, bank, s_pos, swept, temperature=1, selection="bernoulli", a=1, b=0,
+            soft_weights="attention", weight_temperature=1, hard_weight=0, rng_state=state,
+            row_offset=row_offset,
+        )  # fmt: skip
+        backend.weighted_pass(query, bank, count, 1.0, torch.zeros(5, batch), torch.zeros(size))
+    counts = {name: len(keys) for name, keys in compilations.items()}
+    # the pass and its merge: with and without sums; the merge of the weighted pass mines nothing
+    assert counts == {
+        "bank_pass_kernel": 2, "merge_kernel": 3, "finish_kernel": 1, "weighted_pass_kernel": 1
+    }  # fmt: skip
+
+
+def test_a_launch_looks_no_global_up():
+    from psm_kernels.ops import triton_affine, triton_finish, triton_kernels, triton_merge
+
+    for kernel in (
+        triton_kernels.bank_pass_kernel,
+        triton_merge.merge_kernel,
+        triton_finish.finish_kernel,
+        triton_affine.weighted_pass_kernel,
+    ):
+        assert kernel.cache_key  # computing it collects the globals
+        assert not kernel.used_global_vals

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import math
 import os
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_K = 1024
+MAX_SIZE = 2**31 - 128  # slots are counted in 32 bits, with a tile to spare
 MAX_FINISH_TOPK = 32  # one program of psm_finish holds the (topk, D) mined rows in registers
 CELL = 64
 LOG2E = 1.4426950408889634
@@ -19,7 +22,7 @@ LOG2E = 1.4426950408889634
 def unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if _interpreted():
+    if interpreted():
         return None
     if not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())):
         return "no GPU was found, and TRITON_INTERPRET=1 is not set"
@@ -42,20 +45,30 @@ def bank_pass(
     col_offset: int,
 ) -> tuple[Tensor, ...]:
     _check("topk", topk)
-    sums = (s_pos, LOG2E / temperature, selection, -a * LOG2E, b, rng_state, row_offset)
-    return _run(query, key, bank, count, topk, sums, col_offset)
+    sums = (s_pos, LOG2E / temperature, selection, sharpness_of(a), b, rng_state, row_offset)
+    with _device_of(bank):
+        return _run(query, key, bank, count, topk, sums, col_offset)
 
 
 def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:
     _check("k", k)
-    return _run(None, query, bank, count, k, None, 0)[4:]
+    with _device_of(bank):
+        return _run(None, query, bank, count, k, None, 0)[4:]
 
 
-def psm_finish(*args, **settings) -> tuple[Tensor, Tensor, Tensor]:
+def psm_finish(query: Tensor, *args, **settings) -> tuple[Tensor, Tensor, Tensor]:
     """Loss rows, their gradient by the unit query, statistics: `triton_finish.finish`."""
     from psm_kernels.ops.triton_finish import finish
 
-    return finish(*args, **settings)
+    with _device_of(query):
+        return finish(query, *args, **settings)
+
+
+def sharpness_of(a: float) -> float:
+    """r of p = 2^-(r s - r (s_pos + b))^2, which takes one FFMA and one FMUL. Only a very sharp p
+    could tell that r (s_pos + b) is rounded; there r is a power of two, and nothing is."""
+    sharpness = math.sqrt(a * LOG2E)
+    return 2.0 ** min(round(math.log2(sharpness)), 60) if sharpness > 2**20 else sharpness
 
 
 class Tile(NamedTuple):
@@ -68,8 +81,11 @@ class Tile(NamedTuple):
     columns: int  # of a block in score products
 
 
-def tile(dtype: torch.dtype, padded: int, chip: str) -> Tile:
+@functools.cache
+def tile(dtype: torch.dtype, padded: int, chip: str, sums: bool = True) -> Tile:
     """Block sizes without spills and with few instructions per element: `benchmarks/sass.py`."""
+    if not sums and chip == "hopper" and dtype is not torch.float32 and padded <= 256:
+        return Tile(128, 128, 8, 2, 1, False, padded)  # the sums' registers hold a wider tile
     if dtype is torch.float32:  # true fp32 products run on the vector units
         return Tile(32 if padded <= 128 else 16, 16, 4, 1, 2, padded <= 256, 16)
     if padded > 256:
@@ -82,7 +98,7 @@ def tile(dtype: torch.dtype, padded: int, chip: str) -> Tile:
         return Tile(64, 64, 4, 2, 2, padded <= 128, padded)
     if padded > 128:
         return Tile(64, 64, 8, 2, 1, False, 64)
-    return Tile(128, 32, 8, 2, 1, False, padded)
+    return Tile(128, 64, 8, 2, 1, False, padded)
 
 
 def launches(fused: bool, mine: bool, total: bool) -> list[tuple[bool, bool]]:
@@ -97,14 +113,14 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
     from psm_kernels.ops.triton_merge import merge_kernel
 
     size, dim = bank.shape
+    if size > MAX_SIZE:
+        raise ValueError(f"bank: got {size} rows, the triton backend takes at most {MAX_SIZE}")
     batch = (key if query is None else query).shape[0]
     padded = _power_of_2(dim, 16)
     chip = _chip(bank.device)
-    rows, cols, warps, stages, resident, fused, columns = tile(bank.dtype, padded, chip)
     cells = -(-(size + 15) // CELL)
-    blocks = -(-batch // rows)
-    splits = _splits(blocks, cells, resident, bank.device)
-    s_pos, scale, selection, decay, b, rng_state, row_offset = sums or (
+    block = tile(bank.dtype, padded, chip)
+    s_pos, scale, selection, sharpness, b, rng_state, row_offset = sums or (
         None, 0.0, "all", 0.0, 0.0, None, 0,
     )  # fmt: skip
 
@@ -112,18 +128,25 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
         return torch.empty(shape, dtype=dtype, device=bank.device)
 
     cell_max = new(batch, cells) if k else None
-    part_stats = new(batch, 4, splits) if sums else None
-    part_mean = new(batch, splits, dim) if sums else None
+    parts = None
     # Three tensors, not views of one: outputs of a registered operator may not alias.
     neg_lse, neg_sq_lse, neg_count = (new(batch) if sums else None for _ in range(3))
     neg_mean = new(batch, dim) if sums else None
     topk_sim, topk_index = new(batch, k), new(batch, k, dtype=torch.int64)
 
-    descriptor = _descriptor(bank, cols, padded) if chip == "hopper" else None
-    for mine, total in launches(fused, k > 0, sums is not None):
+    for mine, total in launches(block.fused, k > 0, sums is not None):
+        rows, cols, warps, stages, resident, _, columns = tile(bank.dtype, padded, chip, total)
+        blocks = -(-batch // rows)
+        splits = _splits(blocks, cells, resident, bank.device)
+        if total:
+            parts = new(batch, splits, dim + 4)
+        descriptor = _descriptor(bank, cols, padded) if chip == "hopper" else None
+        # What a launch does not use is None, so that every mining launch is one compilation.
         bank_pass_kernel[(blocks * splits,)](
-            query, key, bank, descriptor, count, s_pos, rng_state, cell_max, part_stats, part_mean,
-            batch, size, dim, cells, splits, scale, decay, b, row_offset, col_offset,
+            query if total else None, key if mine else None, bank, descriptor, count,
+            s_pos if total else None, rng_state if total else None,
+            cell_max if mine else None, parts,
+            batch, size, dim, cells, splits, scale, sharpness, b, row_offset, col_offset,
             SELECTION=selection if total else "all", MINE=mine, SUM=total,
             FAST=bank.dtype is not torch.float16,  # unshifted weights leave its range
             BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages,
@@ -131,7 +154,7 @@ def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
         )  # fmt: skip
     kp = _power_of_2(k, 2)
     merge_kernel[(batch,)](
-        part_stats, part_mean, neg_lse, neg_sq_lse, neg_count, neg_mean,
+        parts, neg_lse, neg_sq_lse, neg_count, neg_mean,
         key, bank, count, cell_max, topk_sim, topk_index, size, dim, cells, splits, k, col_offset,
         MINE=k > 0, SUM=sums is not None, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
         KP=kp, DBLOCK=min(padded, 64), CHUNK=max(1024, kp),
@@ -157,22 +180,31 @@ def weighted_pass(
     rows, cols, warps, stages, resident, _, columns = tile(bank.dtype, padded, _chip(bank.device))
     blocks = -(-batch // rows)
     splits = _splits(blocks, -(-size // CELL), resident, bank.device)
-    part_stats = torch.empty(batch, 4, splits, device=bank.device)
-    part_mean = torch.empty(batch, splits, dim, device=bank.device)
+    parts = torch.empty(batch, splits, dim + 4, device=bank.device)
     log_sum, unused, weight = (torch.empty(batch, device=bank.device) for _ in range(3))
     mean = torch.empty(batch, dim, device=bank.device)
-    weighted_pass_kernel[(blocks * splits,)](
-        query, bank, count, affine, rho, part_stats, part_mean,
-        batch, size, dim, splits, LOG2E / temperature,
-        BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages, num_warps=warps,
-    )  # fmt: skip
-    merge_kernel[(batch,)](
-        part_stats, part_mean, log_sum, unused, weight, mean,
-        None, bank, count, None, None, None, size, dim, 0, splits, 0, 0,
-        MINE=False, SUM=True, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
-        KP=2, DBLOCK=min(padded, 64), CHUNK=1024, GROUP=4, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    with _device_of(bank):
+        weighted_pass_kernel[(blocks * splits,)](
+            query, bank, count, affine, rho, parts,
+            batch, size, dim, splits, LOG2E / temperature,
+            BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages,
+            num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+        merge_kernel[(batch,)](
+            parts, log_sum, unused, weight, mean,
+            None, bank, count, None, None, None, size, dim, 0, splits, 0, 0,
+            MINE=False, SUM=True, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
+            KP=2, DBLOCK=min(padded, 64), CHUNK=1024, GROUP=4, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return log_sum, mean, weight
+
+
+def _device_of(tensor: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    index = tensor.device.index
+    if tensor.device.type == "cpu" or index == torch.accelerator.current_device_index():
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(index)
 
 
 def _splits(blocks: int, tiles: int, resident: int, device: torch.device) -> int:
@@ -218,5 +250,5 @@ def _power_of_2(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length()) if n else least
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")

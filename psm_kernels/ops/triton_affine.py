@@ -5,19 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from psm_kernels.ops.triton_kernels import _dot, _products
+from psm_kernels.ops.triton_tiles import add_weighted_rows, partial_sum, products, store_part
 
 
-@triton.jit(do_not_specialize=["B", "K", "splits"])
+@triton.jit(do_not_specialize=["count", "B", "K", "splits"])
 def weighted_pass_kernel(
     query,  # (B, D)
     bank,  # (K, D)
     count,  # ()
     affine,  # (5, B): alpha, beta, gamma, top, cap
     rho,  # (K,)
-    part_stats,  # (B, 4, splits): shift, sum, sum of squares, sum of weights
-    part_mean,  # (B, splits, D)
-    B, K, D, splits, scale,
+    parts,  # (B, splits, D + 4): mean before division; shift, sum, sum of squares, of weights
+    B: tl.int32, K: tl.int32, D: tl.int32, splits: tl.int32, scale,
     BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -47,8 +46,8 @@ def weighted_pass_kernel(
     tiles = tl.cdiv(size, BN)
     per_split = tl.cdiv(tiles, splits)
     first = tl.minimum(split * per_split, tiles)
-    total = tl.zeros((BM,), tl.float32)
-    weight = tl.zeros((BM,), tl.float32)
+    total = tl.zeros((BM, 8), tl.float32)
+    weight = tl.zeros((BM, 8), tl.float32)
     mean = tl.zeros((BM, DPAD), tl.float32)
     for tile in tl.range(first, tl.minimum(first + per_split, tiles), num_stages=STAGES):
         slots = tile * BN + local
@@ -57,7 +56,7 @@ def weighted_pass_kernel(
         m = tl.load(
             bank_rows + d[None, :], mask=slot_valid[:, None] & d_valid[None, :], other=0.0
         )  # (BN, D)
-        s = _products(
+        s = products(
             q, query_rows, row_valid[:, None], m, bank_rows, slot_valid[:, None],
             D, BM, BN, DPAD, DBLOCK,
         )  # (BM, BN)  # fmt: skip
@@ -65,15 +64,10 @@ def weighted_pass_kernel(
         line = alpha + beta * s + tl.load(rho + slots, mask=slot_valid, other=0.0)[None, :]
         w = tl.maximum(line + gamma * tl.minimum(e, cap), 0.0)
         w = tl.where(slot_valid[None, :], w, 0.0)
-        weight += tl.sum(w, 1)
+        weight += partial_sum(w, BM, BN)
         w *= e
-        total += tl.sum(w, 1)
-        mean = _dot(w.to(m.dtype), m, mean)
+        total += partial_sum(w, BM, BN)
+        mean = add_weighted_rows(mean, w, m, True)  # rho may be as small or large as it likes
 
-    stats = part_stats + rows * 4 * splits + split
-    tl.store(stats, top * scale, mask=row_valid)
-    tl.store(stats + splits, total, mask=row_valid)
-    tl.store(stats + 2 * splits, total, mask=row_valid)  # nobody asks for the squares
-    tl.store(stats + 3 * splits, weight, mask=row_valid)
-    out = part_mean + (rows * splits + split)[:, None] * D + d[None, :]
-    tl.store(out, mean, mask=row_valid[:, None] & d_valid[None, :])
+    # Nobody asks for the squares, so that the sum may stand for them.
+    store_part(parts, rows, row_valid, splits, split, d, D, mean, top * scale, total, total, weight)

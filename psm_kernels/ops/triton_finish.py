@@ -9,29 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psm_kernels.ops.triton_kernels import P_MAX, _multiply
-
-SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
-SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2}
-ATTENTION, UNIFORM = tl.constexpr(0), tl.constexpr(1)
-BERNOULLI, EXPECTED = tl.constexpr(0), tl.constexpr(1)
-
-
-@triton.jit
-def _word(slot, row, seed, offset):
-    """Canonical noise of (row, slot) pairs, (KP,) uint32."""
-    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    c0 = (slot // 16 * 4 + slot % 8 // 2).to(tl.uint32)
-    c1 = row.to(tl.uint32)
-    c2, c3 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
-        high0, low0 = _multiply(c0, 0xD2511F53)
-        high1, low1 = _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0 += 0x9E3779B9
-        k1 += 0xBB67AE85
-    even = slot % 2 == 0
-    return tl.where(slot % 16 < 8, tl.where(even, c0, c1), tl.where(even, c2, c3))
+from psm_kernels.ops.triton import sharpness_of
+from psm_kernels.ops.triton_noise import is_drawn, keep_center, keep_probability, noise_words
 
 
 @triton.jit
@@ -43,7 +22,7 @@ def _less(log_sum, logits, keep, none):
     return tl.where(none, -float("inf"), shift + tl.log(tl.where(none, 1.0, rest)))
 
 
-@triton.jit(do_not_specialize=["k", "row_offset"])
+@triton.jit(do_not_specialize=["B", "k", "row_offset"])
 def finish_kernel(
     query, key,  # (B, D) fp32 unit rows
     bank,  # (K, D)
@@ -54,7 +33,8 @@ def finish_kernel(
     loss,  # (B,)
     grad_query,  # (B, D)
     stats,  # (3, B)
-    B, D, k, temperature, weight_temperature, hard_weight, a, b, row_offset,
+    B: tl.int32, D: tl.int32, k: tl.int32,
+    temperature, weight_temperature, hard_weight, sharpness, b, row_offset: tl.int64,
     SELECTION: tl.constexpr, SOFT: tl.constexpr, KP: tl.constexpr, DPAD: tl.constexpr,
 ):  # fmt: skip
     """One row; c runs over its mined positives, plus over its key, N over its negatives."""
@@ -76,15 +56,16 @@ def finish_kernel(
     logit_plus = s_plus / temperature
 
     keep = tl.where(found, 1.0, 0.0)
-    if SELECTION <= EXPECTED:
-        distance = s - s_plus - b
-        p = tl.minimum(tl.exp(-a * distance * distance), P_MAX)
-        if SELECTION == BERNOULLI:
-            word = _word(slot, row + row_offset, tl.load(rng_state), tl.load(rng_state + 1))
-            p = tl.where(word < (p * 4294967296.0).to(tl.uint32), 1.0, 0.0)
+    if SELECTION != "all":
+        p = keep_probability(s, keep_center(s_plus, b, sharpness), sharpness)  # (KP,)
+        if SELECTION == "bernoulli":
+            seed, offset = tl.load(rng_state), tl.load(rng_state + 1)
+            p = tl.where(
+                is_drawn(noise_words(0, slot, row + row_offset, seed, offset), p), 1.0, 0.0
+            )
         keep = tl.where(found, p, 0.0)
     count = tl.load(neg_count + row) - tl.sum(keep)
-    none = (count <= 0) & (SELECTION != EXPECTED)
+    none = (count <= 0) & (SELECTION != "expected")
     lse = tl.load(neg_lse + row)
     log_n = _less(lse, logit, keep, none)
     log_sq = _less(tl.load(neg_sq_lse + row), 2 * logit, keep, none)
@@ -92,11 +73,11 @@ def finish_kernel(
 
     weight = tl.where(found, 1.0, 0.0)
     mined = tl.maximum(tl.sum(weight), 1.0)
-    if SOFT == ATTENTION:
+    if SOFT == "attention":
         score = tl.where(found, tl.sum(m * q[None, :], 1) / weight_temperature, -1e30)
         weight *= tl.exp(score - tl.max(score))
         weight /= tl.maximum(tl.sum(weight), 1e-30)
-    elif SOFT == UNIFORM:
+    elif SOFT == "uniform":
         weight /= mined
     pull = 1.0 + tl.sum(weight)
 
@@ -119,7 +100,7 @@ def finish_kernel(
     average = tl.load(neg_mean + row * D + d, mask=d < D, other=0.0)
     g_n = left * force * tl.where(left > 0, tl.exp(lse - log_h), 0.0)
     gradient = (g_plus * plus + g_n * average + tl.sum(g_c[:, None] * m, 0)) / temperature
-    if SOFT == ATTENTION:
+    if SOFT == "attention":
         g_w = weight * (gap - tl.sum(weight * gap)) / weight_temperature
         gradient += tl.sum(g_w[:, None] * m, 0)
     tl.store(grad_query + row * D + d, gradient, mask=d < D)
@@ -161,8 +142,9 @@ def finish(
     finish_kernel[(batch,)](
         query, key, bank, s_pos, neg_lse, neg_sq_lse, neg_count, neg_mean, topk_index, rng_state,
         loss, grad_query, stats, batch, dim, k,
-        float(temperature), float(weight_temperature), float(hard_weight), float(a), float(b),
-        row_offset, SELECTION=SELECTIONS[selection], SOFT=SOFT_WEIGHTS[soft_weights],
+        float(temperature), float(weight_temperature), float(hard_weight),
+        sharpness_of(a), float(b), row_offset,
+        SELECTION=selection, SOFT=soft_weights,
         KP=triton.next_power_of_2(max(k, 2)), DPAD=triton.next_power_of_2(max(dim, 16)),
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -5,12 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from psm_kernels.ops.triton_kernels import LN2
-
-CELL = tl.constexpr(64)  # slots that share one maximum
-
-MISSING = tl.constexpr(-(2**63))  # sorts below every packed value
-
 
 @triton.jit
 def _pack(value, index):
@@ -35,7 +29,7 @@ def _value(packed):
 
 
 @triton.jit
-def _best(best, new, k, KP: tl.constexpr):
+def _best(best, new, k, KP: tl.constexpr, MISSING: tl.constexpr):
     """The k largest of both, descending, in KP >= k entries. (tl.topk would take k = 200 in fewer
     steps, and minutes to compile.)"""
     rank = tl.arange(0, KP)
@@ -50,17 +44,18 @@ def _best(best, new, k, KP: tl.constexpr):
 
 @triton.jit
 def _merge_splits(
-    row, part_stats, part_mean, neg_lse, neg_sq_lse, neg_count, neg_mean, splits, D,
+    row, parts, neg_lse, neg_sq_lse, neg_count, neg_mean, splits, D,
     SPLITS: tl.constexpr, DPAD: tl.constexpr,
 ):  # fmt: skip
     # No split scales by more than 2^40: its sum is at least that far from underflow.
     local = tl.arange(0, SPLITS)
-    stats = part_stats + row * 4 * splits + local
+    stats = parts + (row * splits + local) * (D + 4) + D  # (SPLITS,)
     reference = tl.full((SPLITS,), -float("inf"), tl.float32)
     for first in range(0, splits, SPLITS):
         valid = first + local < splits
-        top = tl.load(stats + first, mask=valid, other=-float("inf"))
-        total = tl.load(stats + splits + first, mask=valid, other=0.0)
+        at = stats + first * (D + 4)
+        top = tl.load(at, mask=valid, other=-float("inf"))
+        total = tl.load(at + 1, mask=valid, other=0.0)
         reference = tl.maximum(reference, tl.where(total > 0, top + tl.math.log2(total), top))
     shift = tl.max(reference, 0)
     shift = tl.where(shift == -float("inf"), 0.0, shift)
@@ -72,16 +67,16 @@ def _merge_splits(
     mean = tl.zeros((DPAD,), tl.float32)
     for first in range(0, splits, SPLITS):
         valid = first + local < splits
-        weight = tl.math.exp2(tl.load(stats + first, mask=valid, other=-float("inf")) - shift)
-        totals += weight * tl.load(stats + splits + first, mask=valid, other=0.0)
-        squares += weight * weight * tl.load(stats + 2 * splits + first, mask=valid, other=0.0)
-        kept += tl.load(stats + 3 * splits + first, mask=valid, other=0.0)
+        at = stats + first * (D + 4)
+        weight = tl.math.exp2(tl.load(at, mask=valid, other=-float("inf")) - shift)
+        totals += weight * tl.load(at + 1, mask=valid, other=0.0)
+        squares += weight * weight * tl.load(at + 2, mask=valid, other=0.0)
+        kept += tl.load(at + 3, mask=valid, other=0.0)
         part = tl.load(
-            part_mean + (row * splits + first + local)[:, None] * D + d[None, :],
-            mask=valid[:, None] & (d < D)[None, :],
-            other=0.0,
+            (at - D)[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0
         )  # (SPLITS, D)
         mean += tl.sum(weight[:, None] * part, 0)
+    LN2: tl.constexpr = 0.6931471805599453
     total = tl.sum(totals, 0)
     tl.store(neg_lse + row, (shift + tl.math.log2(total)) * LN2)
     tl.store(neg_sq_lse + row, (2 * shift + tl.math.log2(tl.sum(squares, 0))) * LN2)
@@ -97,6 +92,8 @@ def _select(
 ):  # fmt: skip
     # The k best slots lie in the k cells with the largest maxima: were one in another cell, each
     # of the k would hold a slot that is better, or equal and smaller. Scan those cells again.
+    CELL: tl.constexpr = 64  # slots that share one maximum
+    MISSING: tl.constexpr = -(2**63)  # sorts below every packed value
     rank = tl.arange(0, KP)
     best = tl.full((KP,), MISSING, tl.int64)
     local = tl.arange(0, CHUNK)
@@ -104,7 +101,7 @@ def _select(
     for first in range(0, used, CHUNK):
         cell = first + local
         maxima = tl.load(cell_max + row * cells + cell, mask=cell < used, other=0.0)
-        best = _best(best, tl.where(cell < used, _pack(maxima, cell), MISSING), k, KP)
+        best = _best(best, tl.where(cell < used, _pack(maxima, cell), MISSING), k, KP, MISSING)
     chosen = tl.where((best != MISSING) & (rank < k), _index(best), -1)  # (KP,)
 
     best = tl.full((KP,), MISSING, tl.int64)
@@ -127,17 +124,16 @@ def _select(
             )  # (GROUP * CELL, DBLOCK)
             q = tl.load(key + row * D + d0 + d, mask=d_valid, other=0.0)
             score += tl.sum(m.to(tl.float32) * q.to(tl.float32)[None, :], 1)
-        best = _best(best, tl.where(valid, _pack(score, slot), MISSING), k, KP)
+        best = _best(best, tl.where(valid, _pack(score, slot), MISSING), k, KP, MISSING)
     found = best != MISSING
     out = row * k + rank
     tl.store(topk_sim + out, tl.where(found, _value(best), -float("inf")), mask=rank < k)
     tl.store(topk_index + out, tl.where(found, _index(best), -1).to(tl.int64), mask=rank < k)
 
 
-@triton.jit(do_not_specialize=["K", "cells", "splits", "k", "col_offset"])
+@triton.jit(do_not_specialize=["count", "K", "cells", "splits", "k", "col_offset"])
 def merge_kernel(
-    part_stats,  # (B, 4, splits): shift, sum, sum of squares, count
-    part_mean,  # (B, splits, D)
+    parts,  # (B, splits, D + 4): mean before division; shift, sum, sum of squares, count
     neg_lse, neg_sq_lse, neg_count,  # (B,)
     neg_mean,  # (B, D)
     key,  # (B, D)
@@ -145,7 +141,7 @@ def merge_kernel(
     count,  # ()
     cell_max,  # (B, cells)
     topk_sim, topk_index,  # (B, k)
-    K, D, cells, splits, k, col_offset,
+    K: tl.int32, D: tl.int32, cells: tl.int32, splits: tl.int32, k: tl.int32, col_offset: tl.int64,
     MINE: tl.constexpr, SUM: tl.constexpr, SPLITS: tl.constexpr, DPAD: tl.constexpr,
     KP: tl.constexpr, DBLOCK: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -154,7 +150,7 @@ def merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     if SUM:
         _merge_splits(
-            row, part_stats, part_mean, neg_lse, neg_sq_lse, neg_count, neg_mean, splits, D,
+            row, parts, neg_lse, neg_sq_lse, neg_count, neg_mean, splits, D,
             SPLITS, DPAD,
         )  # fmt: skip
     if MINE:
