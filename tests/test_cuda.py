@@ -8,11 +8,12 @@ import functools
 import pytest
 import torch
 from conftest import problem
-from test_cuda_host import LOW, arguments, assert_agree
+from test_cuda_host import LOW, MEAN_ATOL, arguments, assert_agree
 
 from psm_kernels import backends, functional
 from psm_kernels.memory_bank import MemoryBank
 from psm_kernels.ops import BankPass, bank_pass, cuda, reference
+from psm_kernels.ops.affine import weighted_pass
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,15 +75,49 @@ def test_exact_products_give_the_same_masks_and_indices(dtype, force_sm80):
             assert torch.equal(got.topk_sim, want.topk_sim.float())
 
 
+@each_path
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize(("size", "dim", "k"), [(3000, 500, 7), (90, 64, 200), (5000, 512, 200)])
-def test_bank_topk(dtype, size, dim, k):
-    _, key, bank, _ = problem(40, size, dim, dtype=dtype)
+@pytest.mark.parametrize(("size", "dim", "k"), [(3000, 504, 7), (90, 64, 200), (5000, 512, 200)])
+def test_bank_topk(dtype, size, dim, k, force_sm80):
+    _, key, bank, _ = problem(140, size, dim, dtype=dtype)
+    bank[size - 10 :] = torch.nan
     key, count = key.to(dtype), torch.tensor(size - 10)
-    sim, index = cuda.bank_topk(*on_device((key, bank, k, count)))
+    sim, index = cuda.bank_topk(*on_device((key, bank, k, count)), force_sm80=force_sm80)
     want_sim, want_index = reference.bank_topk(key.double(), bank.double(), k, count)
     torch.testing.assert_close(sim.cpu().double(), want_sim, atol=1e-6, rtol=1e-5)
     assert (index.cpu() == want_index).float().mean() > 0.99
+
+
+@each_path
+def test_bank_topk_takes_many_rows_in_chunks(force_sm80):
+    """Cell maxima of 16,000 rows take more than the 128 MB of a chunk."""
+    _, key, bank, _ = problem(16_000, 17_000, 8, dtype=torch.bfloat16, few_bits=True)
+    key, count = key.bfloat16(), torch.tensor(17_000)
+    _, index = cuda.bank_topk(*on_device((key, bank, 200, count)), force_sm80=force_sm80)
+    some = torch.tensor([0, 127, 128, 15_700, 15_800, 15_999])
+    want = reference.bank_topk(key[some].double(), bank.double(), 200, count)[1]
+    assert torch.equal(index.cpu()[some], want)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "count"), [(3, 63, 24, 40), (70, 5000, 128, 5000), (2, 130, 250, 0)]
+)
+def test_weighted_pass(batch, size, dim, count, dtype):
+    query, _, bank, _ = problem(batch, size, dim, dtype=dtype)
+    draw = torch.Generator().manual_seed(1)
+    affine, rho = torch.rand(5, batch, generator=draw) - 0.3, torch.rand(size, generator=draw)
+    affine[3] = (query.to(dtype).float() @ bank.float().T).max(1).values
+    args = (query.to(dtype), bank, torch.tensor(count), 0.3, affine, rho)
+    names = ("alpha", "beta", "gamma", "top", "cap")
+    want = weighted_pass(
+        args[0].double(), bank.double(), count, temperature=0.3, rho=rho.double(),
+        **dict(zip(names, affine.double(), strict=True)), backend="reference",
+    )  # fmt: skip
+    got = [x.cpu().double() for x in cuda.weighted_pass(*on_device(args))]
+    mean = MEAN_ATOL[dtype]
+    for a, b, atol in zip(got, want, (1e-5, mean, 1e-4), strict=True):
+        torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
 
 
 @each_path

@@ -154,3 +154,15 @@ def test_layout_and_dtype_of_the_query_do_not_matter(place):
     half = query.bfloat16().requires_grad_()
     psm_loss(half, key, bank, selection="all", backend=place[0]).backward()
     assert half.grad.dtype == torch.bfloat16
+
+
+def test_more_mined_rows_than_the_finish_takes(place, monkeypatch):
+    name, device = place
+    query, key, bank = inputs(device, 6, 150, 20)
+    settings = {"topk": 5, "selection": "all", "backend": name}
+    query.requires_grad_()
+    want = psm_loss(query, key, bank, reduction="none", **settings)
+    monkeypatch.setattr(backends.choose(name, bank), "MAX_FINISH_TOPK", 4)
+    got = psm_loss(query, key, bank, reduction="none", **settings)
+    assert type(got.grad_fn).__name__ != type(want.grad_fn).__name__ == "_PSMRowsBackward"
+    torch.testing.assert_close(got, want)

@@ -69,6 +69,9 @@ void split(Task& t, int threads) {
     t.chunks = std::clamp<int64_t>(std::min(t.tiles * t.tile / 256, affordable), 1, kMaxChunks);
     const int64_t block_bytes = kBlock * t.padded * (t.sums ? 8 : 1);
     t.group_blocks = std::max(kGroupBytes / block_bytes, kMinGroupBlocks);
+    // A row that one thread mines alone has one heap, and half the insertions that two would have:
+    // 1.7 to 1.3 s for 10,000 queries, 50,000 rows, D = 512, k = 200.
+    if (!t.sums && ceil_div(t.blocks, t.group_blocks) >= 3 * threads) t.chunks = 1;
     while (ceil_div(t.blocks, t.group_blocks) * t.chunks < 3 * threads && t.group_blocks > 8)
         t.group_blocks = ceil_div(t.group_blocks, 2);
     t.groups = std::max<int64_t>(ceil_div(t.blocks, t.group_blocks), 1);

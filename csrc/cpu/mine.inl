@@ -99,7 +99,7 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
         for (int r = 0; r < kRows; ++r) {
             uint64_t* heap = w.heaps + (first_row + r) * t.topk;
             const float* key = t.key_rows + (first_row + r) * t.padded;
-            // All products first: a branch on one of them waits for it, 4 % of bank_topk at k = 200.
+            // All products first: a branch on one waits for it, 4 % of bank_topk at k = 200.
             float exact[kSub];
             for (uint64_t mask = masks[r] & valid; mask; mask &= mask - 1) {
                 const int j = __builtin_ctzll(mask);

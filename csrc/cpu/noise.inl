@@ -26,7 +26,8 @@ void philox_row(const Task& t, const Tile& tile, const uint64_t* columns, int64_
     const uint64_t a = uint64_t(kPhiloxM1) * uint32_t(t.offset);
     const uint64_t b = uint64_t(kPhiloxM0) *
                        (uint32_t(a >> 32) ^ uint32_t(row + t.row_offset) ^ key0);
-    const W row_high = set1_w(uint32_t(b >> 32) ^ (key1 + kPhiloxW1)), row_low = set1_w(uint32_t(b));
+    const W row_high = set1_w(uint32_t(b >> 32) ^ (key1 + kPhiloxW1));
+    const W row_low = set1_w(uint32_t(b));
     const W m0 = set1_w(kPhiloxM0), m1 = set1_w(kPhiloxM1);
     constexpr int kStep = kWidth / 2;  // counters per vector
     for (int i = 0; 4 * i < tile.width; i += kFlight * kStep) {

@@ -11,7 +11,7 @@ constexpr int kTile = 256;     // bank slots that are packed at once, at most
 constexpr int kSub = 64;       // slots of one packed panel: four AVX-512 registers
 constexpr int kBlock = 6;      // query rows per register block: 6 x 64 are 24 accumulators
 constexpr int kPad = 32;       // rows are padded to this many elements: 32 bf16 pairs a register
-constexpr int kGang = 4;       // row blocks whose weights wait for a second product that skips slots
+constexpr int kGang = 4;       // row blocks that share the loads of a second product with gaps
 constexpr int kLanes = 16;     // partial sums kept per row
 constexpr int kBatches = kTile / 4;  // Philox counters per row and tile
 

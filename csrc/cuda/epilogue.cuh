@@ -6,6 +6,7 @@
 // library; tests/test_cuda_sass.py counts them.
 #pragma once
 
+#include "cells.cuh"
 #include "noise.cuh"
 
 namespace psm::cuda {
@@ -46,19 +47,6 @@ PSM_DEVICE float quad_max(float x) {
 PSM_DEVICE float quad_sum(float x) {
     x += shuffle_xor(x, 1);
     return x + shuffle_xor(x, 2);
-}
-
-// Slots that are not there become -inf; for tiles that are not whole.
-template <int kTiles>
-PSM_DEVICE void mask_slots(float (&s)[kTiles][4], const Walk& walk, int tile) {
-    const int own = walk.start(tile) + 2 * (thread_index() % 4);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int slot = own + 8 * n + i % 2;
-            if (slot < walk.lead || slot >= walk.end) s[n][i] = -INFINITY;
-        }
 }
 
 // log2 of the keep probability
@@ -207,8 +195,8 @@ PSM_DEVICE void weigh_expected(float (&s)[kTiles][4], float (&out)[kOut][4], con
 // "affine": weight w = max(alpha + beta s + gamma min(e, cap) + rho, 0) of e = 2^(logit - shift),
 // whose shift is given: no e exceeds 1. `slot` is the thread's first one, counted from slot 0.
 template <class T, int kTiles>
-PSM_DEVICE void weigh_affine(const float (&s)[kTiles][4], const PassArgs& args, Rows& rows, int slot,
-                             Weights<T, kTiles>& weights) {
+PSM_DEVICE void weigh_affine(const float (&s)[kTiles][4], const PassArgs& args, Rows& rows,
+                             int slot, Weights<T, kTiles>& weights) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
         float rho[2], p[4];
@@ -278,65 +266,6 @@ PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const Pas
         weigh<kSelection>(s, out, args, rows, key, column, weights);
     }
 }
-
-// Running maximum of the open cell of each of the two rows, written when the cell is through.
-struct CellMax {
-    float* cell;  // the last one written of row `lane % 2`
-    bool odd;
-    int cell_slots, open;  // slots that the open cell has left
-    float top[2] = {-INFINITY, -INFINITY};
-
-    PSM_DEVICE CellMax(const PassArgs& args, const int (&row)[2], const Walk& walk)
-        : odd(thread_index() % 2), cell_slots(int(keep_uniform(1u << args.cell_log2))), open(cell_slots) {
-        const int own = odd ? row[1] : row[0];
-        cell = args.cell_max + int64_t(own < args.batch ? own : args.batch) * args.cells +
-               (walk.start(0) >> args.cell_log2) - 1;
-    }
-
-    template <int kTiles>
-    PSM_DEVICE void take(const float (&s)[kTiles][4]) {
-        constexpr int kUnit = kTiles < 8 ? kTiles : 8;  // n8 tiles of the smallest cell
-#pragma unroll
-        for (int unit = 0; unit < kTiles; unit += kUnit) {
-            join<kUnit>(s, unit);
-            open -= 8 * kUnit;
-            if (open == 0) write();
-        }
-    }
-    PSM_DEVICE void finish() {
-        if (open < cell_slots) write();
-    }
-
-    // Positive floats are in order as integers, and sm_90 finds the largest of three integers at
-    // once. Where the result is negative, infinite or NaN, it is found again as a float.
-    template <int kUnit, int kTiles>
-    PSM_DEVICE void join(const float (&s)[kTiles][4], int unit) {
-        int best[2] = {int(float_bits(top[0])), int(float_bits(top[1]))};
-#pragma unroll
-        for (int n = unit; n < unit + kUnit; ++n)
-#pragma unroll
-            for (int r = 0; r < 2; ++r)
-                best[r] = max_of_three(best[r], int(float_bits(s[n][2 * r])),
-                                       int(float_bits(s[n][2 * r + 1])));
-        const auto plain = [](int x) { return uint32_t(x) < 0x7F800000u; };
-        if (warp_any(!plain(best[0]) || !plain(best[1]))) {
-#pragma unroll
-            for (int n = unit; n < unit + kUnit; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n][i]);
-        } else {
-            for (int r = 0; r < 2; ++r) top[r] = bits_float(best[r]);
-        }
-    }
-
-    PSM_DEVICE void write() {
-        float best = odd ? top[1] : top[0];  // each lane keeps one row and sends the other
-        best = fmaxf(best, shuffle_xor(odd ? top[0] : top[1], 1));
-        *++cell = fmaxf(best, shuffle_xor(best, 2));
-        top[0] = top[1] = -INFINITY;
-        open = cell_slots;
-    }
-};
 
 // Writes what a thread holds of one (row block, split): sums by the first lane of each quad, means
 // by all. Rows of means are padded to no more than D columns.

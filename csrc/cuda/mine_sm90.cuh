@@ -2,48 +2,10 @@
 // shared memory; the bank comes in panels of 64 columns by 256 slots, whose products add up.
 #pragma once
 
-#include "epilogue.cuh"
+#include "cells.cuh"
 #include "pipeline_sm90.cuh"
 
 namespace psm::cuda {
-
-// Running maxima of the open cells of a thread's two rows. A cell is the thread's own slots in a
-// group, so that no thread waits for another.
-struct QuadCells {
-    float* cell[2];  // open
-    int group, open;  // slots of a group, and those that the open one has left
-    float top[2] = {-INFINITY, -INFINITY};
-
-    PSM_DEVICE QuadCells(const PassArgs& args, const int (&row)[2], const Walk& walk)
-        : group(group_slots(args)), open(group) {
-        for (int r = 0; r < 2; ++r)
-            cell[r] = args.cell_max +
-                      int64_t(row[r] < args.batch ? row[r] : args.batch) * args.cells +
-                      walk.start(0) / group * 4 + thread_index() % 4;
-    }
-    template <int kTiles>
-    PSM_DEVICE void take(const float (&s)[kTiles][4]) {
-#pragma unroll
-        for (int n = 0; n < kTiles; n += 2) {  // 16 slots, the smallest group
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                top[i % 4 / 2] = fmaxf(top[i % 4 / 2], s[n + i / 4][i % 4]);
-            open -= 16;
-            if (open == 0) write();
-        }
-    }
-    PSM_DEVICE void finish() {
-        if (open < group) write();
-    }
-    PSM_DEVICE void write() {
-        for (int r = 0; r < 2; ++r) {
-            *cell[r] = top[r];
-            cell[r] += 4;
-            top[r] = -INFINITY;
-        }
-        open = group;
-    }
-};
 
 template <class T>
 struct MineSm90 {

@@ -121,7 +121,8 @@ struct PassSm90 {
     }
 
     template <Selection kSelection, Work kWork>
-    static PSM_DEVICE void consume(const PassArgs& args, uint32_t base, const Barriers<kStages>& barriers) {
+    static PSM_DEVICE void consume(const PassArgs& args, uint32_t base,
+                                   const Barriers<kStages>& barriers) {
         const int lane = thread_index() % 32, items = args.row_blocks * args.splits;
         const uint32_t stride = 8 * kRowBytes, leading = kTileSlots * kRowBytes;
         const uint32_t group_rows = base + (thread_index() / 128 - 1) * kGroupRows * kRowBytes;

@@ -32,8 +32,8 @@ struct Barriers {
     }
 };
 
-// A place in a ring of stages and the parity of its current phase. The address of the `full` barrier
-// of the stage tells it.
+// A place in a ring of stages and the parity of its phase. The address of the stage's `full`
+// barrier tells it.
 template <int kStages>
 struct Ring {
     uint32_t full, last, phase = 0;

@@ -111,8 +111,8 @@ PSM_DEVICE V shuffle_from(V x, int lane) {
     return __shfl_sync(0xFFFFFFFFu, x, lane);
 }
 PSM_DEVICE uint32_t warp_uniform(uint32_t x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
-// x, the same in the whole warp, in a uniform register, where it stays: the assembler, which does not
-// know that threadIdx.y is 0, can neither make it again nor share it with the x of another `copy`.
+// x, the same in the whole warp, in a uniform register, where it stays: the assembler does not know
+// that threadIdx.y is 0, so that it can neither make x again nor share it with another `copy`.
 PSM_DEVICE uint32_t keep_uniform(uint32_t x, int copy = 1) {
     return warp_uniform(x + threadIdx.y * copy);
 }

@@ -89,7 +89,7 @@ PSM_DEVICE void select_largest(int n, int k, KeyAt key_at, uint64_t* keys, Selec
         if (key >= threshold) keys[atomic_add(&scratch.count, 1)] = key;
     }
     block_sync();
-    for (int size = 2; kSort && size <= room; size *= 2) {  // bitonic, largest first; keys are distinct
+    for (int size = 2; kSort && size <= room; size *= 2) {  // bitonic; keys are distinct
         for (int stride = size / 2; stride > 0; stride /= 2) {
             for (int i = thread; i < room; i += block_size()) {
                 const int other = i ^ stride;

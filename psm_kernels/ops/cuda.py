@@ -123,7 +123,9 @@ def weighted_pass(
     return log_sum, mean, weight
 
 
-def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:
+def bank_topk(
+    query: Tensor, bank: Tensor, k: int, count: Tensor, *, force_sm80: bool = False
+) -> tuple[Tensor, Tensor]:
     """See `psm_kernels.ops.bank_topk`."""
     batch = query.shape[0]
     topk_sim = torch.empty(batch, k, device=bank.device)
@@ -144,7 +146,7 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
             row_offset=0,
             col_offset=0,
             null_epilogue=False,
-            force_sm80=False,
+            force_sm80=force_sm80,
         )
     return topk_sim, topk_index
 
