@@ -95,7 +95,7 @@ def tile(dtype: torch.dtype, padded: int, chip: str, sums: bool = True) -> Tile:
             return Tile(128, 64, 8, 2, 1, False, padded)
         return Tile(64, 64, 4, 3, 2, True, padded)
     if chip == "hip" or padded <= 64:
-        return Tile(64, 64, 4, 2, 2, padded <= 128, padded)
+        return Tile(64, 64 if padded <= 128 else 32, 4, 2, 2, padded <= 128, padded)
     if padded > 128:
         return Tile(64, 64, 8, 2, 1, False, 64)
     return Tile(128, 64, 8, 2, 1, False, padded)
