@@ -1,8 +1,12 @@
-// Threads for the length of one call: none is left running, none has to survive a fork.
+// Threads for the length of one call: torch's own where its OpenMP runtime is in the process, else
+// new ones that end with the call.
 
+#include <dlfcn.h>
 #include <pthread.h>
-#include <sched.h>
 
+#include <atomic>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "driver.h"
@@ -10,39 +14,22 @@
 namespace psm::cpu {
 namespace {
 
+// After an operator of torch its threads spin for some 8 ms; threads of ours would have to share the
+// processors with them, 4 of the pass's 54 ms at 256 x 65,536 x 128. A fork leaves them behind.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned count, unsigned flags);
+const auto gomp_parallel =
+    reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+bool forked = false;
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 struct Call {
     const std::function<void(size_t)>& job;
-    pthread_attr_t elsewhere;
-#ifdef __GLIBC__
-    cpu_set_t allowed;
-#endif
+    std::atomic<size_t> next{0};
 };
 
-struct Thread {
-    Call* call;
-    size_t index;
-    pthread_t handle;
-};
-
-// Linux likes to start a thread on the processor of its parent, where it waits: 1 to 3 ms measured
-// after a sleep. So it has to start on any other, 0.05 ms, and may go anywhere from then on.
-void find_elsewhere([[maybe_unused]] Call& call) {
-#ifdef __GLIBC__
-    if (sched_getaffinity(0, sizeof call.allowed, &call.allowed) != 0) CPU_ZERO(&call.allowed);
-    cpu_set_t others = call.allowed;
-    CPU_CLR(sched_getcpu(), &others);
-    if (CPU_COUNT(&others) > 0)
-        pthread_attr_setaffinity_np(&call.elsewhere, sizeof others, &others);
-#endif
-}
-
-void* enter(void* argument) {
-    const Thread& thread = *static_cast<Thread*>(argument);
-#ifdef __GLIBC__
-    pthread_setaffinity_np(pthread_self(), sizeof thread.call->allowed, &thread.call->allowed);
-#endif
-    thread.call->job(thread.index);
-    return nullptr;
+void enter(void* argument) {
+    Call& call = *static_cast<Call*>(argument);
+    call.job(call.next.fetch_add(1));
 }
 
 }  // namespace
@@ -50,20 +37,16 @@ void* enter(void* argument) {
 void run_threads(size_t count, const std::function<void(size_t)>& job) {
     if (count <= 1) return job(0);
     Call call{job};
-    pthread_attr_init(&call.elsewhere);
-    find_elsewhere(call);
-    std::vector<Thread> others(count - 1);
-    size_t started = 0;
-    for (Thread& thread : others) {
-        thread.call = &call, thread.index = started + 1;
-        if (pthread_create(&thread.handle, &call.elsewhere, enter, &thread) != 0 &&
-            pthread_create(&thread.handle, nullptr, enter, &thread) != 0)
-            break;
-        ++started;
+    if (gomp_parallel != nullptr && !forked)
+        return gomp_parallel(enter, &call, unsigned(count), 0);
+    std::vector<std::thread> others;
+    try {
+        for (size_t i = 1; i < count; ++i) others.emplace_back(enter, &call);
+    } catch (const std::system_error&) {
+        // The system grants no more: those that run do it all.
     }
-    job(0);
-    for (size_t i = 0; i < started; ++i) pthread_join(others[i].handle, nullptr);
-    pthread_attr_destroy(&call.elsewhere);
+    enter(&call);
+    for (std::thread& other : others) other.join();
 }
 
 }  // namespace psm::cpu

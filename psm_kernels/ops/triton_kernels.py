@@ -190,8 +190,8 @@ def bank_pass_kernel(
         held, top, total, squares, kept, mean,
         q, k, query, key, bank, bank_tiles, cell_max, first, last, size, shift,
         d, d_valid, D, rows, row_valid, cells, center, scale, sharpness, row_words,
-    group, seed, offset,
-        SELECTION, MINE, SUM, True, BM, BN, DPAD, DBLOCK, 1 if FAST else STAGES,
+        group, seed, offset, SELECTION, MINE, SUM, True, BM, BN, DPAD, DBLOCK,
+        1 if FAST else STAGES,
     )  # fmt: skip
     if SUM:
         store_part(parts, rows, row_valid, splits, split, d, D, mean, top, total, squares, kept)
