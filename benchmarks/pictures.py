@@ -76,7 +76,7 @@ def curves(results: dict, column: str, unit: float, label: str) -> Figure | None
     down = -(-len(found) // across)
     figure = Figure(figsize=(4.4 * across, 3.5 * down), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).flat
-    for axis, ((case, variable), lines) in zip(axes, found.items(), strict=False):
+    for ((case, variable), lines), axis in zip(found.items(), axes, strict=False):
         for name, points in lines.items():
             color, width = (OURS, 2.4) if name == results["ours"] else (COLORS.get(name), 1.3)
             axis.plot(*zip(*sorted(points), strict=True), "o-", color=color, lw=width, ms=3)
