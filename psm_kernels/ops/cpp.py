@@ -14,9 +14,11 @@ from psm_kernels._csrc import source_id
 
 MAX_FINISH_TOPK = 1024  # a thread of psm_finish holds (topk, D) in fp32
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
-_SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
+# The enums of csrc/bank_pass.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
+SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
+
 _REBUILD = "build it with `pip install -e .` in a checkout, or reinstall the package"
 
 
@@ -101,8 +103,8 @@ def bank_pass(
         batch=batch,
         count=_valid(count, bank),
         dim=dim,
-        dtype=_DTYPES[bank.dtype],
-        selection=_SELECTIONS[selection],
+        dtype=DTYPES[bank.dtype],
+        selection=SELECTIONS[selection],
         temperature=temperature,
         a=a,
         b=b,
@@ -202,8 +204,8 @@ def psm_finish(
         batch=batch,
         slots=len(bank),
         dim=dim,
-        dtype=_DTYPES[bank.dtype],
-        selection=_SELECTIONS[selection],
+        dtype=DTYPES[bank.dtype],
+        selection=SELECTIONS[selection],
         temperature=temperature,
         a=a,
         b=b,
@@ -211,7 +213,7 @@ def psm_finish(
         seed=seed,
         offset=offset,
         row_offset=row_offset,
-        soft_weights=_SOFT_WEIGHTS[soft_weights],
+        soft_weights=SOFT_WEIGHTS[soft_weights],
         weight_temperature=weight_temperature,
         hard_weight=hard_weight,
         loss=loss.data_ptr(),
@@ -265,7 +267,7 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
         batch=batch,
         count=_valid(count, bank),
         dim=dim,
-        dtype=_DTYPES[bank.dtype],
+        dtype=DTYPES[bank.dtype],
         topk=k,
         topk_sim=topk_sim.data_ptr(),
         topk_index=topk_index.data_ptr(),

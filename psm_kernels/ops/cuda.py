@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from psm_kernels.ops import cpp
+from psm_kernels.ops.cpp import DTYPES, SELECTIONS, SOFT_WEIGHTS
 
 MAX_FINISH_TOPK = 64  # of psm_finish
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
-_SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
 
 
 @functools.cache
@@ -93,7 +90,7 @@ def bank_pass(
         (neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index),
         s_pos=s_pos.data_ptr(),
         rng_state=0 if rng_state is None else rng_state.data_ptr(),
-        selection=_SELECTIONS[selection],
+        selection=SELECTIONS[selection],
         temperature=temperature,
         a=a,
         b=b,
@@ -128,7 +125,7 @@ def bank_topk(
 ) -> tuple[Tensor, Tensor]:
     """See `psm_kernels.ops.bank_topk`."""
     batch = query.shape[0]
-    topk_sim = torch.empty(batch, k, device=bank.device)
+    topk_sim = torch.empty(batch, k, dtype=torch.float32, device=bank.device)
     topk_index = torch.empty(batch, k, dtype=torch.int64, device=bank.device)
     if k:
         _run(
@@ -139,7 +136,7 @@ def bank_topk(
             (None, None, None, None, topk_sim, topk_index),
             s_pos=0,
             rng_state=0,
-            selection=_SELECTIONS["all"],
+            selection=SELECTIONS["all"],
             temperature=1.0,
             a=0.0,
             b=0.0,
@@ -171,7 +168,7 @@ def _run(
         batch=rows.shape[0],
         slots=bank.shape[0],
         dim=bank.shape[1],
-        dtype=_DTYPES[bank.dtype],
+        dtype=DTYPES[bank.dtype],
         topk=outputs[-1].shape[1],
         sums=query is not None,
         **dict(zip(names, map(_address, outputs), strict=True)),
@@ -219,8 +216,8 @@ def psm_finish(
         batch=query.shape[0],
         dim=query.shape[1],
         topk=topk_index.shape[1],
-        selection=_SELECTIONS[selection],
-        soft_weights=_SOFT_WEIGHTS[soft_weights],
+        selection=SELECTIONS[selection],
+        soft_weights=SOFT_WEIGHTS[soft_weights],
         temperature=temperature,
         weight_temperature=weight_temperature,
         hard_weight=hard_weight,
@@ -229,7 +226,7 @@ def psm_finish(
         loss=loss.data_ptr(),
         grad_query=grad_query.data_ptr(),
         stats=stats.data_ptr(),
-        dtype=_DTYPES[bank.dtype],
+        dtype=DTYPES[bank.dtype],
         **_place(bank),
     )
     return loss, grad_query, stats
@@ -246,7 +243,7 @@ def enqueue(
     """`MemoryBank.enqueue` in one kernel: normalize, cast, write, advance."""
     from psm_kernels import _C
 
-    keys = keys.contiguous() if keys.dtype in _DTYPES else keys.float().contiguous()
+    keys = keys.contiguous() if keys.dtype in DTYPES else keys.float().contiguous()
     labels = None if labels is None else labels.contiguous()
     _C.cuda.enqueue(
         keys=keys.data_ptr(),
@@ -259,8 +256,8 @@ def enqueue(
         batch=keys.shape[0],
         slots=bank.shape[0],
         dim=bank.shape[1],
-        key_dtype=_DTYPES[keys.dtype],
-        bank_dtype=_DTYPES[bank.dtype],
+        key_dtype=DTYPES[keys.dtype],
+        bank_dtype=DTYPES[bank.dtype],
         **_place(bank),
     )
 
