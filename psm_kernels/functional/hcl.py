@@ -297,7 +297,8 @@ class _Mixer(NamedTuple):
         beta: float,
     ) -> _Sums:
         """The sums with the synthetic negatives among them; a row without negatives gets none."""
-        made = self.synthesize(anchors.detach(), rows, index)  # (R, num_synthetic, D)
+        with torch.no_grad():  # as a decorator of the method Python 3.10 could not compile it
+            made = self.synthesize(anchors.detach(), rows, index)  # (R, num_synthetic, D)
         logits = (anchors[:, None] * made).sum(2) / temperature
         some = index[:, :1] >= 0
         return _Sums(
@@ -307,7 +308,6 @@ class _Mixer(NamedTuple):
             sums.count + self.num_synthetic * some[:, 0],
         )
 
-    @torch.no_grad()
     def synthesize(self, anchors: Tensor, rows: Tensor | Shard, index: Tensor) -> Tensor:
         """Row r's draw u takes the noise words 3u, 3u + 1 (which two) and 3u + 2 (alpha)."""
         batch, made = len(index), self.num_synthetic
