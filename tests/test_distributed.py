@@ -75,7 +75,7 @@ class Pool:
         for process in self.processes:
             process.start()
 
-    def outcomes(self, function, world, *args, answers=None, timeout=30):
+    def outcomes(self, function, world, *args, answers=None, timeout=120):
         """(error or None, result) of each rank; a rank that does not answer fails the test."""
         for task in self.tasks[:world]:
             task.put((function, world, args))
