@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -225,6 +227,26 @@ def test_a_forked_child_computes_the_same(threads, tmp_path):
     child.join(60)
     assert child.exitcode == 0
     assert queue.get(timeout=5) == want
+
+
+FORKS_BEFORE_LOADING = """
+import os, signal, torch
+torch.set_num_threads(2)
+query = torch.eye(64)
+bank = query.repeat(300, 1).exp()  # torch's threads run; in the child it would wait for them
+if pid := os.fork():
+    raise SystemExit(os.waitpid(pid, 0)[1])
+signal.alarm(60)
+from psm_kernels.ops import bank_topk
+bank_topk(query, bank, 3, backend="cpp")
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="knows a fork by /proc")
+def test_a_child_may_load_the_kernels_after_the_fork():
+    """It has none of the threads that torch's OpenMP runtime believes in."""
+    subprocess.run([sys.executable, "-c", FORKS_BEFORE_LOADING], check=True, cwd=ROOT)
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <fstream>
+#include <limits>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -19,7 +22,20 @@ namespace {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned count, unsigned flags);
 const auto gomp_parallel =
     reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-bool forked = false;
+
+// Whether this process is a fork without exec, which may have left torch's threads behind before it
+// loaded this module: bit PF_FORKNOEXEC of the flags in /proc/self/stat.
+bool is_fork() {
+    std::ifstream stat("/proc/self/stat");
+    stat.ignore(std::numeric_limits<std::streamsize>::max(), ')');
+    std::string skipped;
+    for (int field = 3; field < 9; ++field) stat >> skipped;
+    unsigned long flags = 0;
+    stat >> flags;
+    return flags & 0x40;
+}
+
+bool forked = is_fork();
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 struct Call {
