@@ -171,58 +171,75 @@ def psm_finish(
     s_pos: Tensor,  # (B,)
     swept: tuple[Tensor, ...],
     *,
-    temperature: float,
-    selection: str,
-    a: float,
-    b: float,
     rng_state: Tensor | None,  # (2,)
-    row_offset: int,
-    soft_weights: str,
-    weight_temperature: float,
-    hard_weight: float,
+    **settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `psm_kernels.ops.fused.psm_rows`."""
     from psm_kernels import _C
 
+    outputs, arguments = finish_arguments(query, key, bank, s_pos, swept, **settings)
+    seen = query.to(bank.dtype)
+    seed, offset = _noise(rng_state)
+    _C.psm_finish(
+        **arguments,
+        seen=seen.data_ptr(),
+        slots=len(bank),
+        seed=seed,
+        offset=offset,
+        isa=instruction_set(),
+        threads=torch.get_num_threads(),
+    )
+    return outputs
+
+
+def finish_arguments(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor,
+    s_pos: Tensor,
+    swept: tuple[Tensor, ...],
+    *,
+    temperature: float,
+    selection: str,
+    a: float,
+    b: float,
+    row_offset: int,
+    soft_weights: str,
+    weight_temperature: float,
+    hard_weight: float,
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, int | float]]:
+    """What psm_finish returns, to be written, and the arguments that _C wants here and for CUDA."""
     neg_lse, neg_mean, neg_sq_lse, neg_count, _, topk_index = swept
     batch, dim = query.shape
     loss, grad_query = torch.empty_like(s_pos), torch.empty_like(query)
     stats = s_pos.new_empty(3, batch)
-    seen = query.to(bank.dtype)
-    seed, offset = _noise(rng_state)
-    _C.psm_finish(
-        query=query.data_ptr(),
-        key=key.data_ptr(),
-        seen=seen.data_ptr(),
-        bank=bank.data_ptr(),
-        s_pos=s_pos.data_ptr(),
-        neg_lse=neg_lse.data_ptr(),
-        neg_mean=neg_mean.data_ptr(),
-        neg_sq_lse=neg_sq_lse.data_ptr(),
-        neg_count=neg_count.data_ptr(),
-        topk_index=topk_index.data_ptr(),
-        batch=batch,
-        slots=len(bank),
-        dim=dim,
-        dtype=DTYPES[bank.dtype],
-        selection=SELECTIONS[selection],
-        temperature=temperature,
-        a=a,
-        b=b,
-        topk=topk_index.shape[1],
-        seed=seed,
-        offset=offset,
-        row_offset=row_offset,
-        soft_weights=SOFT_WEIGHTS[soft_weights],
-        weight_temperature=weight_temperature,
-        hard_weight=hard_weight,
-        loss=loss.data_ptr(),
-        grad_query=grad_query.data_ptr(),
-        stats=stats.data_ptr(),
-        isa=instruction_set(),
-        threads=torch.get_num_threads(),
-    )
-    return loss, grad_query, stats
+    arguments = {
+        "query": query.data_ptr(),
+        "key": key.data_ptr(),
+        "bank": bank.data_ptr(),
+        "s_pos": s_pos.data_ptr(),
+        "neg_lse": neg_lse.data_ptr(),
+        "neg_mean": neg_mean.data_ptr(),
+        "neg_sq_lse": neg_sq_lse.data_ptr(),
+        "neg_count": neg_count.data_ptr(),
+        "topk_index": topk_index.data_ptr(),
+        "batch": batch,
+        "dim": dim,
+        "dtype": DTYPES[bank.dtype],
+        "selection": SELECTIONS[selection],
+        "temperature": temperature,
+        "a": a,
+        "b": b,
+        "topk": topk_index.shape[1],
+        "row_offset": row_offset,
+        "soft_weights": SOFT_WEIGHTS[soft_weights],
+        "weight_temperature": weight_temperature,
+        "hard_weight": hard_weight,
+        "loss": loss.data_ptr(),
+        "grad_query": grad_query.data_ptr(),
+        "stats": stats.data_ptr(),
+    }
+    return (loss, grad_query, stats), arguments
 
 
 def row_ranges(

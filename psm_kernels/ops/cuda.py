@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels.ops import cpp
-from psm_kernels.ops.cpp import DTYPES, SELECTIONS, SOFT_WEIGHTS
+from psm_kernels.ops.cpp import DTYPES, SELECTIONS
 
 MAX_FINISH_TOPK = 64  # of psm_finish
 
@@ -185,51 +185,15 @@ def psm_finish(
     s_pos: Tensor,  # (B,)
     swept: tuple[Tensor, ...],
     *,
-    temperature: float,
-    selection: str,
-    a: float,
-    b: float,
     rng_state: Tensor | None,  # (2,)
-    row_offset: int,
-    soft_weights: str,
-    weight_temperature: float,
-    hard_weight: float,
+    **settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `psm_kernels.ops.fused.psm_rows`."""
     from psm_kernels import _C
 
-    neg_lse, neg_mean, neg_sq_lse, neg_count, _, topk_index = swept
-    loss, grad_query = torch.empty_like(s_pos), torch.empty_like(query)
-    stats = query.new_empty(3, query.shape[0])
-    _C.cuda.finish(
-        query=query.data_ptr(),
-        key=key.data_ptr(),
-        bank=bank.data_ptr(),
-        s_pos=s_pos.data_ptr(),
-        rng_state=_address(rng_state),
-        neg_lse=neg_lse.data_ptr(),
-        neg_mean=neg_mean.data_ptr(),
-        neg_sq_lse=neg_sq_lse.data_ptr(),
-        neg_count=neg_count.data_ptr(),
-        topk_index=topk_index.data_ptr(),
-        row_offset=row_offset,
-        batch=query.shape[0],
-        dim=query.shape[1],
-        topk=topk_index.shape[1],
-        selection=SELECTIONS[selection],
-        soft_weights=SOFT_WEIGHTS[soft_weights],
-        temperature=temperature,
-        weight_temperature=weight_temperature,
-        hard_weight=hard_weight,
-        a=a,
-        b=b,
-        loss=loss.data_ptr(),
-        grad_query=grad_query.data_ptr(),
-        stats=stats.data_ptr(),
-        dtype=DTYPES[bank.dtype],
-        **_place(bank),
-    )
-    return loss, grad_query, stats
+    outputs, arguments = cpp.finish_arguments(query, key, bank, s_pos, swept, **settings)
+    _C.cuda.finish(**arguments, rng_state=_address(rng_state), **_place(bank))
+    return outputs
 
 
 def enqueue(
