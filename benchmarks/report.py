@@ -12,6 +12,7 @@ training step, cpu:sweep what the sweeps found, benchmark:digits:accuracy a tabl
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -69,8 +70,10 @@ def methods(results: dict) -> list[list[str]]:
 def sweeps(results: dict) -> list[list[str]]:
     first, _, origin = headline(results)
     stem = f"benchmarks/results/{results['name']}"
+    base = Case("psm", 256, 65_536, 128, 5)
     return [
         [f"{first}. {origin}."],
+        table(results, lambda case: case == dataclasses.replace(base, size=case.size)),
         [f"![{name}]({stem}-{name}.svg)" for name in ("time", "memory", "ratios")],
         bullets(bank_kinds(results)),
         bullets(not_fastest(results)),
