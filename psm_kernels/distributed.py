@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,23 @@ def gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Rows of every rank in rank order, (R B, ...) from (B, ...); detached. All ranks bring the
     same B: `agree` first."""
     return _gather((x.detach(),), group)[0]
+
+
+@torch.no_grad()
+def average(*tensors: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Put the mean over all ranks into each floating tensor, such as running statistics."""
+    _, world = rank_and_world(group)
+    if world > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=group)
+            tensor /= world
+
+
+def full_state_dict(module: Any) -> dict[str, Any]:
+    """`module.state_dict()` with the DTensors of sharded banks put together, on every rank: all of
+    them call it."""
+    state = module.state_dict()
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
 
 
 def agree(group: dist.ProcessGroup | None, facts: Callable[[], dict[str, object]]) -> None:
