@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, UnReMixLoss, plots
 from psm_kernels.batch_norm import set_batch_norm
-from psm_kernels.checkpoint import load_checkpoint, save_checkpoint
+from psm_kernels.checkpoint import full_state_dict, load_checkpoint, save_checkpoint
 from psm_kernels.data import DATA_SETS, MEAN_STD, load_views
-from psm_kernels.distributed import average, full_state_dict, rank_and_world
+from psm_kernels.distributed import average, rank_and_world
 from psm_kernels.evaluate import compare, encode, knn_accuracy
 from psm_kernels.networks import make_encoder, mlp
 from psm_kernels.settings import check, command_line, complete, continued, setting
@@ -278,11 +278,10 @@ def contrast(criterion, query, key, projection, label) -> tuple[torch.Tensor, to
 def evaluate(run: Run, bank: torch.Tensor) -> dict:
     """Accuracy next to an untrained encoder's and the pixels', and three pictures."""
     s, folder, networks = run.settings, run.folder, run.networks.eval()
-    side = min(32, s.image_size)
     encoders = {
         "trained encoder": networks.encoder[0],
         "random-initialized encoder": Networks(s).encoder[0].to(run.device),
-        "raw pixels": nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten()),
+        "raw pixels": nn.Sequential(nn.AdaptiveAvgPool2d(min(32, s.image_size)), nn.Flatten()),
     }
     with run.autocast:
         accuracy = compare(encoders, run.train_set, run.test_set, device=run.device)
@@ -292,22 +291,20 @@ def evaluate(run: Run, bank: torch.Tensor) -> dict:
     random_knn = accuracy["random-initialized encoder"]["knn"]
     plots.draw_curves(run.history, folder / "curves.png", random_knn=random_knn)
 
-    def embed(view1, view2):  # query and key
-        view1, view2 = view1.to(run.device), view2.to(run.device)
-        return networks.predictor(networks.encoder(view1)), networks.momentum(view2)
-
-    views = next(iter(run.views.batches(min(1024, len(run.views)), epoch=s.epochs)))
+    view1, view2, _ = next(iter(run.views.batches(min(1024, len(run.views)), epoch=s.epochs)))
+    _, _, query, _, _, key = networks(view1.to(run.device), view2.to(run.device))
     options = {"count": run.criterion.memory_bank.count, "temperature": s.temperature}
-    gradient = rank_gradient_stats(*embed(*views[:2]), bank, **options)
+    gradient = rank_gradient_stats(query, key, bank, **options)
     plots.draw_gradient(*gradient, folder / "gradient.png")
 
-    images = next(iter(run.test_set))[0][:8]
+    images = next(iter(run.test_set))[0][:8].to(run.device)
+    _, _, query, _, _, key = networks(images, images)
     pool = itertools.islice(run.train_set, math.ceil(s.bank / s.batch_size))
     pool = encode(networks.momentum, pool, run.device)[0][: s.bank]
     keep = None if s.method != "psm" or s.selection == "all" else (s.a, s.b)
     options = {"topk": s.topk, "keep": keep, "mean_std": MEAN_STD[s.data]}
     sets = run.test_set.dataset, run.train_set.dataset
-    plots.draw_mined(*sets, *embed(images, images), pool, folder / "mined.png", **options)
+    plots.draw_mined(*sets, query, key, pool, folder / "mined.png", **options)
     gradient = {name: value.tolist() for name, value in gradient._asdict().items()}
     return {"accuracy": accuracy, "gradient": gradient}
 

@@ -41,7 +41,7 @@ def set_batch_norm(module: nn.Module, *, sync: bool = False, splits: int = 1) ->
     """
     for parameter in module.parameters() if sync else ():
         if parameter.device.type == "cpu":
-            raise ValueError("sync: needs GPUs, got the device cpu; splits does it in one process")
+            raise ValueError("sync: synchronized batch norm needs GPUs, got the device cpu")
     for layer in module.modules():
         if isinstance(layer, _BatchNorm) and splits > 1:
             layer.__class__, layer.splits = SplitBatchNorm, splits

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from psm_kernels.distributed import full_state_dict, rank_and_world
+from psm_kernels.distributed import rank_and_world
 
 
 def save_checkpoint(path: str | Path, parts: Mapping[str, Any], **facts: Any) -> None:
@@ -59,3 +59,10 @@ def load_checkpoint(path: str | Path, parts: Mapping[str, Any] | None = None) ->
     except Exception as error:  # of zip, pickle, keys, types or shapes: all mean the same
         raise ValueError(f"{path} is damaged, or not a checkpoint of these parts") from error
     return state
+
+
+def full_state_dict(module: Any) -> dict[str, Any]:
+    """`module.state_dict()` with the DTensors of sharded banks put together, on every rank: all of
+    them call it."""
+    state = module.state_dict()
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}

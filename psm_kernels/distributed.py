@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,13 +59,6 @@ def average(*tensors: Tensor, group: dist.ProcessGroup | None = None) -> None:
         for tensor in tensors:
             dist.all_reduce(tensor, group=group)
             tensor /= world
-
-
-def full_state_dict(module: Any) -> dict[str, Any]:
-    """`module.state_dict()` with the DTensors of sharded banks put together, on every rank: all of
-    them call it."""
-    state = module.state_dict()
-    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
 
 
 def agree(group: dist.ProcessGroup | None, facts: Callable[[], dict[str, object]]) -> None:

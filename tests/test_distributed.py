@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, distributed
+from psm_kernels.checkpoint import full_state_dict
 from psm_kernels.ops import BankPass, bank_pass
 
 DIM, BATCH = 12, 8  # columns; rows of all ranks together
@@ -485,7 +486,7 @@ def train(at, steps=7, accumulate=1, inside=True, ddp=None, ignore=False, autoca
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    state = {name: t.clone() for name, t in distributed.full_state_dict(criterion).items()}
+    state = {name: t.clone() for name, t in full_state_dict(criterion).items()}
     return torch.tensor(losses), list(whole.encoder.state_dict().values()), state
 
 
@@ -684,7 +685,7 @@ def full_state(at):
     criterion = make_sharded(at, size=21)
     step(criterion, *[at.own(x) for x in whole_batch()])
     state = get_model_state_dict(criterion, options=StateDictOptions(full_state_dict=True))
-    return state, distributed.full_state_dict(criterion)
+    return state, full_state_dict(criterion)
 
 
 def test_full_state_of_a_sharded_bank_is_that_of_one_process(pool):
