@@ -127,6 +127,14 @@ def test_it_does_not_matter_when_asynchronous_work_is_done(gpu, path, dtype):
     assert torch.equal(index, want[1])
 
 
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+@pytest.mark.parametrize(("size", "dim"), [(1700, 64), (1200, 128), (500, 256)])
+def test_the_ring_of_stages_goes_round(gpu, path, size, dim):
+    """Twice, and for two blocks of rows that one block of threads takes after each other."""
+    got, want = both(gpu, problem(130, size, dim, dtype=torch.bfloat16), path, topk=0)
+    assert_agree(got, want, torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("dim", [1, 20, 33, 250])
 def test_rows_that_are_not_aligned(gpu, dtype, dim):
@@ -441,7 +449,7 @@ def test_the_machine_finds_faults(gpu, source, pattern, message):
     assert found
     gpu.warps = 1
     gpu.replaced = {runtime.plain(k): v for k, v in text.read(broken).items()}
-    sound = problem(3, 420, 128, dtype=torch.bfloat16)
+    sound = problem(3, 700, 128, dtype=torch.bfloat16)
     if message:
         with pytest.raises(RuntimeError, match=message):
             both(gpu, sound, source[:4])

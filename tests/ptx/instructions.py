@@ -569,6 +569,7 @@ def bulk_copy(take: Operands, s: Statement):
             ready.settle()
 
         block.barrier(at)
+        block.check_proxy(np.arange(at, at + 8))
         if w.machine.early:
             work()
         else:
@@ -756,7 +757,14 @@ def described(block, descriptor: int, rows: np.ndarray, bytes_: np.ndarray, grou
 def wgmma(take: Operands, machine: Machine, s: Statement):
     kind = s.opcode[1]
     if kind == "fence":
-        return lambda w, m: None if w.together(m) else TOGETHER
+
+        def fence_registers(w, lanes):
+            if not w.together(lanes):
+                return TOGETHER
+            w.fenced = list(w.registers)
+            return None
+
+        return fence_registers
     if kind == "commit_group":
         return lambda w, m: w.commit(w.products, m)
     if kind == "wait_group":
@@ -781,6 +789,8 @@ def wgmma(take: Operands, machine: Machine, s: Statement):
         if lanes is not None:
             return TOGETHER
         r, block = w.registers, w.block
+        if not w.fenced or any(w.fenced[i] is not r[i] for i in [*d, *(a or [])]):
+            raise Fault("wgmma takes registers that were written after the last wgmma.fence")
         accumulate, b_at = bool(add(r)[0]), int(b_descriptor(r)[0])
         a_at = 0 if from_registers else int(a_descriptor(r)[0])
         first_rows = w.warps[::32] % 4 * 16  # of 64, by warp
@@ -802,7 +812,7 @@ def wgmma(take: Operands, machine: Machine, s: Statement):
             if accumulate:
                 result = result + fragment_d([r[i] for i in d])
             for i, value in zip(d, spread_d(result, len(d)), strict=True):
-                r[i] = value
+                r[i] = w.fenced[i] = value
 
         w.defer(w.products, work)
         return None

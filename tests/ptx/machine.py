@@ -1,7 +1,7 @@
 """Threads, memory and asynchronous work of one kernel.
 
 The lanes of some warps go in step, as numpy arrays; those that part ways run in the order of their
-addresses until they meet again. Blocks run one after the other, the teams of a block in turns; a
+addresses until they meet again. Blocks run one after the other, the teams of a block by lot; a
 team of one warp shows a missing barrier, one of four warps is three times as fast. What is
 asynchronous (cp.async, TMA, wgmma) happens as late as the program allows it or, with early=True,
 at once: a wait that is missing shows in one of the two. Every access to memory is checked for
@@ -75,7 +75,9 @@ class Block:
         self.teams = [Team(self, i) for i in range(0, machine.threads, machine.width)]
 
     def run(self) -> None:
+        order = np.random.default_rng(self.index)
         while teams := [t for t in self.teams if t.paths]:
+            order.shuffle(teams)
             for team in teams:
                 team.advanced = False
                 if not team.waits:
@@ -119,6 +121,7 @@ class Team:
         self.waits = self.advanced = False
         self.copies: list[list[Callable[[], None]]] = [[]]  # groups of cp.async, the last one open
         self.products: list[list[Callable[[], None]]] = [[]]  # of wgmma
+        self.fenced: list[np.ndarray] = []  # the registers at the last wgmma.fence
 
     def where(self) -> list[str]:
         return [self.machine.kernel.statements[path[0]].text for path in self.paths]
