@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -96,3 +97,22 @@ def test_every_argument_reaches_the_runtime(kernel, monkeypatch):
     }
     with pytest.raises(RuntimeError, match=r"^psm_kernels: cudaGetDevice: cudaError"):
         calls[kernel]()
+
+
+def test_the_ticket_of_an_enqueue_lives_until_the_launch(monkeypatch):
+    """Without a caching allocator memory that nobody holds is unmapped before the kernel runs."""
+    made, alive = [], []
+    zeros = torch.zeros
+
+    def watched(*args, **kwargs):
+        made.append(weakref.ref(out := zeros(*args, **kwargs)))
+        return out
+
+    memory, keys = MemoryBank(30, 8), torch.ones(4, 8)
+    kernels = SimpleNamespace(enqueue=lambda **arguments: alive.extend(x() for x in made))
+    monkeypatch.setattr("psm_kernels._C", SimpleNamespace(cuda=kernels), raising=False)
+    monkeypatch.setattr(cuda, "_place", lambda bank: {})
+    monkeypatch.setattr(torch, "zeros", watched)
+    cuda.enqueue(keys, None, memory.bank, memory.labels, memory.ptr, memory.count)
+    assert len(alive) == 1
+    assert alive[0] is not None

@@ -209,6 +209,7 @@ def enqueue(
 
     keys = keys.contiguous() if keys.dtype in DTYPES else keys.float().contiguous()
     labels = None if labels is None else labels.contiguous()
+    ticket = torch.zeros((), dtype=torch.int32, device=bank.device)  # lives until the launch
     _C.cuda.enqueue(
         keys=keys.data_ptr(),
         labels=_address(labels),
@@ -216,7 +217,7 @@ def enqueue(
         bank_labels=bank_labels.data_ptr(),
         ptr=ptr.data_ptr(),
         count=count.data_ptr(),
-        ticket=torch.zeros((), dtype=torch.int32, device=bank.device).data_ptr(),
+        ticket=ticket.data_ptr(),
         batch=keys.shape[0],
         slots=bank.shape[0],
         dim=bank.shape[1],
