@@ -44,6 +44,15 @@ def test_bank_topk_takes_what_bank_pass_does_not(monkeypatch):
     backends._choose.cache_clear()
 
 
+def test_a_gpu_does_not_make_triton_take_host_memory(monkeypatch):
+    module = SimpleNamespace(interpreted=lambda: False)  # as loaded where there is a GPU
+    monkeypatch.setattr(backends, "load", lambda name: module)
+    backends._choose.cache_clear()
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1; these can: cpp, reference"):
+        backends.choose("triton", torch.ones(2, 8))
+    backends._choose.cache_clear()
+
+
 # --- the cuda backend without a GPU --------------------------------------------------------------
 
 
