@@ -230,18 +230,21 @@ def measure_group(group: str, seconds: float, write: Callable[[dict], None]) -> 
 def measure_case(
     group: str, about: dict, seconds: float, flush: Tensor, write: Callable[[dict], None]
 ) -> bool:
-    """A failure becomes a row, and the next case may still run. Memory that a baseline's matrices
-    would take and the card does not have is a result."""
-    about = about | {"backend": group}
-    try:
-        for run in RUNS[about["kind"]](group, *about["shape"]):
+    """A failure becomes a row, and the next run may still be measured. Memory that a baseline's
+    matrices would take and the card does not have is a result."""
+    about, good = about | {"backend": group}, True
+    runs = RUNS[about["kind"]](group, *about["shape"])
+    while True:
+        try:
+            run = next(runs, None)
+            if run is None:
+                return good
             about["backend"] = run.name
             write(about | measure(run, seconds, flush))
-    except Exception as error:
-        text = str(error).strip().partition("\n")[0]
-        write(about | {"error": f"{type(error).__name__}: {text}"})
-        return group == "torch" and isinstance(error, torch.cuda.OutOfMemoryError)
-    return True
+        except Exception as error:
+            text = str(error).strip().partition("\n")[0]
+            write(about | {"error": f"{type(error).__name__}: {text}"})
+            good &= group == "torch" and isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def measure(run: Run, seconds: float, flush: Tensor) -> dict:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
 from benchmarks import gpu
 
@@ -37,7 +38,26 @@ def test_a_group_measures_every_kind(group, on_the_cpu):
         assert row["peak_bytes"] == 12
 
 
-def test_a_failure_is_a_row_and_the_next_case_runs(on_the_cpu, monkeypatch):
+def test_a_failure_is_a_row_and_the_next_run_is_measured(on_the_cpu, monkeypatch):
+    def step():
+        raise torch.cuda.OutOfMemoryError("tried to allocate")
+
+    def greedy(group, *shape):
+        yield gpu.Run("eager", step, False)
+        yield gpu.Run("torch.compile", lambda: None, False)
+
+    monkeypatch.setitem(gpu.RUNS, "loss", greedy)
+    for group, good in (("torch", True), ("reference", False)):
+        rows = []
+        assert gpu.measure_group(group, 60, rows.append) == good
+        first, second = (row for row in rows if row["kind"] == "loss")
+        assert first["backend"] == "eager"
+        assert first["error"] == "OutOfMemoryError: tried to allocate"
+        assert second["backend"] == "torch.compile"
+        assert "hot" in second
+
+
+def test_a_case_that_breaks_is_a_row_and_the_next_case_runs(on_the_cpu, monkeypatch):
     def broken(group, *shape):
         yield gpu.Run("first", lambda: None, False)
         raise RuntimeError("an illegal address\nwas met")
