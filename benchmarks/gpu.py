@@ -275,14 +275,19 @@ def measure_machine() -> dict:
 GROUPS = ("triton", "cuda", "torch")
 
 
+START, GRACE = 10, 20  # seconds: of imports and a context; of a last case and its compilation
+
+
 def start_group(group: str, seconds: float) -> tuple[list[dict], str | None]:
-    """Rows of a group, measured in a process that is stopped when it takes too long."""
-    command = [sys.executable, __file__, "--group", group, "--seconds", str(seconds)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    """Rows of a group, measured in a process that is stopped when it takes GRACE too long."""
+    measured = str(max(seconds - START, 5))
+    command = [sys.executable, __file__, "--group", group, "--seconds", measured]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
-    limit, failed = seconds * 1.5 + 30, None  # a start, graphs and compilers take time as well
+    limit, failed = seconds + GRACE, None
     try:
         output, _ = child.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -383,7 +388,7 @@ def plot(result: dict, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=150, help="about how long to measure")
+    parser.add_argument("--seconds", type=float, default=150, help="about how long it may take")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--group", choices=("machine", *GROUPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -402,7 +407,8 @@ def print_line(row: dict) -> None:
 def run_groups(seconds: float, folder: Path) -> int:
     """Measures all groups; 1 where something failed that was to run."""
     signal.signal(signal.SIGTERM, lambda *unused: sys.exit("stopped"))  # and with it the child
-    machine, failed = start_group("machine", 10)
+    end = time.monotonic() + seconds
+    machine, failed = start_group("machine", 30)
     if not machine:
         raise SystemExit(f"the GPU could not be measured: {failed}")
     result = {
@@ -412,8 +418,9 @@ def run_groups(seconds: float, folder: Path) -> int:
         "failed": {},
         "rows": [],
     }
-    for group in GROUPS:
-        rows, failed = start_group(group, seconds / len(GROUPS))
+    for number, group in enumerate(GROUPS):
+        share = max((end - time.monotonic()) / (len(GROUPS) - number), 15)
+        rows, failed = start_group(group, share)
         rows = [add_roofline(row, result["machine"]) for row in rows]
         result["rows"] += [row for row in rows if "kind" in row]
         if failed:
