@@ -138,11 +138,10 @@ def pass_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
         return torch.autograd.grad(out.neg_lse.sum(), leaf)
 
     yield Run(group, step, True)
+    low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos, *DRAW.values()
+    direct = functools.partial(backends.load(group).bank_pass, *low, TOPK, rng_state, 0, 0)
+    yield Run(f"{group} kernels", direct, True)  # without the casts and autograd's few kernels
     if group == "cuda":
-        from psm_kernels.ops import cuda
-
-        low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos, *DRAW.values()
-        direct = functools.partial(cuda.bank_pass, *low, TOPK, rng_state, 0, 0)
         yield Run("cuda null epilogue", functools.partial(direct, null_epilogue=True), True)
         if torch.cuda.get_device_capability()[0] == 9:
             yield Run("cuda sm_80 kernels", functools.partial(direct, force_sm80=True), True)
@@ -222,8 +221,8 @@ def measure_group(group: str, seconds: float, write: Callable[[dict], None]) -> 
         left = stop - time.perf_counter()
         if left < 0:
             write(about | {"backend": group, "error": "not measured, the time was up"})
-        else:  # two providers of a case, hot and cold
-            good &= measure_case(group, about, left / (len(cases) - number) / 4, flush, write)
+        else:  # up to four runs of a case, hot and cold
+            good &= measure_case(group, about, left / (len(cases) - number) / 8, flush, write)
     return good
 
 
