@@ -1,23 +1,28 @@
-"""The CUDA kernels themselves, run on the CPU by an emulation of the instructions they use.
+"""The cuda backend run on the CPU: the real module and launches, the PTX that nvcc makes of
+csrc/cuda, an instruction at a time (tests/ptx).
 
-It checks layouts, descriptors, swizzles, barrier phases, waits, masks, noise and merge. It knows
-nothing of time, of the memory model or of how a GPU schedules: for those see test_cuda.py.
+It checks layouts, descriptors, swizzles, barriers, waits, bounds, masks, noise, merge and launch,
+and knows nothing of time, of ptxas, or of what a GPU does at once: for those see test_cuda.py.
 """
 
-import ctypes
 import math
-import shutil
+import re
+import struct
 
-import cuda_emulation as emulation
+import numpy as np
 import pytest
 import torch
 from conftest import problem
+from ptx import machine, runtime, text
 
 from psm_kernels import functional, noise
-from psm_kernels.ops import BankPass, bank_pass, reference
+from psm_kernels.memory_bank import MemoryBank
+from psm_kernels.ops import BankPass, bank_pass, cuda, reference
 from psm_kernels.ops.affine import weighted_pass
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+pytestmark = pytest.mark.skipif(
+    runtime.unavailable() is not None, reason=str(runtime.unavailable())
+)
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 # P in the second product has the bank's dtype: a rounding of 2^-9 per weight in bf16.
@@ -28,7 +33,13 @@ PATHS = [
     for dtype in LOW
     if (path, dtype) != ("sm90", torch.float32)
 ]
+CAPABILITY = {"sm80": 8, "sm90": 9}
 SEED, OFFSET = 0x1234567_89ABCDEF, 3 << 33 | 5
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> runtime.Gpu:
+    return runtime.Gpu(monkeypatch)
 
 
 def arguments(query, key, bank, s_pos, **settings):
@@ -50,12 +61,18 @@ def arguments(query, key, bank, s_pos, **settings):
     return query.to(bank.dtype), key, bank, count, s_pos, *settings.values()
 
 
-def both(problem, path, cut=None, **settings) -> tuple[BankPass, BankPass]:
-    """The emulated kernels, and the reference in float64 on the same rounded inputs."""
+def widened(args) -> list:
+    return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+
+
+def both(gpu, problem, path, cut=1, **settings) -> tuple[BankPass, BankPass]:
+    """The kernels with `cut` multiprocessors to divide the work among, and the reference in
+    float64 on the same rounded inputs."""
+    cell_log2 = settings.pop("cell_log2", 0)
     args = arguments(*problem, **settings)
-    got = BankPass(*emulation.bank_pass(*args, path=path, **(cut or {})))
-    wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-    return got, BankPass(*reference.bank_pass(*wide))
+    gpu.capability, gpu.multiprocessors = CAPABILITY[path], cut
+    got = BankPass(*cuda.bank_pass(*args, cell_log2=cell_log2))
+    return got, BankPass(*reference.bank_pass(*widened(args)))
 
 
 def assert_agree(got: BankPass, want: BankPass, dtype):
@@ -71,67 +88,82 @@ def assert_agree(got: BankPass, want: BankPass, dtype):
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
-@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
 @pytest.mark.parametrize(
-    ("batch", "size", "dim", "topk", "cut"),
+    ("batch", "size", "dim", "topk", "selection", "cut", "cell_log2"),
     [
-        (1, 1, 8, 1, {"splits": 1, "grid": 1}),
-        (3, 63, 24, 5, {"splits": 2, "grid": 5}),
-        (3, 700, 64, 20, {"splits": 4, "grid": 3}),
-        (130, 150, 128, 0, {"splits": 1, "grid": 1}),
-        (5, 530, 200, 5, {"splits": 3, "grid": 1, "cell_log2": 7}),
-        (2, 270, 256, 300, {"splits": 1, "grid": 1}),
-        (20, 97, 72, 7, {"splits": 7, "grid": 2, "cell_log2": 8}),
+        (1, 1, 8, 1, "bernoulli", 1, 0),
+        (3, 700, 64, 20, "bernoulli", 4, 0),
+        (3, 300, 64, 5, "expected", 2, 0),
+        (3, 300, 64, 0, "all", 2, 0),
+        (130, 150, 128, 0, "bernoulli", 1, 0),
+        (2, 150, 128, 5, "expected", 1, 0),
+        (5, 530, 200, 5, "bernoulli", 3, 7),
+        (2, 270, 256, 300, "expected", 1, 0),
+        (2, 270, 256, 300, "all", 1, 0),
+        (20, 97, 72, 7, "all", 7, 8),
     ],
 )
-def test_odd_sizes(path, dtype, batch, size, dim, topk, cut, selection):
+def test_odd_sizes(gpu, path, dtype, batch, size, dim, topk, selection, cut, cell_log2):
     count = max(1, size - size // 3)
     query, key, bank, s_pos = problem(batch, size, dim, dtype=dtype)
     bank[count:] = torch.nan
-    got, want = both(
-        (query, key, bank, s_pos), path, cut, count=count, selection=selection, topk=topk
-    )
+    settings = {"count": count, "selection": selection, "topk": topk, "cell_log2": cell_log2}
+    got, want = both(gpu, (query, key, bank, s_pos), path, cut, **settings)
     assert_agree(got, want, dtype)
     assert torch.equal(got.topk_index >= 0, want.topk_index >= 0)
+    if path == "sm90":
+        assert "sm90" in gpu.launches[0]
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+def test_it_does_not_matter_when_asynchronous_work_is_done(gpu, path, dtype):
+    """At once here, as late as the program allows in all other tests, which have teams of warps."""
+    gpu.early, gpu.warps = True, 1
+    query, key, bank, s_pos = problem(3, 420, 128, dtype=dtype)
+    got, want = both(gpu, (query, key, bank, s_pos), path, 2, count=400)
+    assert_agree(got, want, dtype)
+    _, index = cuda.bank_topk(key.to(dtype), bank, 9, torch.tensor(400))
+    want = reference.bank_topk(key.to(dtype).double(), bank.double(), 9, torch.tensor(400))
+    assert torch.equal(index, want[1])
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("dim", [1, 20, 33, 250])
-def test_rows_that_are_not_aligned(dtype, dim):
-    got, want = both(problem(3, 140, dim, dtype=dtype), "sm80")
+def test_rows_that_are_not_aligned(gpu, dtype, dim):
+    got, want = both(gpu, problem(3, 140, dim, dtype=dtype), "sm90")
     assert_agree(got, want, dtype)
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
-def test_exact_products_give_the_same_masks_and_indices(path, dtype):
-    query, key, bank, s_pos = problem(9, 1500, 64, dtype=dtype, few_bits=True)
-    bank[700:720] = bank[10:30]  # duplicates: ties go to the smaller slot
-    for a in (0.0, 8.0, 1e30):
-        got, want = both((query, key, bank, s_pos), path, a=a, b=0.0, topk=20)
+def test_exact_products_give_the_same_masks_and_indices(gpu, path, dtype):
+    query, key, bank, s_pos = problem(9, 600, 64, dtype=dtype, few_bits=True)
+    bank[300:320] = bank[10:30]  # duplicates: ties go to the smaller slot
+    for a in (8.0, 1e30):
+        got, want = both(gpu, (query, key, bank, s_pos), path, a=a, b=0.0, topk=20)
         assert torch.equal(got.neg_count, want.neg_count.float())
         assert torch.equal(got.topk_index, want.topk_index)
         assert torch.equal(got.topk_sim, want.topk_sim.float())
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
-def test_masks_do_not_depend_on_how_the_bank_is_cut(path, dtype):
+def test_masks_do_not_depend_on_how_the_bank_is_cut(gpu, path, dtype):
     """A shard that starts anywhere draws the noise of its global slots."""
     query, key, bank, s_pos = problem(4, 400, 64, dtype=dtype, few_bits=True)
-    whole = both((query, key, bank, s_pos), path, row_offset=7)[0]
+    whole = both(gpu, (query, key, bank, s_pos), path, row_offset=7)[0]
     counts = torch.zeros(4)
     for start, end in ((0, 37), (37, 150), (150, 400)):
         shard = bank[start:end].contiguous()
-        got, want = both((query, key, shard, s_pos), path, row_offset=7, col_offset=start)
+        got, want = both(gpu, (query, key, shard, s_pos), path, row_offset=7, col_offset=start)
         assert torch.equal(got.topk_index, want.topk_index)
         counts += got.neg_count
     assert torch.equal(counts, whole.neg_count)
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
-def test_the_cut_of_the_work_changes_nothing_but_rounding(path, dtype):
-    one = both(problem(20, 500, 64, dtype=dtype), path, {"splits": 1, "grid": 1})[0]
-    for cut in ({"splits": 2, "grid": 3}, {"splits": 5, "grid": 2}, {"splits": 40, "grid": 7}):
-        other = both(problem(20, 500, 64, dtype=dtype), path, cut)[0]
+def test_the_cut_of_the_work_changes_nothing_but_rounding(gpu, path, dtype):
+    one = both(gpu, problem(20, 300, 64, dtype=dtype), path)[0]
+    for cut in (2, 5):
+        other = both(gpu, problem(20, 300, 64, dtype=dtype), path, cut)[0]
         assert torch.equal(one.topk_index, other.topk_index)
         assert torch.equal(one.topk_sim, other.topk_sim)
         assert torch.equal(one.neg_count, other.neg_count)
@@ -140,11 +172,11 @@ def test_the_cut_of_the_work_changes_nothing_but_rounding(path, dtype):
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
-def test_cold_temperature_with_equal_similarities(path, dtype, sign):
+def test_cold_temperature_with_equal_similarities(gpu, path, dtype, sign):
     row = torch.full((16,), 0.25)
     query, bank = row.expand(3, 16).clone(), (sign * row).expand(500, 16).contiguous().to(dtype)
     cold = {"temperature": 0.02, "selection": "all"}
-    got, _ = both((query, query, bank, torch.ones(3)), path, **cold)
+    got, _ = both(gpu, (query, query, bank, torch.ones(3)), path, **cold)
     assert got.neg_lse.tolist() == pytest.approx([sign * 50 + math.log(500)] * 3, rel=1e-6)
     assert got.neg_sq_lse.tolist() == pytest.approx([sign * 100 + math.log(500)] * 3, rel=1e-6)
     torch.testing.assert_close(got.neg_mean, bank[:3].float(), atol=1e-3, rtol=1e-3)
@@ -153,13 +185,14 @@ def test_cold_temperature_with_equal_similarities(path, dtype, sign):
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 @pytest.mark.parametrize("selection", ["bernoulli", "expected"])
-def test_what_is_kept_may_be_far_below_the_largest_logit(path, dtype, selection):
+def test_what_is_kept_may_be_far_below_the_largest_logit(gpu, path, dtype, selection):
     """exp(-1/0.01) beside exp(1/0.01): only the kept one may set the shift."""
     row = torch.zeros(64)
     row[0] = 1.0
     signs = torch.where(torch.arange(600) % 3 == 0, 1.0, -1.0)
     bank = (signs[:, None] * row).to(dtype)
     got, want = both(
+        gpu,
         (row[None], row[None], bank, torch.ones(1)),
         path,
         temperature=0.01,
@@ -172,23 +205,23 @@ def test_what_is_kept_may_be_far_below_the_largest_logit(path, dtype, selection)
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
-def test_growing_logits_move_the_shift(path, dtype):
+def test_growing_logits_move_the_shift(gpu, path, dtype):
     row = torch.zeros(64)
     row[0] = 1.0
     bank = (torch.linspace(-1, 1, 1000)[:, None] * row).to(dtype)
     problem = (row.repeat(2, 1), row.repeat(2, 1), bank, torch.ones(2))
-    got, want = both(problem, path, {"splits": 1}, temperature=0.01, selection="all")
+    got, want = both(gpu, problem, path, temperature=0.01, selection="all")
     assert_agree(got, want, dtype)
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_row_spoils_itself_alone(path, dtype, bad):
+def test_a_bad_row_spoils_itself_alone(gpu, path, dtype, bad):
     query, key, bank, s_pos = problem(20, 300, 64, dtype=dtype)
-    good = both((query, key, bank, s_pos), path)[0]
+    good = both(gpu, (query, key, bank, s_pos), path)[0]
     query, key = query.clone(), key.clone()
     query[3, 5], key[6, 7] = bad, bad
-    got = both((query, key, bank, s_pos), path)[0]
+    got = both(gpu, (query, key, bank, s_pos), path)[0]
     assert got.neg_lse[3].isnan()
     assert got.neg_mean[3].isnan().all()
     assert ((got.topk_index >= -1) & (got.topk_index < 300)).all()
@@ -198,9 +231,9 @@ def test_a_bad_row_spoils_itself_alone(path, dtype, bad):
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
-def test_an_empty_bank(path, dtype):
+def test_an_empty_bank(gpu, path, dtype):
     query, key, bank, s_pos = problem(3, 40, 64, dtype=dtype)
-    got, _ = both((query, key, torch.full_like(bank, torch.nan), s_pos), path, count=0)
+    got, _ = both(gpu, (query, key, torch.full_like(bank, torch.nan), s_pos), path, count=0)
     assert (got.neg_lse == -math.inf).all()
     assert (got.neg_sq_lse == -math.inf).all()
     assert not got.neg_mean.any()
@@ -211,46 +244,40 @@ def test_an_empty_bank(path, dtype):
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 @pytest.mark.parametrize(
-    ("size", "dim", "k", "cut"),
-    [
-        (300, 504, 7, {"splits": 2, "grid": 1}),
-        (90, 64, 200, {"cell_log2": 2}),
-        (1300, 40, 20, {"splits": 3, "grid": 2, "cell_log2": 3}),
-        (900, 128, 5, {"cell_log2": 8}),
-    ],
+    ("size", "dim", "k", "cut", "cell_log2"),
+    [(300, 504, 7, 2, 0), (90, 64, 200, 1, 0), (1300, 40, 20, 3, 3), (900, 128, 5, 2, 8)],
 )
-def test_bank_topk(path, dtype, size, dim, k, cut):
-    _, key, bank, s_pos = problem(5, size, dim, dtype=dtype)
+def test_bank_topk(gpu, path, dtype, size, dim, k, cut, cell_log2):
+    _, key, bank, _ = problem(5, size, dim, dtype=dtype)
     bank[size - 10 :] = torch.nan
-    args = arguments(key, key, bank, s_pos, topk=k, selection="all", count=size - 10)
-    got = BankPass(*emulation.bank_pass(*args, sums=False, path=path, **cut))
-    want_sim, want_index = reference.bank_topk(
-        args[1].double(), bank.double(), k, torch.tensor(size - 10)
-    )
-    torch.testing.assert_close(got.topk_sim.double(), want_sim, atol=1e-6, rtol=1e-5)
-    assert (got.topk_index == want_index).float().mean() > 0.99
+    gpu.capability, gpu.multiprocessors = CAPABILITY[path], cut
+    key, count = key.to(dtype), torch.tensor(size - 10)
+    sim, index = cuda.bank_topk(key, bank, k, count, cell_log2=cell_log2)
+    want_sim, want_index = reference.bank_topk(key.double(), bank.double(), k, count)
+    torch.testing.assert_close(sim.double(), want_sim, atol=1e-6, rtol=1e-5)
+    assert (index == want_index).float().mean() > 0.99
 
 
-def test_bank_topk_of_odd_widths():
-    _, key, bank, s_pos = problem(5, 257, 33, dtype=torch.bfloat16)
-    args = arguments(key, key, bank, s_pos, topk=20, selection="all")
-    got = BankPass(*emulation.bank_pass(*args, sums=False))
-    want = reference.bank_topk(args[1].double(), bank.double(), 20, torch.tensor(257))
-    torch.testing.assert_close(got.topk_sim.double(), want[0], atol=1e-6, rtol=1e-5)
+def test_bank_topk_of_odd_widths(gpu):
+    _, key, bank, _ = problem(5, 257, 33, dtype=torch.bfloat16)
+    key, count = key.bfloat16(), torch.tensor(257)
+    sim, _ = cuda.bank_topk(key, bank, 20, count)
+    want = reference.bank_topk(key.double(), bank.double(), 20, count)
+    torch.testing.assert_close(sim.double(), want[0], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 @pytest.mark.parametrize("cell_log2", [2, 3, 6, 7])
-def test_bank_topk_gives_ties_to_the_smaller_slot(path, dtype, cell_log2):
+def test_bank_topk_gives_ties_to_the_smaller_slot(gpu, path, dtype, cell_log2):
     """Most slots tie, so that the last cells chosen matter; few bits: all products are exact."""
-    _, key, bank, s_pos = problem(4, 700, 64, dtype=dtype, few_bits=True)
+    _, key, bank, _ = problem(4, 700, 64, dtype=dtype, few_bits=True)
     bank[:] = bank[torch.arange(700) * 7 % 9]
-    for k in (1, 3, 6, 50):
-        args = arguments(key, key, bank, s_pos, topk=k, selection="all")
-        cut = {"splits": 2, "grid": 1, "cell_log2": cell_log2}
-        got = BankPass(*emulation.bank_pass(*args, sums=False, path=path, **cut))
-        want = reference.bank_topk(args[1].double(), bank.double(), k, torch.tensor(700))
-        assert torch.equal(got.topk_index, want[1])
+    gpu.capability, gpu.multiprocessors = CAPABILITY[path], 2
+    key, count = key.to(dtype), torch.tensor(700)
+    for k in (1, 6, 50):
+        _, index = cuda.bank_topk(key, bank, k, count, cell_log2=cell_log2)
+        want = reference.bank_topk(key.double(), bank.double(), k, count)[1]
+        assert torch.equal(index, want)
 
 
 @pytest.mark.parametrize(
@@ -265,22 +292,30 @@ def test_bank_topk_gives_ties_to_the_smaller_slot(path, dtype, cell_log2):
         (2**31 - 4096, 64, 1, 4, 17),
     ],
 )
-def test_the_size_of_cells(slots, dim, k, group, log2):
-    library, size = emulation.library(), ctypes.c_int64
-    assert library.psm_cell_log2(size(k), size(dim), size(slots), group) == log2
-    for tile in (64, 128, 256):
-        room = library.psm_room_for_cells(size(slots), tile, log2, group)
-        assert room << log2 >= slots
-        assert room % group == 0
-        assert room <= 2**14 + 256
+def test_the_size_of_cells(gpu, slots, dim, k, group, log2):
+    """From the arguments of a launch that is not run."""
+    gpu.capability, gpu.runs = 9 if group > 1 else 8, False
+    gpu.place(None)
+    outputs = ("neg_lse", "neg_mean", "neg_sq_lse", "neg_count", "topk_sim", "topk_index")
+    runtime.module().cuda.bank_pass(
+        query=0, key=4096, bank=4096, count=0, s_pos=0, rng_state=0, batch=1, slots=slots, dim=dim,
+        dtype=1, selection=2, temperature=1.0, a=0.0, b=0.0, topk=k, row_offset=0, col_offset=0,
+        sums=False, null_epilogue=False, force_sm80=False, cell_log2=0, device=0, stream=0,
+        allocate=lambda size: 4096, **dict.fromkeys(outputs, 0),
+    )  # fmt: skip
+    planned_log2, planned_group, room = struct.unpack_from("3i", gpu.values[0], 124)  # PassArgs
+    assert (planned_log2, planned_group) == (log2, group)
+    assert room << log2 >= slots
+    assert room % group == 0
+    assert room <= 2**14 + 256
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
-def test_a_bad_slot_hides_no_other(path, dtype):
+def test_a_bad_slot_hides_no_other(gpu, path, dtype):
     """As an integer, NaN is the largest of all; the cell maxima must not take it."""
     query, key, bank, s_pos = problem(4, 300, 64, dtype=dtype, few_bits=True)
     bank[70], bank[75] = torch.nan, torch.inf
-    got, _ = both((query, key, bank, s_pos), path, topk=300)
+    got, _ = both(gpu, (query, key, bank, s_pos), path, topk=300)
     good = torch.tensor([slot for slot in range(300) if slot not in (70, 75)])
     for row in got.topk_index:
         assert torch.isin(good, row).all()
@@ -290,8 +325,8 @@ def test_a_bad_slot_hides_no_other(path, dtype):
 @pytest.mark.parametrize(
     ("batch", "size", "dim", "count"), [(3, 63, 24, 40), (70, 300, 128, 300), (2, 130, 250, 0)]
 )
-def test_weighted_pass(batch, size, dim, count, dtype):
-    query, _, bank, s_pos = problem(batch, size, dim, dtype=dtype)
+def test_weighted_pass(gpu, batch, size, dim, count, dtype):
+    query, _, bank, _ = problem(batch, size, dim, dtype=dtype)
     draw = torch.Generator().manual_seed(1)
     rows = {name: torch.rand(batch, generator=draw) - 0.3 for name in ("alpha", "beta", "gamma")}
     query = query.to(dtype).float()
@@ -308,45 +343,31 @@ def test_weighted_pass(batch, size, dim, count, dtype):
         backend="reference",
     )
     bank[count:], rho[count:] = torch.nan, torch.nan
-    args = arguments(query, query, bank, s_pos, topk=0, count=count, temperature=0.3)
-    args = (*args[:6], "affine", *args[7:])
     affine = torch.stack(tuple(rows.values()))
-    got = BankPass(*emulation.bank_pass(*args, affine=affine, rho=rho))
-    torch.testing.assert_close(got.neg_lse.double(), want.log_sum, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got.neg_count.double(), want.weight, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(got.neg_mean.double(), want.mean, atol=MEAN_ATOL[dtype], rtol=1e-4)
+    args = (query.to(dtype), bank, torch.tensor(count), 0.3, affine, rho)
+    log_sum, mean, weight = cuda.weighted_pass(*args)
+    torch.testing.assert_close(log_sum.double(), want.log_sum, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weight.double(), want.weight, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(mean.double(), want.mean, atol=MEAN_ATOL[dtype], rtol=1e-4)
 
 
-def test_noise_words_are_the_canonical_ones():
-    """With the shared first rounds, through the thread and register that own each slot."""
-    rows, slots = 19, 64
-    words = torch.zeros(rows, slots, dtype=torch.int64)
-    for row_offset, col_offset in ((0, 0), (2**32 - 3, 16 * (2**27 - 1)), (11, 2**33)):
-        emulation.call(
-            "psm_noise",
-            *(ctypes.c_int64(x) for x in (SEED, OFFSET, row_offset, col_offset)),
-            rows,
-            slots,
-            ctypes.c_void_p(words.data_ptr()),
-        )
-        state = torch.tensor([SEED, OFFSET])
-        want = noise.philox_block(row_offset, rows, slots, col_offset, state)
-        assert torch.equal(words, want)
-
-
-def test_philox_known_answers():
-    words = torch.zeros(1, 16, dtype=torch.int64)
-    zero = [ctypes.c_int64(0)] * 4
-    emulation.call("psm_noise", *zero, 1, 16, ctypes.c_void_p(words.data_ptr()))
-    known = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]  # Random123
-    assert words[0, [0, 1, 8, 9]].tolist() == known
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize(
+    ("row_offset", "col_offset"), [(0, 0), (2**32 - 3, 16 * (2**27 - 1)), (11, 2**33)]
+)
+def test_the_noise_is_the_canonical_one(gpu, path, dtype, row_offset, col_offset):
+    """A bank of unit vectors: the mean of what is kept is the mask itself."""
+    bank, query = torch.eye(64).to(dtype), torch.full((19, 64), 0.125)
+    state = torch.tensor([SEED, OFFSET])
+    settings = {"row_offset": row_offset, "col_offset": col_offset, "topk": 0}
+    got, _ = both(gpu, (query, query, bank, torch.zeros(19)), path, a=44.0, b=0.0, **settings)
+    words = noise.philox_block(row_offset, 19, 64, col_offset, state)
+    assert torch.equal(got.neg_mean > 0, words < math.exp(-44.0 / 64) * 2**32)
 
 
 @pytest.mark.parametrize("key_dtype", LOW, ids=str)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_enqueue(key_dtype, dtype):
-    from psm_kernels.memory_bank import MemoryBank
-
+def test_enqueue(gpu, key_dtype, dtype):
     want = MemoryBank(10, 20, dtype=dtype)
     got = MemoryBank(10, 20, dtype=dtype)
     for batch in (3, 4, 1, 10, 23, 5):
@@ -355,7 +376,7 @@ def test_enqueue(key_dtype, dtype):
             keys[1], keys[2, 3], keys[3, 0] = 0.0, math.nan, math.inf
         labels = torch.arange(batch) if batch != 4 else None
         want.enqueue(keys, labels)
-        emulation.enqueue(keys, labels, got)
+        cuda.enqueue(keys, labels, got.bank, got.labels, got.ptr, got.count)
         assert torch.equal(got.ptr, want.ptr)
         assert torch.equal(got.count, want.count)
         assert torch.equal(got.labels, want.labels)
@@ -366,7 +387,7 @@ def test_enqueue(key_dtype, dtype):
 @pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
 @pytest.mark.parametrize("soft_weights", ["attention", "uniform", "binary"])
 @pytest.mark.parametrize(("size", "topk"), [(60, 5), (3, 3), (60, 0), (0, 5)])
-def test_finish_is_the_loss_and_its_gradient(size, topk, soft_weights, selection, dtype):
+def test_finish_is_the_loss_and_its_gradient(gpu, size, topk, soft_weights, selection, dtype):
     """Against functional.psm_loss under autograd."""
     query, key, bank, s_pos = problem(4, max(size, 10), 20, dtype=dtype)
     rng_state = torch.tensor([SEED, OFFSET])
@@ -383,8 +404,8 @@ def test_finish_is_the_loss_and_its_gradient(size, topk, soft_weights, selection
         query, key, bank, count, s_pos, **settings, topk=topk, rng_state=rng_state,
         backend="reference",
     )  # fmt: skip
-    loss, grad, (kept, mean, var) = emulation.finish(
-        query, key, bank, s_pos, rng_state, swept, **settings, **rest
+    loss, grad, (kept, mean, var) = cuda.psm_finish(
+        query, key, bank, s_pos, swept, rng_state=rng_state, **settings, **rest
     )
     leaf = query.clone().requires_grad_()
     want = functional.psm_loss(
@@ -401,15 +422,39 @@ def test_finish_is_the_loss_and_its_gradient(size, topk, soft_weights, selection
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("source", "pattern", "message"),
     [
-        ("skip_copy_wait", "ended with copies"),
-        ("wrong_parity", "deadlock"),
-        ("no_proxy_fence", "no proxy fence"),
-        ("divergent_shuffle", "different instructions"),
-        ("double_arrival", "more arrivals"),
+        ("sm90_bfloat16", r"wgmma\.wait_group\S* 0;", "asynchronous work"),
+        ("sm90_bfloat16", r"wgmma\.commit_group[^;]*;", "asynchronous work"),
+        ("sm90_bfloat16", r"fence\.proxy[^;]*;", "no fence.proxy.async"),
+        ("sm90_bfloat16", r"mbarrier\.arrive\.shared[^;]*;", "every thread waits"),
+        ("sm90_bfloat16", r"\.expect_tx(?=.*_,)", None),
+        ("sm80_bfloat16", r"cp\.async\.wait_group[^;]*;", "asynchronous work"),
+        ("sm80_bfloat16", r"\.trans(?=\.shared)", None),
+        ("sm80_bfloat16", r"bar\.sync[^;]*;", None),
+        ("launch", r"bar\.sync[^;]*;", None),
     ],
 )
-def test_the_emulation_finds_faults(fault, message):
-    with pytest.raises(RuntimeError, match=message):
-        emulation.call("psm_fault", fault.encode())
+def test_the_machine_finds_faults(gpu, source, pattern, message):
+    """What a kernel lacks shows in an error or, without a message, in its results."""
+    broken, found = re.subn(pattern, "", runtime.texts()[source])
+    assert found
+    gpu.warps = 1
+    gpu.replaced = {runtime.plain(k): v for k, v in text.read(broken).items()}
+    sound = problem(3, 420, 128, dtype=torch.bfloat16)
+    if message:
+        with pytest.raises(RuntimeError, match=message):
+            both(gpu, sound, source[:4])
+    else:
+        got, want = both(gpu, sound, "sm80" if source == "launch" else source[:4])
+        with pytest.raises(AssertionError):
+            assert_agree(got, want, torch.bfloat16)
+
+
+def test_the_machine_checks_bounds_and_alignment():
+    memory = machine.Memory(np.zeros(64, np.uint8), 0, [(0, 24), (32, 64)])
+    assert memory.at(np.array([8, 40, 16]), 8).tolist() == [1, 5, 2]
+    with pytest.raises(text.Fault, match="out of bounds"):
+        memory.at(np.array([0, 24]), 8)
+    with pytest.raises(text.Fault, match="misaligned"):
+        memory.at(np.array([8]), 8, 2)

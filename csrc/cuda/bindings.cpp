@@ -26,14 +26,15 @@ void bind_bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t co
                     uintptr_t s_pos, uintptr_t rng_state, int64_t batch, int64_t slots, int64_t dim,
                     int dtype, int selection, double temperature, double a, double b, int64_t topk,
                     int64_t row_offset, int64_t col_offset, bool sums, bool null_epilogue,
-                    bool force_sm80, uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse,
-                    uintptr_t neg_count, uintptr_t topk_sim, uintptr_t topk_index, int device,
-                    uintptr_t stream, const py::function& allocate, uintptr_t affine,
-                    uintptr_t rho) {
+                    bool force_sm80, int cell_log2, uintptr_t neg_lse, uintptr_t neg_mean,
+                    uintptr_t neg_sq_lse, uintptr_t neg_count, uintptr_t topk_sim,
+                    uintptr_t topk_index, int device, uintptr_t stream,
+                    const py::function& allocate, uintptr_t affine, uintptr_t rho) {
     check_range("batch", batch, 0, (1 << 30) - 1);
     check_range("slots", slots, 1, (int64_t(1) << 31) - 4096);
     check_range("dim", dim, 1, sums ? kMaxDim : kMaxTopkDim);
     check_range("topk", topk, 0, 1 << 30);
+    check_range("cell_log2", cell_log2, 0, 20);
     check_range("dtype", dtype, 0, 2);
     check_range("selection", selection, 0, affine == 0 || rho == 0 || topk > 0 ? 2 : 3);
     Request request = {};
@@ -51,6 +52,7 @@ void bind_bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t co
     request.count = address<int64_t>(count), request.rng_state = address<int64_t>(rng_state);
     request.slots = slots, request.sums = sums;
     request.null_epilogue = null_epilogue, request.force_sm80 = force_sm80;
+    request.cell_log2 = cell_log2;
     request.device = device, request.stream = address<void>(stream);
     bank_pass(request, [&](size_t bytes) {
         return address<void>(allocate(bytes).cast<uintptr_t>());
@@ -102,9 +104,9 @@ void bind(py::module_& parent) {
           arg("count"), arg("s_pos"), arg("rng_state"), arg("batch"), arg("slots"), arg("dim"),
           arg("dtype"), arg("selection"), arg("temperature"), arg("a"), arg("b"), arg("topk"),
           arg("row_offset"), arg("col_offset"), arg("sums"), arg("null_epilogue"),
-          arg("force_sm80"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"), arg("neg_count"),
-          arg("topk_sim"), arg("topk_index"), arg("device"), arg("stream"), arg("allocate"),
-          arg("affine") = 0, arg("rho") = 0);
+          arg("force_sm80"), arg("cell_log2"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"),
+          arg("neg_count"), arg("topk_sim"), arg("topk_index"), arg("device"), arg("stream"),
+          arg("allocate"), arg("affine") = 0, arg("rho") = 0);
     m.def("finish", &bind_finish, py::kw_only(), arg("query"), arg("key"), arg("bank"),
           arg("s_pos"), arg("rng_state"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"),
           arg("neg_count"), arg("topk_index"), arg("row_offset"), arg("batch"), arg("dim"),

@@ -151,7 +151,8 @@ void bank_pass(const Request& request, const Allocate& allocate) {
     pass.b = in.b;
     pass.cell_group = kernel.cell_group;
     const int64_t slots = request.slots + lead_slots(in.col_offset);
-    pass.cell_log2 = choose_cell_log2(in.topk, in.dim, slots, kernel.cell_group);
+    pass.cell_log2 = std::max(request.cell_log2,
+                              choose_cell_log2(in.topk, in.dim, slots, kernel.cell_group));
     pass.cells = room_for_cells(slots, kernel.tile_slots, pass);
     const int64_t grain = std::max(group_slots(pass), kernel.tile_slots);
     const int grains = int(std::min<int64_t>(kMaxSplits, (slots - 1) / grain + 1));

@@ -20,6 +20,7 @@ struct Request {
     bool sums;                 // false: bank_topk, with `key` alone
     bool null_epilogue;        // products without epilogue, for benchmarks; outputs mean nothing
     bool force_sm80;           // for benchmarks and tests on a Hopper GPU
+    int cell_log2;             // for benchmarks and tests: at least so large, see PassArgs
     int device;
     void* stream;
 };

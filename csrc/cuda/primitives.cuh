@@ -1,14 +1,10 @@
-// The machine instructions that the kernels use, one function each. Compiled by nvcc they are PTX;
-// with PSM_HOST_EMULATION they are calls into emulator.h, which runs the same kernels on a CPU.
+// The machine instructions that the kernels use, one function each. tests/ptx runs what
+// nvcc makes of them on a CPU.
 #pragma once
 
 #include <cstdint>
 
-#ifdef PSM_HOST_EMULATION
-#define PSM_DEVICE inline
-#else
 #define PSM_DEVICE __device__ __forceinline__
-#endif
 
 namespace psm::cuda {
 
@@ -26,14 +22,6 @@ template <class T>
 constexpr bool kIsBFloat16 = false;
 template <>
 inline constexpr bool kIsBFloat16<BFloat16> = true;
-
-}  // namespace psm::cuda
-
-#ifdef PSM_HOST_EMULATION
-#include "emulated_primitives.h"
-#else
-
-namespace psm::cuda {
 
 PSM_DEVICE int thread_index() { return threadIdx.x; }
 PSM_DEVICE int block_index() { return blockIdx.x; }
@@ -175,5 +163,3 @@ PSM_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 }
 
 }  // namespace psm::cuda
-
-#endif  // PSM_HOST_EMULATION

@@ -5,7 +5,7 @@
 
 namespace psm::cuda {
 
-// What cuTensorMapEncodeTiled writes, 128 opaque bytes; the emulation keeps plain numbers in it.
+// What cuTensorMapEncodeTiled writes, 128 opaque bytes.
 struct alignas(64) TensorMap {
     uint64_t opaque[16];
 };
@@ -36,14 +36,6 @@ PSM_DEVICE Descriptor descriptor(uint32_t address, uint32_t leading, uint32_t st
 PSM_DEVICE Descriptor keep_uniform(Descriptor x, int copy) {
     return {keep_uniform(x.low, copy), keep_uniform(x.high, copy)};
 }
-
-}  // namespace psm::cuda
-
-#ifdef PSM_HOST_EMULATION
-#include "emulated_sm90.h"
-#else
-
-namespace psm::cuda {
 
 // --- mbarriers ---
 
@@ -186,5 +178,3 @@ PSM_DEVICE void wgmma_transposed(float (&d)[kTiles][4], const uint32_t (&a)[4], 
 }
 
 }  // namespace psm::cuda
-
-#endif  // PSM_HOST_EMULATION

@@ -72,11 +72,12 @@ def bank_pass(
     *,
     null_epilogue: bool = False,
     force_sm80: bool = False,
+    cell_log2: int = 0,
     affine: Tensor | None = None,  # (5, B): of `weighted_pass`, with selection "affine"
     rho: Tensor | None = None,  # (K,)
 ) -> tuple[Tensor, ...]:
-    """See `psm_kernels.ops.bank_pass`. Two flags exist for benchmarks and tests: products alone,
-    whose outputs mean nothing, and the kernels of sm_80 on a Hopper GPU."""
+    """See `psm_kernels.ops.bank_pass`. Three flags exist for benchmarks and tests: products alone,
+    whose outputs mean nothing; the kernels of sm_80 on a Hopper GPU; the size of mining's cells."""
     batch, dim = query.shape
     fp32 = functools.partial(torch.empty, dtype=torch.float32, device=bank.device)
     neg_lse, neg_sq_lse, neg_count = fp32(batch), fp32(batch), fp32(batch)
@@ -98,6 +99,7 @@ def bank_pass(
         col_offset=col_offset,
         null_epilogue=null_epilogue,
         force_sm80=force_sm80,
+        cell_log2=cell_log2,
         affine=_address(affine),
         rho=_address(rho),
     )
@@ -121,7 +123,13 @@ def weighted_pass(
 
 
 def bank_topk(
-    query: Tensor, bank: Tensor, k: int, count: Tensor, *, force_sm80: bool = False
+    query: Tensor,
+    bank: Tensor,
+    k: int,
+    count: Tensor,
+    *,
+    force_sm80: bool = False,
+    cell_log2: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """See `psm_kernels.ops.bank_topk`."""
     batch = query.shape[0]
@@ -144,6 +152,7 @@ def bank_topk(
             col_offset=0,
             null_epilogue=False,
             force_sm80=force_sm80,
+            cell_log2=cell_log2,
         )
     return topk_sim, topk_index
 

@@ -1,0 +1,163 @@
+"""The cuda backend without a GPU: psm_kernels._C, linked with cudart.cpp in place of NVIDIA's
+runtime, starts its kernels in machine.py."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import psm_kernels
+from psm_kernels.ops import cuda
+from ptx.machine import Machine
+from ptx.text import Fault, Kernel, read
+
+ROOT = Path(__file__).parents[2]
+OBJECTS = ROOT / "build/objects"  # what the build of a checkout leaves
+FAKE = Path(__file__).with_name("cudart.cpp")
+NVCC = shutil.which("nvcc")
+
+
+def unavailable() -> str | None:
+    if cuda.built_for() is None or NVCC is None:
+        return "needs nvcc and a build of the checkout with it"
+    return None if (OBJECTS / "cuda_launch.o").exists() else f"{OBJECTS} has no cuda_launch.o"
+
+
+def built(name: str, sources: list[Path], command) -> Path:
+    """The file that `command(path)` makes, kept in the temporary directory while sources last."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [Path(__file__), *sources]))
+    folder = Path(tempfile.gettempdir()) / f"psm_ptx_{os.getuid()}_{digest.hexdigest()[:16]}"
+    if not (folder / name).exists():
+        folder.mkdir(exist_ok=True)
+        part = folder / f"{os.getpid()}_{name}"
+        subprocess.run([*command, "-o", part], check=True)
+        part.rename(folder / name)
+    return folder / name
+
+
+@functools.cache
+def library() -> Path:
+    objects = sorted(OBJECTS.glob("*.o"))
+    cudart = Path(re.search(r"_HERE_=(.*)", dry_run())[1].strip()).resolve().parent
+    include = next(p for p in (cudart / "include", *cudart.glob("targets/*/include")) if p.exists())
+    command = [shutil.which("g++"), "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread"]
+    command += ["-fvisibility=hidden", "-Wl,-Bsymbolic", f"-I{include}", FAKE, *objects]
+    name = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+    return built(name, [FAKE, *objects], command)
+
+
+def dry_run() -> str:
+    command = [NVCC, "--dryrun", "-x", "cu", os.devnull]
+    return subprocess.run(command, capture_output=True, text=True).stderr
+
+
+@functools.cache
+def module() -> ModuleType:
+    # Another name than that of the module with NVIDIA's runtime, which pybind11 would give again
+    spec = importlib.util.spec_from_file_location("psm_ptx._C", library())
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    assert loaded.source_id == psm_kernels._C.source_id, f"{OBJECTS} is of other sources"
+    return loaded
+
+
+def ptx(source: Path) -> str:
+    arch = "90a" if "sm90" in source.name else "80"
+    command = [NVCC, "-std=c++17", "-O3", "-DPSM_CUDA_SM90A", f"-arch=compute_{arch}", "-ptx"]
+    sources = [source, *sorted((ROOT / "csrc").glob("**/*.*h"))]
+    return built(f"{source.stem}.ptx", sources, [*command, source]).read_text()
+
+
+def plain(name: str) -> str:
+    """A mangled name without the numbers that change with the file's path."""
+    return re.sub(r"_GLOBAL__N__[0-9a-f]{8}_(\w+?_cu_)[0-9a-f]{8}", r"\1", name)
+
+
+@functools.cache
+def texts() -> dict[str, str]:
+    """PTX by source file, with the front end's architecture of setup.py."""
+    with ThreadPoolExecutor() as pool:
+        sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        return dict(zip((s.stem for s in sources), pool.map(ptx, sources), strict=True))
+
+
+@functools.cache
+def kernels() -> dict[str, Callable[[], Kernel]]:
+    return {plain(k): v for text in texts().values() for k, v in read(text).items()}
+
+
+MACHINES: dict[tuple, Machine] = {}  # each takes up to a second to make
+
+
+class Gpu:
+    """A device whose launches run in a Machine."""
+
+    def __init__(self, monkeypatch):
+        self.capability, self.multiprocessors, self.early = 9, 3, False
+        self.warps = 4  # that go in step
+        self.runs = True  # or only notes the arguments
+        self.replaced: dict[str, Callable[[], Kernel]] = {}  # by plain name
+        self.tensors: list[weakref.ref] = []  # whose addresses kernels were given
+        self.launches: list[str] = []
+        kinds = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_size_t)
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_void_p, *kinds, ctypes.POINTER(ctypes.c_void_p))(
+            self.launch
+        )
+        monkeypatch.setattr(psm_kernels, "_C", module())
+        monkeypatch.setattr(cuda, "_place", self.place)
+        address = torch.Tensor.data_ptr
+
+        def data_ptr(tensor):
+            self.tensors.append(weakref.ref(tensor))
+            return address(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
+        self.address = address
+
+    def place(self, bank) -> dict[str, int]:
+        ctypes.CDLL(str(library())).fake_device(
+            self.callback, self.capability, self.multiprocessors
+        )
+        return {"device": 0, "stream": 0}
+
+    def launch(self, name, grid, threads, shared_bytes, arguments) -> int | None:
+        """Null, or what went wrong."""
+        try:
+            machine = self.machine(plain(name.decode()))
+            alive = [tensor for ref in self.tensors if (tensor := ref()) is not None]
+            self.tensors = [weakref.ref(tensor) for tensor in alive]
+            regions = [(at := self.address(t), at + t.nbytes) for t in alive if t.nbytes]
+            places = [(arguments[i], n) for i, n in enumerate(machine.kernel.params.values())]
+            self.values = [ctypes.string_at(place, size) for place, size in places]
+            if self.runs:
+                machine.launch(grid, threads, shared_bytes, self.values, regions)
+        except Exception as error:
+            kind = "" if isinstance(error, Fault) else f"{type(error).__name__}: "
+            self.message = ctypes.create_string_buffer(f"{kind}{error}".encode())
+            return ctypes.addressof(self.message)
+        self.launches.append(machine.kernel.name)
+        return None
+
+    def machine(self, name: str) -> Machine:
+        how = {"early": self.early, "warps": self.warps}
+        if name in self.replaced:
+            return Machine(self.replaced[name](), **how)
+        key = name, *how.values()
+        if key not in MACHINES:
+            MACHINES[key] = Machine(kernels()[name](), **how)
+        return MACHINES[key]
