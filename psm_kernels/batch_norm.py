@@ -34,7 +34,14 @@ class SplitBatchNorm(_BatchNorm):
 
 
 def set_batch_norm(module: nn.Module, *, sync: bool = False, splits: int = 1) -> nn.Module:
-    """`sync`: statistics over all processes (GPUs only). `splits`: over parts of a batch."""
+    """Batch norm over all processes (`sync`) or over parts of a batch (`splits`) instead.
+
+    Raises:
+        ValueError: `sync` where a parameter of the module is on a CPU.
+    """
+    for parameter in module.parameters() if sync else ():
+        if parameter.device.type == "cpu":
+            raise ValueError("sync: synchronized batch norm needs GPUs, got the device cpu")
     for layer in module.modules():
         if isinstance(layer, _BatchNorm) and splits > 1:
             layer.__class__, layer.splits = SplitBatchNorm, splits

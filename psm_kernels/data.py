@@ -1,6 +1,6 @@
 """The images of train.py: five data sets, their augmentations, and views that can be repeated.
 
-torchvision and scikit-learn are needed here and nowhere else in the package.
+torchvision is needed here and in networks.py, scikit-learn here and in evaluate.py.
 """
 
 from pathlib import Path
@@ -174,6 +174,25 @@ class Views(Dataset):
             pin_memory=torch.cuda.is_available(),
             generator=generator,
         )
+
+
+def load_views(
+    name: str,
+    root: str | Path,
+    size: int,
+    *,
+    seed: int = 0,
+    download: bool = False,
+    limit: int = 0,
+) -> tuple[Views, Views, Views]:
+    """Two random views of each training image to learn from, then the plain training and test
+    images to evaluate with. Arguments: of `load_images`, `transforms` and `Views`."""
+    train, test = (
+        load_images(name, root, train=part, download=download, limit=limit)
+        for part in (True, False)
+    )
+    augment, plain = transforms(name, size)
+    return Views(train, [augment, augment], seed), Views(train, [plain]), Views(test, [plain])
 
 
 class _Part(Sampler):

@@ -51,6 +51,16 @@ def gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     return _gather((x.detach(),), group)[0]
 
 
+@torch.no_grad()
+def average(*tensors: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Put the mean over all ranks into each floating tensor, such as running statistics."""
+    _, world = rank_and_world(group)
+    if world > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=group)
+            tensor /= world
+
+
 def agree(group: dist.ProcessGroup | None, facts: Callable[[], dict[str, object]]) -> None:
     """Raise a ValueError on every rank if `facts()` raises one anywhere or differs between ranks.
 

@@ -1,6 +1,6 @@
 """How good are frozen features: weighted k-nearest-neighbors and a linear probe."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -162,6 +162,40 @@ def linear_probe(
         probe = make_pipeline(StandardScaler(), solver).fit(x[rows], y[rows])
         scores.append(probe.score(x_test, y_test))
     return float(sum(scores) / len(scores))
+
+
+def compare(
+    modules: Mapping[str, nn.Module],
+    train: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    test: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    device: torch.device | str = "cpu",
+    labels_per_class: int = 10,
+) -> dict[str, dict[str, float]]:
+    """kNN and linear probes of several frozen encoders.
+
+    Args:
+        modules: by name, from images (B, ...) to features (B, D).
+        train, test: batches of (images, labels (B,)), such as DataLoaders; read once per module.
+        device: where the modules are.
+        labels_per_class: of the probe on few labels.
+
+    Returns:
+        By name the accuracies in [0, 1]: "knn"; "linear", with all labels; "linear_10", with 10 or
+        as many as `labels_per_class` per class.
+
+    Raises:
+        ImportError, ValueError: as `encode` and `linear_probe`.
+    """
+    scores = {}
+    for name, module in modules.items():
+        sets = *encode(module, train, device), *encode(module, test, device)
+        scores[name] = {
+            "knn": knn_accuracy(*sets),
+            "linear": linear_probe(*sets),
+            f"linear_{labels_per_class}": linear_probe(*sets, labels_per_class=labels_per_class),
+        }
+    return scores
 
 
 def _check_sets(

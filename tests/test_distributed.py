@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, distributed
+from psm_kernels.checkpoint import full_state_dict
 from psm_kernels.ops import BankPass, bank_pass
 
 DIM, BATCH = 12, 8  # columns; rows of all ranks together
@@ -485,12 +486,8 @@ def train(at, steps=7, accumulate=1, inside=True, ddp=None, ignore=False, autoca
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    state = {name: whole_tensor(t) for name, t in criterion.state_dict().items()}
+    state = {name: t.clone() for name, t in full_state_dict(criterion).items()}
     return torch.tensor(losses), list(whole.encoder.state_dict().values()), state
-
-
-def whole_tensor(t):
-    return t.full_tensor() if hasattr(t, "full_tensor") else t.clone()
 
 
 def check_training(results, **options):
@@ -687,17 +684,30 @@ def full_state(at):
 
     criterion = make_sharded(at, size=21)
     step(criterion, *[at.own(x) for x in whole_batch()])
-    return get_model_state_dict(criterion, options=StateDictOptions(full_state_dict=True))
+    state = get_model_state_dict(criterion, options=StateDictOptions(full_state_dict=True))
+    return state, full_state_dict(criterion)
 
 
 def test_full_state_of_a_sharded_bank_is_that_of_one_process(pool):
     single = filled(0, 21)
     single.rng_state.copy_(torch.tensor([0, 0]))
     single(*whole_batch()[:2], labels=whole_batch()[3])
-    for state in pool.run(full_state, 2):
+    for state in itertools.chain(*pool.run(full_state, 2)):
         assert state.keys() == single.state_dict().keys()
         for name, value in single.state_dict().items():
-            assert torch.equal(whole_tensor(state[name]), value), name
+            assert torch.equal(state[name], value), name
+
+
+def averaged(at):
+    tensors = torch.tensor([1.0, at.rank]), torch.tensor(10.0 * at.rank)
+    distributed.average(*tensors, group=at.group)
+    return [t.tolist() for t in tensors]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_average(pool, world):
+    mean = (world - 1) / 2
+    assert pool.run(averaged, world) == [[[1.0, mean], 10 * mean]] * world
 
 
 def bad_state(at, state):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from psm_kernels.evaluate import encode, knn_accuracy, linear_probe
+from psm_kernels.evaluate import compare, encode, knn_accuracy, linear_probe
 
 
 def clusters(rows: int, dim: int = 20, classes: int = 5, noise: float = 1.5, seed: int = 0):
@@ -137,3 +137,18 @@ def test_encode():
     assert not features.requires_grad
     with pytest.raises(ValueError, match="batches"):
         encode(module, [])
+
+
+def test_compare():
+    train, test = clusters(150, noise=0.5), clusters(60, noise=0.5, seed=1)
+    modules = {"all": nn.Identity(), "nothing": nn.Linear(20, 3, bias=False)}
+    nn.init.zeros_(modules["nothing"].weight)
+    scores = compare(modules, [train], [test], labels_per_class=3)
+    assert list(scores) == ["all", "nothing"]
+    knn, linear, few = scores["all"].values()
+    assert list(scores["all"]) == ["knn", "linear", "linear_3"]
+    assert knn == knn_accuracy(*train, *test)
+    assert linear == linear_probe(*train, *test)
+    assert few == linear_probe(*train, *test, labels_per_class=3)
+    assert all(value > 0.8 for value in scores["all"].values())
+    assert all(value < 0.4 for value in scores["nothing"].values())

@@ -26,15 +26,15 @@ SCRIPT = f"""
 import functools, os, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
+from psm_kernels.data import Views
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
-loss, *settings = train.METHODS["psm"]
-train.METHODS["psm"] = functools.partial(loss, bank_dtype=torch.float64), *settings
-single = train.Views.__getitem__
+train.METHODS["psm"] = functools.partial(train.METHODS["psm"], bank_dtype=torch.float64)
+single = Views.__getitem__
 def double(views, index):
     *images, label = single(views, index)
     return *(image.double() for image in images), label
-train.Views.__getitem__ = double
+Views.__getitem__ = double
 pathlib.Path("pid" + os.environ.get("RANK", "")).write_text(str(os.getpid()))
 sys.exit(train.main())
 """
