@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from conftest import problem
-from test_cuda_host import LOW, MEAN_ATOL, arguments, assert_agree
+from test_cuda_host import LOW, MEAN_ATOL, arguments, assert_agree, widened
 
 from psm_kernels import backends, functional, noise
 from psm_kernels.memory_bank import MemoryBank
@@ -41,8 +41,7 @@ def run(args, device="cuda", **flags) -> BankPass:
 
 def truth(args) -> BankPass:
     """In float64; on the GPU, for otherwise it takes nearly all of the time."""
-    wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-    return BankPass(*(x.cpu() for x in reference.bank_pass(*on_device(wide))))
+    return BankPass(*(x.cpu() for x in reference.bank_pass(*on_device(widened(args)))))
 
 
 def rows_of_sure_draws(args) -> torch.Tensor:
