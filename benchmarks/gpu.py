@@ -3,8 +3,9 @@
     python benchmarks/gpu.py [--seconds 150] [--results benchmarks/results]
 
 writes <gpu name>.json and .png. The library's own backends are replayed from a CUDA graph. "hot"
-repeats on one bank, which the L2 cache may hold; "cold" overwrites the cache before every run. Each
-group of providers has a process of its own: one that crashes or hangs costs its own rows alone.
+repeats on one bank, which the L2 cache may hold; "cold" fills the cache before every run, by
+reading: what was written would be moved to memory during the run. Each group of providers has a
+process of its own: one that crashes or hangs costs its own rows alone.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def timed(step: Callable[[], object], seconds: float, flush: Tensor | None) -> d
         step()
     while len(times) < 3 or (time.perf_counter() < stop and len(times) < 1000):
         if flush is not None:
-            flush.zero_()
+            flush.sum()
         torch.cuda._sleep(200_000)  # 0.1 ms in which the host submits what is timed
         start.record()
         step()
@@ -138,11 +139,10 @@ def pass_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
         return torch.autograd.grad(out.neg_lse.sum(), leaf)
 
     yield Run(group, step, True)
+    low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos, *DRAW.values()
+    direct = functools.partial(backends.load(group).bank_pass, *low, TOPK, rng_state, 0, 0)
+    yield Run(f"{group} kernels", direct, True)  # without the casts and autograd's few kernels
     if group == "cuda":
-        from psm_kernels.ops import cuda
-
-        low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos, *DRAW.values()
-        direct = functools.partial(cuda.bank_pass, *low, TOPK, rng_state, 0, 0)
         yield Run("cuda null epilogue", functools.partial(direct, null_epilogue=True), True)
         if torch.cuda.get_device_capability()[0] == 9:
             yield Run("cuda sm_80 kernels", functools.partial(direct, force_sm80=True), True)
@@ -214,7 +214,7 @@ def measure_group(group: str, seconds: float, write: Callable[[dict], None]) -> 
     if isinstance(reason, str):
         write({"error": reason})
         return False
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    flush = torch.zeros(64 << 20, device=DEVICE)
     cases = [(kind, shape) for kind, shapes in SHAPES.items() for shape in shapes]
     good, stop = True, time.perf_counter() + seconds
     for number, (kind, shape) in enumerate(cases):
@@ -222,26 +222,29 @@ def measure_group(group: str, seconds: float, write: Callable[[dict], None]) -> 
         left = stop - time.perf_counter()
         if left < 0:
             write(about | {"backend": group, "error": "not measured, the time was up"})
-        else:  # two providers of a case, hot and cold
-            good &= measure_case(group, about, left / (len(cases) - number) / 4, flush, write)
+        else:  # up to four runs of a case, hot and cold
+            good &= measure_case(group, about, left / (len(cases) - number) / 8, flush, write)
     return good
 
 
 def measure_case(
     group: str, about: dict, seconds: float, flush: Tensor, write: Callable[[dict], None]
 ) -> bool:
-    """A failure becomes a row, and the next case may still run. Memory that a baseline's matrices
-    would take and the card does not have is a result."""
-    about = about | {"backend": group}
-    try:
-        for run in RUNS[about["kind"]](group, *about["shape"]):
+    """A failure becomes a row, and the next run may still be measured. Memory that a baseline's
+    matrices would take and the card does not have is a result."""
+    about, good = about | {"backend": group}, True
+    runs = RUNS[about["kind"]](group, *about["shape"])
+    while True:
+        try:
+            run = next(runs, None)
+            if run is None:
+                return good
             about["backend"] = run.name
             write(about | measure(run, seconds, flush))
-    except Exception as error:
-        text = str(error).strip().partition("\n")[0]
-        write(about | {"error": f"{type(error).__name__}: {text}"})
-        return group == "torch" and isinstance(error, torch.cuda.OutOfMemoryError)
-    return True
+        except Exception as error:
+            text = str(error).strip().partition("\n")[0]
+            write(about | {"error": f"{type(error).__name__}: {text}"})
+            good &= group == "torch" and isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def measure(run: Run, seconds: float, flush: Tensor) -> dict:
@@ -272,14 +275,19 @@ def measure_machine() -> dict:
 GROUPS = ("triton", "cuda", "torch")
 
 
+START, GRACE = 10, 20  # seconds: of imports and a context; of a last case and its compilation
+
+
 def start_group(group: str, seconds: float) -> tuple[list[dict], str | None]:
-    """Rows of a group, measured in a process that is stopped when it takes too long."""
-    command = [sys.executable, __file__, "--group", group, "--seconds", str(seconds)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    """Rows of a group, measured in a process that is stopped when it takes GRACE too long."""
+    measured = str(max(seconds - START, 5))
+    command = [sys.executable, __file__, "--group", group, "--seconds", measured]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
-    limit, failed = seconds * 1.5 + 30, None  # a start, graphs and compilers take time as well
+    limit, failed = seconds + GRACE, None
     try:
         output, _ = child.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -380,7 +388,7 @@ def plot(result: dict, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=150, help="about how long to measure")
+    parser.add_argument("--seconds", type=float, default=150, help="about how long it may take")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--group", choices=("machine", *GROUPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -399,7 +407,8 @@ def print_line(row: dict) -> None:
 def run_groups(seconds: float, folder: Path) -> int:
     """Measures all groups; 1 where something failed that was to run."""
     signal.signal(signal.SIGTERM, lambda *unused: sys.exit("stopped"))  # and with it the child
-    machine, failed = start_group("machine", 10)
+    end = time.monotonic() + seconds
+    machine, failed = start_group("machine", 30)
     if not machine:
         raise SystemExit(f"the GPU could not be measured: {failed}")
     result = {
@@ -409,8 +418,9 @@ def run_groups(seconds: float, folder: Path) -> int:
         "failed": {},
         "rows": [],
     }
-    for group in GROUPS:
-        rows, failed = start_group(group, seconds / len(GROUPS))
+    for number, group in enumerate(GROUPS):
+        share = max((end - time.monotonic()) / (len(GROUPS) - number), 15)
+        rows, failed = start_group(group, share)
         rows = [add_roofline(row, result["machine"]) for row in rows]
         result["rows"] += [row for row in rows if "kind" in row]
         if failed:

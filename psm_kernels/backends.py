@@ -77,7 +77,11 @@ def _refusal(name: str, device: str, dtype: torch.dtype, dim: int, topk_only: bo
     if most is not None and dim > most:
         return f"takes at most {most} columns, not {dim}"
     module = load(name)
-    return module if isinstance(module, str) else None
+    if isinstance(module, str):
+        return module
+    if name == "triton" and device == "cpu" and not module.interpreted():
+        return "runs on cpu in its interpreter alone, with TRITON_INTERPRET=1"
+    return None
 
 
 def choose(name: str, bank: Tensor, *, topk_only: bool = False) -> ModuleType:

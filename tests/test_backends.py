@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -40,6 +41,15 @@ def test_bank_topk_takes_what_bank_pass_does_not(monkeypatch):
     assert backends.choose("cuda", bank, topk_only=True) is module
     with pytest.raises(ValueError, match=r"at most 256 columns, not 300; these can: triton, ref"):
         backends.choose("cuda", bank)
+    backends._choose.cache_clear()
+
+
+def test_a_gpu_does_not_make_triton_take_host_memory(monkeypatch):
+    module = SimpleNamespace(interpreted=lambda: False)  # as loaded where there is a GPU
+    monkeypatch.setattr(backends, "load", lambda name: module)
+    backends._choose.cache_clear()
+    with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1; these can: cpp, reference"):
+        backends.choose("triton", torch.ones(2, 8))
     backends._choose.cache_clear()
 
 
@@ -96,3 +106,22 @@ def test_every_argument_reaches_the_runtime(kernel, monkeypatch):
     }
     with pytest.raises(RuntimeError, match=r"^psm_kernels: cudaGetDevice: cudaError"):
         calls[kernel]()
+
+
+def test_the_ticket_of_an_enqueue_lives_until_the_launch(monkeypatch):
+    """Without a caching allocator memory that nobody holds is unmapped before the kernel runs."""
+    made, alive = [], []
+    zeros = torch.zeros
+
+    def watched(*args, **kwargs):
+        made.append(weakref.ref(out := zeros(*args, **kwargs)))
+        return out
+
+    memory, keys = MemoryBank(30, 8), torch.ones(4, 8)
+    kernels = SimpleNamespace(enqueue=lambda **arguments: alive.extend(x() for x in made))
+    monkeypatch.setattr("psm_kernels._C", SimpleNamespace(cuda=kernels), raising=False)
+    monkeypatch.setattr(cuda, "_place", lambda bank: {})
+    monkeypatch.setattr(torch, "zeros", watched)
+    cuda.enqueue(keys, None, memory.bank, memory.labels, memory.ptr, memory.count)
+    assert len(alive) == 1
+    assert alive[0] is not None

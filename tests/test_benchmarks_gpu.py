@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
 from benchmarks import gpu
 
@@ -37,7 +38,26 @@ def test_a_group_measures_every_kind(group, on_the_cpu):
         assert row["peak_bytes"] == 12
 
 
-def test_a_failure_is_a_row_and_the_next_case_runs(on_the_cpu, monkeypatch):
+def test_a_failure_is_a_row_and_the_next_run_is_measured(on_the_cpu, monkeypatch):
+    def step():
+        raise torch.cuda.OutOfMemoryError("tried to allocate")
+
+    def greedy(group, *shape):
+        yield gpu.Run("eager", step, False)
+        yield gpu.Run("torch.compile", lambda: None, False)
+
+    monkeypatch.setitem(gpu.RUNS, "loss", greedy)
+    for group, good in (("torch", True), ("reference", False)):
+        rows = []
+        assert gpu.measure_group(group, 60, rows.append) == good
+        first, second = (row for row in rows if row["kind"] == "loss")
+        assert first["backend"] == "eager"
+        assert first["error"] == "OutOfMemoryError: tried to allocate"
+        assert second["backend"] == "torch.compile"
+        assert "hot" in second
+
+
+def test_a_case_that_breaks_is_a_row_and_the_next_case_runs(on_the_cpu, monkeypatch):
     def broken(group, *shape):
         yield gpu.Run("first", lambda: None, False)
         raise RuntimeError("an illegal address\nwas met")
@@ -68,7 +88,8 @@ def test_rows_survive_a_process_that_dies_or_hangs(last, why, tmp_path, monkeypa
     script = tmp_path / "child.py"
     script.write_text(f"import os, time\nprint('noise\\n{{\"a\": 1}}', flush=True)\n{last}\n")
     monkeypatch.setattr(gpu, "__file__", str(script))
-    assert gpu.start_group("cuda", -18) == ([{"a": 1}], why)  # 30 s less 1.5 times 18
+    monkeypatch.setattr(gpu, "GRACE", 2)
+    assert gpu.start_group("cuda", 1) == ([{"a": 1}], why)
 
 
 def row(backend: str, **rest) -> dict:
@@ -97,6 +118,20 @@ def test_the_report_holds_what_was_measured(tmp_path, monkeypatch, capsys):
     assert "ValueError: no" in capsys.readouterr().out
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "new/NVIDIA_H100_80GB.png").stat().st_size > 1000
+
+
+def test_a_group_gets_what_those_before_it_left(tmp_path, monkeypatch):
+    now, shares, takes = [100.0], {}, {"machine": 10, "triton": 20, "cuda": 60, "torch": 1}
+
+    def start(group, seconds):
+        shares[group] = seconds
+        now[0] += takes[group]
+        return [MACHINE] if group == "machine" else [], None
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "start_group", start)
+    gpu.run_groups(160, tmp_path)
+    assert shares == {"machine": 30, "triton": 50, "cuda": 65, "torch": 70}
 
 
 def test_without_a_gpu_the_program_says_so(monkeypatch):

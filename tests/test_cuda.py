@@ -8,9 +8,9 @@ import functools
 import pytest
 import torch
 from conftest import problem
-from test_cuda_host import LOW, MEAN_ATOL, arguments, assert_agree
+from test_cuda_host import LOW, MEAN_ATOL, arguments, assert_agree, widened
 
-from psm_kernels import backends, functional
+from psm_kernels import backends, functional, noise
 from psm_kernels.memory_bank import MemoryBank
 from psm_kernels.ops import BankPass, bank_pass, cuda, reference
 from psm_kernels.ops.affine import weighted_pass
@@ -40,8 +40,20 @@ def run(args, device="cuda", **flags) -> BankPass:
 
 
 def truth(args) -> BankPass:
-    wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
-    return BankPass(*reference.bank_pass(*wide))
+    """In float64; on the GPU, for otherwise it takes nearly all of the time."""
+    return BankPass(*(x.cpu() for x in reference.bank_pass(*on_device(widened(args)))))
+
+
+def rows_of_sure_draws(args) -> torch.Tensor:
+    """(B,) whether no draw of the row lies so close to its p that rounding decides it: one of some
+    10 million does, and this file makes 30 million."""
+    query, _, bank, count, s_pos, _, selection, a, b, _, rng_state, row, col = on_device(args)
+    if selection != "bernoulli":
+        return torch.ones(len(query), dtype=torch.bool)
+    similarity = query.double() @ bank[:count].double().T
+    p = noise.keep_probability(similarity, s_pos.double()[:, None], a, b)
+    words = noise.philox_block(row, *p.shape, col, rng_state)
+    return ((words / 2**32 - p).abs() > 2e-6).all(1).cpu()
 
 
 @each_path
@@ -55,8 +67,9 @@ def test_odd_sizes(batch, size, dim, topk, selection, dtype, force_sm80):
     query, key, bank, s_pos = problem(batch, size, dim, dtype=dtype)
     bank[count:] = torch.nan
     args = arguments(query, key, bank, s_pos, selection=selection, topk=topk, count=count)
-    got = run(args, force_sm80=force_sm80)
-    assert_agree(got, truth(args), dtype)
+    got, sure = run(args, force_sm80=force_sm80), rows_of_sure_draws(args)
+    assert sure.float().mean() > 0.9
+    assert_agree(*(BankPass(*(x[sure] for x in out)) for out in (got, truth(args))), dtype)
     again = run(args, force_sm80=force_sm80)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 

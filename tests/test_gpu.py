@@ -76,3 +76,32 @@ def test_the_module_compiles_whole(backend):
         got, want = compiled(query, key), criterion(query, key)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(twin.memory_bank.bank, criterion.memory_bank.bank)
+
+
+def test_a_graph_holds_a_training_step(backend):
+    """The loss, its gradient, the enqueue: nothing of it waits for the device."""
+    if backend == "reference":
+        pytest.skip("its topk asks the device for ties")
+    criterion = psm_kernels.PSMLoss(0.2, memory_bank_size=(200, 32), backend=backend).cuda()
+    query, key = torch.randn(2, 48, 32, device="cuda")
+    query.requires_grad_()
+
+    def step(criterion):
+        loss = criterion(query, key)
+        return loss.detach(), *torch.autograd.grad(loss, query)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(criterion)
+    torch.cuda.current_stream().wait_stream(stream)
+    twin, graph = copy.deepcopy(criterion), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(criterion)
+    for _ in range(5):  # the fourth wraps around
+        with torch.no_grad():
+            query.normal_(), key.normal_()
+        graph.replay()
+        torch.testing.assert_close(captured, step(twin))
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(criterion.state_dict()[name], value)

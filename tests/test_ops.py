@@ -2,10 +2,12 @@
 the same cases in test_triton.py."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from conftest import problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from psm_kernels import backends
 from psm_kernels.ops import BankPass, bank_pass, bank_topk
@@ -226,6 +228,24 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(
             lambda q, s=selection: run(q, key, bank, s_pos, selection=s).neg_lse, (query,)
         )
+
+
+def test_a_backward_fills_no_tensors_for_outputs_without_gradient():
+    """On a GPU each would be a launch, five for every loss."""
+    query, key, bank, s_pos = problem(3, 40, 8)
+    out = run(query.requires_grad_(), key, bank, s_pos)
+
+    class Noted(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    with Noted():
+        out.neg_lse.sum().backward()
+    assert "aten.mul.Tensor" in Noted.seen
+    assert "aten.zeros.default" not in Noted.seen
 
 
 @pytest.mark.parametrize(("k", "count"), [(1, 500), (7, 500), (64, 500), (200, 500), (20, 11)])

@@ -175,7 +175,7 @@ class _Sums(NamedTuple):
     log_pos: Tensor  # (R,) log x+
     hot: Tensor  # (R,) log sum x^(beta + 1)
     base: Tensor  # (R,) log sum x^beta
-    count: Tensor | int  # (R,) or () how many negatives
+    count: Tensor  # (R,) or () how many negatives
 
 
 def _loss(
@@ -249,7 +249,7 @@ def _view_sums(views: common.Views, temperature: float, beta: float, mixer: _Mix
         views.positive / temperature,
         common.masked_lse((beta + 1) * logits, views.candidate),
         common.masked_lse(beta * logits, views.candidate),
-        views.count,
+        logits.new_full((), views.count),
     )
     if mixer is None:
         return sums
@@ -263,7 +263,7 @@ def _log_negatives(sums: _Sums, temperature: float, tau_plus: float) -> Tensor:
     """log Ng (R,), all of it in logarithms: exp(1/tau) overflows fp32 below tau = 0.0113."""
     empty = sums.hot == -torch.inf
     hot, base = (torch.where(empty, 0.0, total) for total in (sums.hot, sums.base))
-    log_n = torch.as_tensor(sums.count, dtype=hot.dtype, device=hot.device).clamp_min(1).log()
+    log_n = sums.count.clamp_min(1).log()
     log_neg, floor = log_n + hot - base, log_n - 1 / temperature
     above = log_neg > floor
     if tau_plus:

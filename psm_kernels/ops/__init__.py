@@ -202,6 +202,7 @@ class _BankPassFunction(torch.autograd.Function):
     def forward(ctx, query, *args):
         outputs = _run_bank_pass(query, *args)
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # else each backward fills a tensor with zeros for each
         ctx.save_for_backward(outputs[1])
         ctx.temperature, ctx.dtype = args[4], query.dtype
         return outputs
@@ -210,6 +211,8 @@ class _BankPassFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_lse, *unused):
         (neg_mean,) = ctx.saved_tensors
+        if grad_lse is None:
+            return (None,) * 14
         return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.dtype), *[None] * 13
 
 

@@ -218,7 +218,7 @@ def enqueue(
 
     keys = keys.contiguous() if keys.dtype in DTYPES else keys.float().contiguous()
     labels = None if labels is None else labels.contiguous()
-    ticket = torch.zeros((), dtype=torch.int32, device=bank.device)
+    ticket = torch.zeros((), dtype=torch.int32, device=bank.device)  # lives until the launch
     _C.cuda.enqueue(
         keys=keys.data_ptr(),
         labels=_address(labels),
