@@ -22,7 +22,7 @@ std::map<const void*, std::string>& names() {
     return all;
 }
 
-// What a tensor map says, as plain numbers: base, columns, rows, bytes of a row, box.
+// What a tensor map says, as plain numbers: base, columns, rows, bytes of a row, box, bytes of one.
 CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
                 const cuuint64_t* sizes, const cuuint64_t* pitch, const cuuint32_t* box,
                 const cuuint32_t* steps, CUtensorMapInterleave interleave,
@@ -39,7 +39,7 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
                        swizzle == CU_TENSOR_MAP_SWIZZLE_128B &&
                        fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
     if (!legal || reinterpret_cast<uint64_t>(map) % 64) return CUDA_ERROR_INVALID_VALUE;
-    const uint64_t plain[6] = {address, sizes[0], sizes[1], pitch[0], box[0], box[1]};
+    const uint64_t plain[7] = {address, sizes[0], sizes[1], pitch[0], box[0], box[1], 2};
     std::memcpy(map, plain, sizeof(plain));
     return CUDA_SUCCESS;
 }

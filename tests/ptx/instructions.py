@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,6 +141,14 @@ def permute_bytes(a, b, selector):
     return result.view(np.uint32).ravel()
 
 
+def extract_bits(a, position, length):
+    """Of at most all bits from `position` on; a signed one is continued."""
+    bits = 8 * a.itemsize
+    left = (bits - np.minimum(position + length, bits)).astype(a.dtype)
+    right = (bits - np.minimum(length, bits)).astype(a.dtype)
+    return np.where(length == 0, 0, a << left >> right).astype(a.dtype)
+
+
 def insert_bits(a, b, position, length):
     dtype = a.dtype
     one = dtype.type(1)
@@ -224,7 +232,7 @@ def compile_statement(machine: Machine, s: Statement):
     builder = BUILDERS.get(op, arithmetic)
     try:
         return builder(Operands(machine), machine, s)
-    except (KeyError, Fault) as error:
+    except (KeyError, TypeError, Fault) as error:
         reason = f"{s.text}: {error!r}"
 
         def unknown(w, lanes):
@@ -243,7 +251,7 @@ def arithmetic(take: Operands, machine: Machine, s: Statement):
         function = shift_left if op == "shl" else shift_right
         if (
             s.operands[2] not in machine.kernel.registers
-            and int(s.operands[2]) < 8 * dtype.itemsize
+            and int(s.operands[2], 0) < 8 * dtype.itemsize
         ):
             n, function = (
                 take.value(s.operands[2], dtype),
@@ -267,6 +275,10 @@ def arithmetic(take: Operands, machine: Machine, s: Statement):
             result(w, m, product)
 
         return multiply
+    if op == "bfe":
+        sources = [take.value(name, dtype) for name in s.operands[1:2]]
+        sources += [take.value(name, np.dtype("u4")) for name in s.operands[2:]]
+        return lambda w, m: result(w, m, extract_bits(*(x(w.registers) for x in sources)))
     if op == "prmt":
         sources = [take.value(name, dtype) for name in s.operands[1:]]
         return lambda w, m: result(w, m, permute_bytes(*(x(w.registers) for x in sources)))
@@ -339,6 +351,12 @@ def cvt(take: Operands, machine: Machine, s: Statement):
         return lambda w, m: result(
             w, m, narrow(high(w.registers)) << np.uint32(16) | narrow(low(w.registers))
         )
+    if to == "bf16":
+        x = take.value(s.operands[1], TYPES["f32"])
+        return lambda w, m: result(w, m, to_bfloat16(x(w.registers)).astype(np.uint16))
+    if source == "bf16":
+        x = take.value(s.operands[1], TYPES["b16"])
+        return lambda w, m: result(w, m, halves(x(w.registers), "bf16"))
     a, b = TYPES[source], TYPES[to]
     x = take.value(s.operands[1], a)
     if a.kind == "f" and b.kind != "f":
@@ -350,10 +368,12 @@ def cvt(take: Operands, machine: Machine, s: Statement):
     return lambda w, m: result(w, m, x(w.registers).astype(b))
 
 
-def same(take: Operands, machine: Machine, s: Statement):
-    """Addresses of all state spaces are numbers of one kind here."""
+def cvta(take: Operands, machine: Machine, s: Statement):
+    """Addresses of all state spaces are numbers of one kind here, but for those of parameters."""
     result, x = take.target(s.operands[0]), take.value(s.operands[1], TYPES[s.opcode[-1]])
-    return lambda w, m: result(w, m, x(w.registers))
+    if "param" not in s.opcode:
+        return lambda w, m: result(w, m, x(w.registers))
+    return lambda w, m: result(w, m, x(w.registers) + np.uint64(machine.params_start))
 
 
 # --- control ---
@@ -411,6 +431,33 @@ def vote(take: Operands, machine: Machine, s: Statement):
     return run
 
 
+def elect(take: Operands, machine: Machine, s: Statement):
+    leader, chosen = (take.target(n) for n in s.operands[0])
+
+    def run(w, lanes):
+        here = np.ones(len(w.lanes), bool) if lanes is None else lanes
+        first = np.repeat(here.reshape(-1, 32).argmax(1), 32)
+        leader(w, lanes, first.astype(np.uint32))
+        chosen(w, lanes, w.lanes % 32 == first)
+
+    return run
+
+
+def redux(take: Operands, machine: Machine, s: Statement):
+    dtype = TYPES[s.opcode[-1]]
+    reduce = {"min": np.min, "max": np.max, "add": np.sum}[s.opcode[2]]
+    result, x = take.target(s.operands[0]), take.value(s.operands[1], dtype)
+
+    def run(w, lanes):
+        if not w.together(lanes):
+            return TOGETHER
+        value = reduce(x(w.registers).reshape(-1, 32), axis=1).astype(dtype)
+        result(w, lanes, np.repeat(value, 32))
+        return None
+
+    return run
+
+
 def bar(take: Operands, machine: Machine, s: Statement):
     if s.opcode[1] == "warp":
         member = take.value(s.operands[0], TYPES["u32"])
@@ -441,7 +488,9 @@ class Barrier:
 
 
 def memory_of(w, space: str):
-    return w.block.shared if space == "shared" else w.machine.memory
+    if space == "shared":
+        return w.block.shared
+    return w.machine.params if space == "param" else w.machine.memory
 
 
 def access(take: Operands, s: Statement):
@@ -533,47 +582,43 @@ def fence(take: Operands, machine: Machine, s: Statement):
 
 
 def bulk_copy(take: Operands, s: Statement):
-    """cp.async.bulk.tensor.2d of a box of 16-bit elements in 128-byte swizzle."""
+    """cp.async.bulk.tensor.2d of a box in 128-byte swizzle, by a tensor map of plain numbers."""
     value = lambda n: take.value(n, np.dtype("u8"))  # noqa: E731
     target, descriptor = value(s.operands[0][0]), value(s.operands[1][0])
     column, row = (take.value(n, TYPES["s32"]) for n in s.operands[1][2][0])
     barrier = value(s.operands[2][0])
 
+    def copy(w, block, to, map_, at, x, y):
+        memory = w.machine.memory
+        numbers = memory.views[8][memory.at(map_ + 8 * np.arange(7), 8)].astype(np.int64)
+        base, width, height, pitch, box_width, box_height, size = numbers
+        width, box_width, x = (n * size // 2 for n in (width, box_width, x))  # 16 bits each
+        columns, rows = np.arange(box_width) + x, np.arange(box_height) + y
+        address = base + rows[:, None] * pitch + columns * 2
+        inside = ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
+        box = np.zeros(address.shape, np.uint16)
+        box[inside] = memory.views[2][memory.at(address[inside], 2)]
+        place = to + np.arange(box.size).reshape(box.shape) * 2
+        place ^= (place >> 7 & 7) << 4
+        index = block.shared.at(place.ravel(), 2)
+        block.check_proxy(place)
+        block.shared.views[2][index] = box.ravel()
+        ready = block.barrier(at)
+        ready.bytes -= box.nbytes
+        ready.settle()
+
     def run(w, lanes):
-        some = w.active(lanes)
-        if len(some) != 1:
-            raise Fault("a bulk copy is one thread's")
-        (lane,) = some
         r, block = w.registers, w.block
-        to, map_, at, x, y = (int(v(r)[lane]) for v in (target, descriptor, barrier, column, row))
-        if map_ % 64 or to % 128 or at % 8:
-            raise Fault("a tensor map needs 64, its target 128 and its mbarrier 8 bytes alignment")
-        base, width, height, pitch, box_width, box_height = np.frombuffer(
-            (ctypes.c_uint64 * 6).from_address(map_), np.uint64
-        ).astype(np.int64)
-
-        def work():
-            columns, rows = np.arange(box_width) + x, np.arange(box_height) + y
-            address = base + rows[:, None] * pitch + columns * 2
-            inside = ((rows >= 0) & (rows < height))[:, None] & (columns >= 0) & (columns < width)
-            box = np.zeros(address.shape, np.uint16)
-            memory = w.machine.memory
-            box[inside] = memory.views[2][memory.at(address[inside], 2)]
-            place = to + np.arange(box.size).reshape(box.shape) * 2
-            place ^= (place >> 7 & 7) << 4
-            index = block.shared.at(place.ravel(), 2)
-            block.check_proxy(place)
-            block.shared.views[2][index] = box.ravel()
-            ready = block.barrier(at)
-            ready.bytes -= box.nbytes
-            ready.settle()
-
-        block.barrier(at)
-        block.check_proxy(np.arange(at, at + 8))
-        if w.machine.early:
-            work()
-        else:
-            block.flying.append(work)
+        values = [v(r).astype(np.int64) for v in (target, descriptor, barrier, column, row)]
+        for to, map_, at, x, y in np.stack(values, 1)[w.active(lanes)].tolist():
+            if map_ % 64 or to % 128 or at % 8:
+                raise Fault("wanted alignment: tensor map 64, target of a copy 128, mbarrier 8")
+            block.barrier(at)
+            work = functools.partial(copy, w, block, to, map_, at, x, y)
+            if w.machine.early:
+                work()
+            else:
+                block.flying.append(work)
 
     return run
 
@@ -585,11 +630,11 @@ def cp(take: Operands, machine: Machine, s: Statement):
     if kind == "commit_group":
         return lambda w, m: w.commit(w.copies, m)
     if kind == "wait_group":
-        left = int(s.operands[0])
+        left = int(s.operands[0], 0)
         return lambda w, m: w.finish(w.copies, left, m)
     to, source = (take.value(s.operands[i][0], np.dtype("u8")) for i in (0, 1))
     offsets = [s.operands[i][1] for i in (0, 1)]
-    size = int(s.operands[2])
+    size = int(s.operands[2], 0)
     given = take.value(s.operands[3], TYPES["u32"])
 
     def run(w, lanes):
@@ -632,7 +677,10 @@ def mbarrier(take: Operands, machine: Machine, s: Statement):
                 w.block.shared.at(np.array([at]), 8)
                 arrivals = int(number(r)[lane])
                 w.block.barriers[int(at)] = Barrier(arrivals, arrivals)
-                w.block.unfenced[at : at + 8] = w.warps[lane] + 1
+            return None
+        if kind == "inval":
+            for at in addresses.tolist():
+                del w.block.barriers[at]
             return None
         if kind == "try_wait":
             if (addresses != addresses[0]).any():
@@ -719,24 +767,48 @@ def mma(take: Operands, machine: Machine, s: Statement):
     return run
 
 
+def matrix_rows(w, lanes, base, offset: int, count: int) -> np.ndarray:
+    """Indices of (active warps, count, 8, 8) elements; lane l tells row l % 8 of matrix l / 8."""
+    address = base(w.registers)[w.active(lanes)].reshape(-1, 32)[:, : 8 * count]
+    start = w.block.shared.at(address.ravel() + np.uint64(offset), 2, 8)
+    return (start[:, None] + np.arange(8)).reshape(-1, count, 8, 8)
+
+
 def ldmatrix(take: Operands, machine: Machine, s: Statement):
     targets = [take.target(n) for n in s.operands[0]]
-    transposed = "trans" in s.opcode
     base, offset = take.value(s.operands[1][0], np.dtype("u8")), s.operands[1][1]
 
     def run(w, lanes):
         if not w.together(lanes):
             return TOGETHER
-        shared, some = w.block.shared, w.active(lanes)
-        start = shared.at(base(w.registers)[some] + np.uint64(offset), 2, 8)
-        rows = shared.views[2][start[:, None] + np.arange(8)].reshape(-1, 4, 8, 8)
-        if transposed:
+        rows = w.block.shared.views[2][matrix_rows(w, lanes, base, offset, len(targets))]
+        if "trans" in s.opcode:
             rows = rows.swapaxes(2, 3)
         pairs = rows[:, :, ROW, COLUMN] | rows[:, :, ROW, COLUMN + 1].astype(np.uint32) << 16
         for i, target in enumerate(targets):
             value = np.zeros(w.machine.width, np.uint32)
-            value[some] = pairs[:, i].ravel()
+            value[w.active(lanes)] = pairs[:, i].ravel()
             target(w, lanes, value)
+        return None
+
+    return run
+
+
+def stmatrix(take: Operands, machine: Machine, s: Statement):
+    sources = [take.value(n, TYPES["u32"]) for n in s.operands[1]]
+    base, offset = take.value(s.operands[0][0], np.dtype("u8")), s.operands[0][1]
+
+    def run(w, lanes):
+        if not w.together(lanes):
+            return TOGETHER
+        some = w.active(lanes)
+        index = matrix_rows(w, lanes, base, offset, len(sources))
+        rows = np.zeros(index.shape, np.uint16)
+        for i, source in enumerate(sources):
+            x = source(w.registers)[some].reshape(-1, 32)
+            rows[:, i, ROW, COLUMN], rows[:, i, ROW, COLUMN + 1] = x & 0xFFFF, x >> 16
+        w.block.shared.views[2][index] = rows.swapaxes(2, 3) if "trans" in s.opcode else rows
+        w.block.unfenced[2 * index] = w.block.unfenced[2 * index + 1] = w.first // 32 + 1
         return None
 
     return run
@@ -768,7 +840,7 @@ def wgmma(take: Operands, machine: Machine, s: Statement):
     if kind == "commit_group":
         return lambda w, m: w.commit(w.products, m)
     if kind == "wait_group":
-        left = int(s.operands[0])
+        left = int(s.operands[0], 0)
         return lambda w, m: w.finish(w.products, left, m)
     shape, element = s.opcode[4], s.opcode[-1]
     columns = int(shape[len("m64n") : shape.index("k")])
@@ -804,15 +876,15 @@ def wgmma(take: Operands, machine: Machine, s: Statement):
             else:
                 right = described(block, b_at, n[:, None], k * 2, 0).T
             if from_registers:
-                left = fragment_a([r[i] for i in a], element)
+                left = fragment_a([r[i].view(np.uint32) for i in a], element)
             else:
                 rows = (first_rows[:, None] + k)[:, :, None]
                 left = halves(described(block, a_at, rows, k * 2, 0), element)
             result = left @ halves(np.ascontiguousarray(right), element)
             if accumulate:
-                result = result + fragment_d([r[i] for i in d])
+                result = result + fragment_d([r[i].view(np.float32) for i in d])
             for i, value in zip(d, spread_d(result, len(d)), strict=True):
-                r[i] = w.fenced[i] = value
+                r[i] = w.fenced[i] = value.view(machine.dtypes[i])
 
         w.defer(w.products, work)
         return None
@@ -830,7 +902,8 @@ BUILDERS = {
     "bra": branch,
     "cp": cp,
     "cvt": cvt,
-    "cvta": same,
+    "cvta": cvta,
+    "elect": elect,
     "fence": fence,
     "ld": load,
     "ldmatrix": ldmatrix,
@@ -838,12 +911,14 @@ BUILDERS = {
     "membar": fence,
     "mma": mma,
     "mov": mov,
+    "redux": redux,
     "ret": lambda take, machine, s: lambda w, m: LEAVE,
     "selp": selp,
     "setmaxnreg": setmaxnreg,
     "setp": setp,
     "shfl": shuffle,
     "st": store,
+    "stmatrix": stmatrix,
     "vote": vote,
     "wgmma": wgmma,
 }

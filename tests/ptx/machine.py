@@ -190,7 +190,10 @@ class Team:
                         at += 1
                         continue
                     lanes = None if lanes.all() else lanes
-                result = work(self, lanes)
+                try:
+                    result = work(self, lanes)
+                except Fault as fault:
+                    raise Fault(f"{fault}: {self.machine.kernel.statements[at].text}") from fault
                 at += 1
                 if result is None:
                     continue
@@ -299,16 +302,18 @@ class Machine:
     ) -> None:
         """`params`: the bytes of each; `regions`: where the kernel may read and write."""
         self.threads, self.shared_end = threads, self.static_end + shared_bytes
-        places = np.cumsum([0, *(-(-len(value) // 64) * 64 for value in params)])
+        places = np.cumsum([0, *(-(-len(value) // 64) * 64 for value in params)]).tolist()
         copy = np.zeros(places[-1] + 64, np.uint8)
-        first = -(-copy.ctypes.data // 64) * 64 - copy.ctypes.data  # tensor maps need 64
+        copy = copy[-copy.ctypes.data % 64 :]  # tensor maps need 64
         own = []
-        for name, value, place in zip(self.kernel.params, params, places[:-1] + first, strict=True):
+        for name, value, place in zip(self.kernel.params, params, places, strict=False):
             copy[place : place + len(value)] = np.frombuffer(value, np.uint8)
-            address = copy.ctypes.data + int(place)
-            self.start[self.slot(name)] = self.full(address, np.uint64)
-            own.append((address, address + len(value)))
-        self.memory = Memory(_memory, MEMORY_START, [*regions, *own])
+            self.start[self.slot(name)] = self.full(place, np.uint64)
+            own.append((place, place + len(value)))
+        # A parameter has an address of its own, of 32 bits, besides that in memory.
+        self.params, self.params_start = Memory(copy, 0, own), copy.ctypes.data
+        shifted = [(self.params_start + low, self.params_start + high) for low, high in own]
+        self.memory = Memory(_memory, MEMORY_START, [*regions, *shifted])
         self.start[self.slot("%ntid.x")] = self.full(threads, np.uint32)
         self.start[self.slot("%nctaid.x")] = self.full(grid, np.uint32)
         with np.errstate(all="ignore"):

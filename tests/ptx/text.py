@@ -44,7 +44,7 @@ class Kernel:
 
 def read(text: str) -> dict[str, Callable[[], Kernel]]:
     """The kernels of a PTX file by name, each read when it is asked for."""
-    text = re.sub(r"//[^\n]*", "", text)
+    text = re.sub(r"//[^\n]*|\.loc\s[^\n]*", "", text)
     dynamic = re.findall(r"\.extern \.shared \.align (\d+) \.b8 (\S+)\[\];", text)
     found = {}
     for piece in text.split(".entry ")[1:]:
@@ -54,8 +54,7 @@ def read(text: str) -> dict[str, Callable[[], Kernel]]:
 
 
 def _kernel(name: str, params: str, body: str, dynamic: list[tuple[str, str]]) -> Kernel:
-    params = re.findall(r"\.param [^,]*?(\S+)\[(\d+)\]", params)
-    kernel = Kernel(name, {name: int(size) for name, size in params})
+    kernel = Kernel(name, dict(map(_param, params.split(","))) if params.strip() else {})
     kernel.shared = {name: (int(alignment), 0) for alignment, name in dynamic}
     scopes, counter, pending = [""], itertools.count(1), []
     declared: dict[str, set[str]] = {"": set()}
@@ -87,6 +86,11 @@ def _kernel(name: str, params: str, body: str, dynamic: list[tuple[str, str]]) -
     return kernel
 
 
+def _param(text: str) -> tuple[str, int]:
+    name, length = re.search(r"(\S+?)(?:\[(\d+)\])?\s*$", text).groups()
+    return name, int(length or TYPES[re.search(r"\.param \.(\w+)", text)[1]].itemsize)
+
+
 def _declaration(kernel: Kernel, text: str) -> list[tuple[str, np.dtype]]:
     if match := re.match(r"\.reg \.(\w+)\s+(.*)", text, re.S):
         names = []
@@ -98,13 +102,14 @@ def _declaration(kernel: Kernel, text: str) -> list[tuple[str, np.dtype]]:
         kernel.shared[match[2]] = int(match[1]), int(match[3])
     elif match := re.match(r"\.local \.align \d+ \.b8\s+(\S+)\[(\d+)\]", text):
         kernel.local[match[1]] = int(match[2])
-    elif not text.startswith((".loc", ".pragma")):
+    elif not text.startswith(".pragma"):
         raise Fault(f"unknown directive: {text}")
     return []
 
 
 def _statement(text: str, resolve: Callable[[str], str]) -> Statement:
     guard, opcode, rest = re.match(r"(?:@(!?[%\w]+)\s+)?(\S+)\s*(.*)", text, re.S).groups()
+    rest = re.sub(r"\s*\+\s*", "+", rest)
     parts = re.findall(r"\[[^\]]*\]|\{[^}]*\}|[^,\s]+", rest)
 
     def operand(part: str):
@@ -113,7 +118,7 @@ def _statement(text: str, resolve: Callable[[str], str]) -> Statement:
         if part[0] == "[":  # address, offset, and what else TMA puts there
             base, *more = re.findall(r"\{[^}]*\}|[^,\s\[\]{}]+", part)
             name, _, offset = base.partition("+")
-            return (resolve(name), int(offset or 0), [operand(m) for m in more])
+            return (resolve(name), int(offset or "0", 0), [operand(m) for m in more])
         if "|" in part:
             return [resolve(p) for p in part.split("|")]
         return resolve(part)

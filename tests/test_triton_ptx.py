@@ -1,0 +1,115 @@
+"""Triton's kernels run on the CPU as they are compiled for NVIDIA: the PTX for sm_80 and sm_90, an
+instruction at a time (tests/ptx), where Triton's interpreter knows neither layouts nor TMA."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import problem
+from test_cuda_host import MEAN_ATOL, OFFSET, SEED, arguments, assert_agree, widened
+
+from psm_kernels import functional
+from psm_kernels.ops import BankPass, bank_pass, reference
+from psm_kernels.ops import triton as backend
+from psm_kernels.ops.affine import weighted_pass
+
+if importlib.util.find_spec("triton") is None or backend.interpreted():
+    pytest.skip("needs Triton, and not its interpreter", allow_module_level=True)
+from ptx import triton_driver
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=[80, 90], ids=["sm80", "sm90"])
+def gpu(request, monkeypatch) -> int:
+    triton_driver.install(monkeypatch, request.param)
+    return request.param
+
+
+def both(*problem, **settings) -> tuple[BankPass, BankPass]:
+    args = arguments(*problem, **settings)
+    return BankPass(*backend.bank_pass(*args)), BankPass(*reference.bank_pass(*widened(args)))
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "selection", "topk"),
+    [
+        (64, BF16, "bernoulli", 5),
+        (128, BF16, "bernoulli", 5),
+        (128, BF16, "bernoulli", 0),
+        (128, torch.float16, "bernoulli", 5),
+        (128, BF16, "expected", 5),
+        (128, BF16, "all", 5),
+        (200, BF16, "bernoulli", 5),
+        (256, BF16, "bernoulli", 5),
+        (512, BF16, "bernoulli", 5),
+        (128, torch.float32, "bernoulli", 5),
+    ],
+)
+def test_bank_pass(gpu, dim, dtype, selection, topk):
+    query, key, bank, s_pos = problem(3, 500, dim, dtype=dtype)
+    bank[490:] = torch.nan
+    got, want = both(
+        query, key, bank, s_pos, count=490, topk=topk, selection=selection, col_offset=7
+    )
+    assert_agree(got, want, dtype)
+    assert torch.equal(got.topk_index, want.topk_index)
+
+
+def test_it_does_not_matter_when_asynchronous_work_is_done(monkeypatch):
+    triton_driver.install(monkeypatch, 90, early=True)
+    got, want = both(*problem(70, 700, 128, dtype=BF16))
+    assert_agree(got, want, BF16)
+
+
+def test_exact_products_give_the_same_masks_and_indices(gpu):
+    query, key, bank, s_pos = problem(9, 600, 64, dtype=BF16, few_bits=True)
+    bank[300:320] = bank[10:30]
+    got, want = both(query, key, bank, s_pos, a=8.0, b=0.0, topk=20)
+    assert torch.equal(got.neg_count, want.neg_count.float())
+    assert torch.equal(got.topk_index, want.topk_index)
+
+
+def test_bank_topk(gpu):
+    _, key, bank, _ = problem(5, 600, 128, dtype=BF16)
+    key, count = key.to(BF16), torch.tensor(590)
+    sim, index = backend.bank_topk(key, bank, 40, count)
+    want = reference.bank_topk(key.double(), bank.double(), 40, count)
+    torch.testing.assert_close(sim.double(), want[0], atol=1e-6, rtol=1e-5)
+    assert (index == want[1]).float().mean() > 0.99
+
+
+def test_weighted_pass(gpu):
+    query, _, bank, _ = problem(5, 300, 128, dtype=BF16)
+    draw = torch.Generator().manual_seed(1)
+    affine, rho = torch.rand(5, 5, generator=draw) - 0.3, torch.rand(300, generator=draw)
+    affine[3] = (query.to(BF16).float() @ bank.float().T).max(1).values
+    args = (query.to(BF16), bank, torch.tensor(290), 0.3, affine, rho)
+    got = backend.weighted_pass(*args)
+    names = ("alpha", "beta", "gamma", "top", "cap")
+    want = weighted_pass(
+        args[0].double(), bank.double(), 290, temperature=0.3, rho=rho.double(),
+        **dict(zip(names, affine.double(), strict=True)), backend="reference",
+    )  # fmt: skip
+    for a, b, atol in zip(got, want, (1e-5, MEAN_ATOL[BF16], 1e-4), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("selection", ["bernoulli", "expected"])
+@pytest.mark.parametrize("topk", [0, 5])
+def test_finish_is_the_loss_and_its_gradient(gpu, selection, topk):
+    query, key, bank, s_pos = problem(4, 300, 64, dtype=BF16)
+    draw = {"temperature": 0.3, "selection": selection, "a": 2.0, "b": -0.1, "row_offset": 3}
+    draw["rng_state"] = torch.tensor([SEED, OFFSET]) if selection == "bernoulli" else None
+    rest = {"soft_weights": "attention", "weight_temperature": 0.7, "hard_weight": 0.6}
+    count = torch.tensor(300)
+    swept = bank_pass(query, key, bank, count, s_pos, topk=topk, backend="reference", **draw)
+    loss, grad, _ = backend.psm_finish(query, key, bank, s_pos, swept, **draw, **rest)
+    leaf = query.clone().requires_grad_()
+    want = functional.psm_loss(
+        leaf, key, bank, topk=topk, reduction="none", backend="reference", **draw, **rest
+    )
+    want.sum().backward()
+    torch.testing.assert_close(loss, want.detach(), atol=1e-3, rtol=1e-5)
+    along = (grad * query).sum(1, keepdim=True) * query  # psm_loss normalizes its query
+    torch.testing.assert_close(grad - along, leaf.grad, atol=1e-3, rtol=1e-4)
