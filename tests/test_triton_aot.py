@@ -38,6 +38,7 @@ def launches(arch, dim):
         ("sm_90", 256, 34),
         ("sm_80", 64, 36),
         ("sm_80", 128, 41),
+        ("sm_80", 256, 72),
     ],
 )
 def test_nvidia(arch, dim, limit):

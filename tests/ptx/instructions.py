@@ -150,19 +150,20 @@ def extract_bits(a, position, length):
 
 
 def insert_bits(a, b, position, length):
-    dtype = a.dtype
-    one = dtype.type(1)
-    mask = np.where(length >= 8 * dtype.itemsize, dtype.type(-1 & (2 ** (8 * dtype.itemsize) - 1)),
-                    (one << length.astype(dtype)) - one).astype(dtype)  # fmt: skip
-    position = position.astype(dtype)
+    """The low `length` bits of a at `position` of b; one of them may be all there are."""
+    ones = ~a.dtype.type(0)
+    spared = (8 * a.itemsize - length).astype(a.dtype)
+    mask = np.where(length == 0, 0, ones >> spared).astype(a.dtype)
+    position = position.astype(a.dtype)
     return b & ~(mask << position) | (a & mask) << position
 
 
 COMPARE = {
     **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
-    **{
-        n: getattr(operator, o) for n, o in (("lo", "lt"), ("ls", "le"), ("hi", "gt"), ("hs", "ge"))
-    },
+    "lo": operator.lt,
+    "ls": operator.le,
+    "hi": operator.gt,
+    "hs": operator.ge,
     "nan": lambda x, y: np.isnan(x) | np.isnan(y),
     "num": lambda x, y: ~(np.isnan(x) | np.isnan(y)),
 }
@@ -247,16 +248,13 @@ def arithmetic(take: Operands, machine: Machine, s: Statement):
     result = take.target(s.operands[0])
     if op in ("shl", "shr"):
         dtype = dtype if op == "shr" else BITS[dtype.itemsize]
-        x, n = take.value(s.operands[1], dtype), take.value(s.operands[2], np.dtype("u4"))
-        function = shift_left if op == "shl" else shift_right
-        if (
-            s.operands[2] not in machine.kernel.registers
-            and int(s.operands[2], 0) < 8 * dtype.itemsize
-        ):
-            n, function = (
-                take.value(s.operands[2], dtype),
-                (operator.lshift if op == "shl" else operator.rshift),
-            )
+        x, count = take.value(s.operands[1], dtype), s.operands[2]
+        if count not in machine.slots and int(count, 0) < 8 * dtype.itemsize:
+            n = take.value(count, dtype)
+            function = operator.lshift if op == "shl" else operator.rshift
+        else:
+            n = take.value(count, TYPES["u32"])
+            function = shift_left if op == "shl" else shift_right
         return lambda w, m: result(w, m, function(x(w.registers), n(w.registers)))
     if "wide" in parts or "hi" in parts:
         wide = np.dtype(f"{dtype.kind}{2 * dtype.itemsize}")
