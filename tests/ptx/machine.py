@@ -17,7 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ptx.instructions import BARRIER, LEAVE, PAUSE, TOGETHER, Barrier, compile_statement
+from ptx.instructions import compile_statement
+from ptx.memory import Barrier
+from ptx.operands import BARRIER, LEAVE, PAUSE
 from ptx.text import Fault, Kernel
 
 WARP = 32
@@ -41,8 +43,6 @@ class Memory:
 
     def at(self, address: np.ndarray, size: int, count: int = 1) -> np.ndarray:
         """Indices of elements; they must be aligned as `count` of them are."""
-        if address.dtype != np.int64:
-            address = address.astype(np.int64)
         if (address & (size * count - 1)).any():
             raise Fault(f"misaligned access of {count} x {size} bytes at {address}")
         if len(address):
@@ -67,9 +67,8 @@ class Block:
         self.shared = Memory(
             np.full(size, 255, np.uint8), 0, [(SHARED_START, size)] * (size > SHARED_START)
         )
-        self.unfenced = np.zeros(
-            size, np.uint8
-        )  # 1 + the warp whose write TMA and wgmma do not see yet
+        # By byte, 1 + the warp whose write TMA and wgmma do not see yet
+        self.unfenced = np.zeros(size, np.uint8)
         self.barriers: dict[int, Barrier] = {}
         self.flying: list[Callable[[], None]] = []  # copies by TMA that were asked for
         self.teams = [Team(self, i) for i in range(0, machine.threads, machine.width)]
@@ -113,7 +112,7 @@ class Team:
         self.registers = list(self.machine.start)
         special = {"%tid.x": self.lanes + first, "%ctaid.x": np.full_like(self.lanes, block.index)}
         for name, value in special.items():
-            self.registers[self.machine.slot(name)] = value.astype(np.uint32)
+            self.registers[self.machine.slots[name]] = value.astype(np.uint32)
         self.local = np.full((len(self.lanes), self.machine.local_bytes), 255, np.uint8)
         # Lanes that are at the same statement: [statement, mask or None for all,
         # True where it waits for other lanes, PAUSE where for other teams]
@@ -166,7 +165,6 @@ class Team:
 
     def run(self) -> None:
         """Until all lanes have left or wait."""
-        code, registers = self.machine.code, self.registers
         while self.paths:
             path = next((p for p in self.paths if not p[2]), None)
             if path is None:
@@ -175,57 +173,57 @@ class Team:
                 if all(p[2] for p in self.paths):
                     raise Fault(f"lanes wait for each other at different places: {self.where()}")
                 return
-            at, mask, _ = path
-            others = {p[0] for p in self.paths if p is not path}
-            while True:
-                if at in others:
-                    path[0] = at
-                    break
-                work, guard, negated = code[at]
-                lanes = mask
-                if guard is not None:
-                    lanes = ~registers[guard] if negated else registers[guard]
-                    lanes = lanes if mask is None else lanes & mask
-                    if not lanes.any():
-                        at += 1
-                        continue
-                    lanes = None if lanes.all() else lanes
-                try:
-                    result = work(self, lanes)
-                except Fault as fault:
-                    raise Fault(f"{fault}: {self.machine.kernel.statements[at].text}") from fault
-                at += 1
-                if result is None:
-                    continue
-                if result >= 0 or result == LEAVE:
-                    rest = None
-                    if lanes is not None:
-                        rest = ~lanes if mask is None else mask & ~lanes
-                        rest = rest if rest.any() else None
-                    if rest is None and result >= 0:
-                        at = result
-                        if not others:
-                            continue
-                        path[0] = at
-                        break
-                    self.paths.remove(path)
-                    if rest is not None:
-                        self.paths.append([at, rest, False])
-                    if result >= 0:
-                        self.paths.append([result, lanes, False])
-                    break
-                path[0] = at - (result == TOGETHER)
-                if len(self.paths) == 1 and result != TOGETHER:
-                    self.waits = result == BARRIER
-                    self.advanced |= self.waits
-                    return
-                path[0] = at - (result != PAUSE)
-                path[2] = PAUSE if result == PAUSE else True
-                break
+            asked, lanes = self.follow(path)
+            if asked is not None and (asked >= 0 or asked == LEAVE):
+                self.part(path, lanes, asked)
+            elif asked in (PAUSE, BARRIER) and len(self.paths) == 1:
+                self.waits = asked == BARRIER
+                self.advanced |= self.waits
+                return
+            elif asked is not None:
+                path[0] -= asked != PAUSE  # it is asked again when others are here
+                path[2] = PAUSE if asked == PAUSE else True
             self.merge()
         self.advanced = True
         if any(map(len, self.products)) or any(map(len, self.copies)):
             raise Fault("warps leave before their asynchronous work is done")
+
+    def follow(self, path: list) -> tuple[int | None, np.ndarray | None]:
+        """Takes a path to where a statement asks for something, and tells what and of which lanes,
+        or to where another path is."""
+        code, registers = self.machine.code, self.registers
+        at, mask, _ = path
+        others = {p[0] for p in self.paths if p is not path}
+        asked, lanes = None, mask
+        while asked is None and at not in others:
+            work, guard, negated = code[at]
+            at += 1
+            lanes = mask
+            if guard is not None:
+                lanes = ~registers[guard] if negated else registers[guard]
+                lanes = lanes if mask is None else lanes & mask
+                if not lanes.any():
+                    continue
+                lanes = None if lanes.all() else lanes
+            try:
+                asked = work(self, lanes)
+            except Fault as fault:
+                raise Fault(f"{fault}: {self.machine.kernel.statements[at - 1].text}") from fault
+            if asked is not None and asked >= 0 and lanes is None and not others:
+                at, asked = asked, None  # all go on elsewhere
+        path[0] = at
+        return asked, lanes
+
+    def part(self, path: list, lanes: np.ndarray | None, target: int) -> None:
+        """Some lanes of a path leave or go elsewhere."""
+        at, mask, _ = path
+        self.paths = [p for p in self.paths if p is not path]
+        if target != LEAVE:
+            self.paths.append([target, lanes, False])
+        if lanes is not None:
+            rest = ~lanes if mask is None else mask & ~lanes
+            if rest.any():
+                self.paths.append([at, rest, False])
 
     def merge(self) -> None:
         self.paths.sort(key=operator.itemgetter(0))
@@ -247,7 +245,6 @@ class Machine:
         self.slots: dict[str, int] = {}
         self.dtypes: list[np.dtype] = []
         self.start: list[np.ndarray] = []
-        self.address: dict[str, int] = {}
         self.local_bytes = sum(kernel.local.values())
         for name, dtype in kernel.registers.items():
             self.add(name, self.full(0, dtype))
@@ -266,11 +263,7 @@ class Machine:
         for name in kernel.params:
             self.add(name, self.full(0, np.uint64))
         self.code = [
-            (
-                compile_statement(self, s),
-                None if s.guard is None else self.slot(s.guard),
-                s.negated,
-            )
+            (compile_statement(self, s), s.guard and self.slots[s.guard], s.negated)
             for s in kernel.statements
         ]
 
@@ -281,9 +274,6 @@ class Machine:
         self.slots[name] = len(self.start)
         self.start.append(value)
         self.dtypes.append(value.dtype)
-        return self.slots[name]
-
-    def slot(self, name: str) -> int:
         return self.slots[name]
 
     def constant(self, bits: int, dtype: np.dtype) -> int:
@@ -308,14 +298,14 @@ class Machine:
         own = []
         for name, value, place in zip(self.kernel.params, params, places, strict=False):
             copy[place : place + len(value)] = np.frombuffer(value, np.uint8)
-            self.start[self.slot(name)] = self.full(place, np.uint64)
+            self.start[self.slots[name]] = self.full(place, np.uint64)
             own.append((place, place + len(value)))
         # A parameter has an address of its own, of 32 bits, besides that in memory.
         self.params, self.params_start = Memory(copy, 0, own), copy.ctypes.data
         shifted = [(self.params_start + low, self.params_start + high) for low, high in own]
         self.memory = Memory(_memory, MEMORY_START, [*regions, *shifted])
-        self.start[self.slot("%ntid.x")] = self.full(threads, np.uint32)
-        self.start[self.slot("%nctaid.x")] = self.full(grid, np.uint32)
+        self.start[self.slots["%ntid.x"]] = self.full(threads, np.uint32)
+        self.start[self.slots["%nctaid.x"]] = self.full(grid, np.uint32)
         with np.errstate(all="ignore"):
             for index in range(grid):
                 Block(self, index).run()

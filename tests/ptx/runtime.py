@@ -53,17 +53,9 @@ def built(name: str, sources: list[Path], command) -> Path:
 @functools.cache
 def library() -> Path:
     objects = sorted(OBJECTS.glob("*.o"))
-    cudart = Path(re.search(r"_HERE_=(.*)", dry_run())[1].strip()).resolve().parent
-    include = next(p for p in (cudart / "include", *cudart.glob("targets/*/include")) if p.exists())
-    command = [shutil.which("g++"), "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread"]
-    command += ["-fvisibility=hidden", "-Wl,-Bsymbolic", f"-I{include}", FAKE, *objects]
-    name = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
-    return built(name, [FAKE, *objects], command)
-
-
-def dry_run() -> str:
-    command = [NVCC, "--dryrun", "-x", "cu", os.devnull]
-    return subprocess.run(command, capture_output=True, text=True).stderr
+    command = [NVCC, "-std=c++17", "-shared", "-cudart=none", "-Xcompiler=-fPIC,-pthread"]
+    command += ["-Xcompiler=-fvisibility=hidden", "-Xlinker=-Bsymbolic", FAKE, *objects]
+    return built("_C" + sysconfig.get_config_var("EXT_SUFFIX"), [FAKE, *objects], command)
 
 
 @functools.cache
