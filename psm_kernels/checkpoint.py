@@ -47,7 +47,8 @@ def load_checkpoint(path: str | Path, parts: Mapping[str, Any] | None = None) ->
     if not Path(path).exists():
         raise FileNotFoundError(f"nothing to resume: there is no {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # Tensors that nobody asks for are not read: a bank may take gigabytes.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=parts is None)
         for name, part in (parts or {}).items():
             part.load_state_dict(state[name])
         python, default, cuda = (state[f"{name}_rng"] for name in ("python", "torch", "cuda"))
