@@ -42,6 +42,17 @@ def check_vector(name: str, value: Tensor, size: int, dtype: torch.dtype | None 
         raise ValueError(f"{name}: got dtype {value.dtype}, wanted {dtype}")
 
 
+def check_slots(name: str, value: Tensor, rows: int, most: int) -> None:
+    """An int64 list of at most `most` slots for each of `rows` rows."""
+    if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[0] != rows:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: got {got}, wanted a tensor of shape ({rows}, at most {most})")
+    if value.shape[1] > most:
+        raise ValueError(f"{name}: got {value.shape[1]} slots per row, wanted at most {most}")
+    if value.dtype != torch.int64:
+        raise ValueError(f"{name}: got dtype {value.dtype}, wanted {torch.int64}")
+
+
 def check_device(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(

@@ -11,6 +11,8 @@ from psm_kernels import _checks as checks
 from psm_kernels import backends
 
 SELECTIONS = ("bernoulli", "expected", "all")
+MAX_EXCLUDE = 64  # slots per row: kernels look them up in a short list
+EMPTY = -2  # in `bank_ids`: the slot holds nothing, no row sees it
 
 
 class BankPass(NamedTuple):
@@ -22,6 +24,18 @@ class BankPass(NamedTuple):
     neg_count: Tensor  # (B,) sum_j keep
     topk_sim: Tensor  # (B, k) similarity to `key`, descending; missing: -inf
     topk_index: Tensor  # (B, k) int64 slots; missing: -1
+
+
+class Exclude(NamedTuple):
+    """Slots that a row must not see, as backends get it: slot j of row i where `slots[i]` names j,
+    where bank_ids[j] == ids[i], or where bank_ids[j] is EMPTY."""
+
+    slots: Tensor | None = None  # (B, E) int64; what lies outside [0, K) names nothing
+    ids: Tensor | None = None  # (B,) int64; unknown: EMPTY, so that one comparison does
+    bank_ids: Tensor | None = None  # (K,) int64; there when `ids` is
+
+
+NOTHING = Exclude()
 
 
 def bank_pass(
@@ -36,16 +50,21 @@ def bank_pass(
     a: float = 0.5,
     b: float = 0.0,
     topk: int = 0,
+    exclude: Tensor | Exclude | None = None,
+    exclude_mined: bool = False,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
     rng_state: Tensor | None = None,
     row_offset: int = 0,
     col_offset: int = 0,
     backend: str = "auto",
 ) -> BankPass:
-    """Log-sum-exp over selected bank rows, its gradient, statistics and top-k in one bank read.
+    """Log-sum-exp over selected bank rows, its gradient, statistics and top-k, never (B, K).
 
     With s_ij = query_i . bank_j and tau the temperature, a slot j < count is kept with weight
     "bernoulli": 1 with probability p_ij = min(exp(-a (s_ij - s_pos_i - b)^2), 0.999), else 0;
-    "expected": p_ij; "all": 1. Sums run over all valid slots, the mined ones included.
+    "expected": p_ij; "all": 1. What is excluded is left out before anything is summed: nothing is
+    ever subtracted from a sum that it may dominate.
 
     Args:
         query: (B, D) unit rows; rounded to the bank's dtype inside, its gradient is not.
@@ -57,6 +76,12 @@ def bank_pass(
         selection: "bernoulli" | "expected" | "all".
         a, b: density and offset of p; its peak is at s_pos + b (SimANS, arXiv 2210.11773, eq. 4).
         topk: number of slots to mine; may exceed `count`.
+        exclude: (B, E) int64, E <= 64: slots that a row must not see, neither mined nor summed;
+            -1 for none, in any order, twice or once.
+        exclude_mined: do not sum over the mined slots either. Without it they are summed.
+        ids: (B,) int64 names of the samples; a slot that holds a row's own id is excluded as well,
+            however many copies there are. Negative: unknown, matches nothing.
+        bank_ids: (K,) int64, what the slots hold: -1 unknown, -2 nothing, which no row sees.
         rng_state: int64 (2,) [seed, offset] on the bank's device; needed by "bernoulli" alone.
         row_offset, col_offset: global index of query row 0 and bank slot 0, for the noise.
         backend: "auto" or a name of `python -m psm_kernels`.
@@ -82,6 +107,7 @@ def bank_pass(
     checks.check_device("s_pos", s_pos, bank.device)
     checks.check_number("a", a, least=0)
     checks.check_number("b", b)
+    checks.check_option("exclude_mined", exclude_mined, (False, True))
     if selection == "bernoulli":
         checks.check_rng_state(rng_state, bank.device)
     args = (
@@ -95,6 +121,8 @@ def bank_pass(
         float(a),
         float(b),
         topk,
+        *excluded(exclude, ids, bank_ids, bank, batch),
+        bool(exclude_mined),
         rng_state if selection == "bernoulli" else None,
         row_offset,
         col_offset,
@@ -115,7 +143,15 @@ def check_backend(backend: str, bank: Tensor) -> None:
 
 
 def bank_topk(
-    query: Tensor, bank: Tensor, k: int, *, count: Tensor | int | None = None, backend: str = "auto"
+    query: Tensor,
+    bank: Tensor,
+    k: int,
+    *,
+    count: Tensor | int | None = None,
+    exclude: Tensor | Exclude | None = None,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k bank rows most similar to each query, without a (B, K) matrix.
 
@@ -124,6 +160,7 @@ def bank_topk(
         bank: (K, D) contiguous.
         k: neighbors wanted; missing ones (k > count) come as -inf and -1.
         count: number of valid slots, None for K.
+        exclude, ids, bank_ids: what a row must not find, as in `bank_pass`.
         backend: "auto" or a name of `python -m psm_kernels`.
 
     Returns:
@@ -136,7 +173,14 @@ def bank_topk(
     checks.check_bank(bank)
     _check_queries("query", query, bank)
     checks.check_int("k", k, 0)
-    args = (query.detach(), bank.detach(), k, checks.as_count(count, bank), backend)
+    args = (
+        query.detach(),
+        bank.detach(),
+        k,
+        checks.as_count(count, bank),
+        *excluded(exclude, ids, bank_ids, bank, query.shape[0]),
+        backend,
+    )
     if torch.compiler.is_compiling():
         return torch.ops.psm_kernels.bank_topk(*args)
     return _run_bank_topk(*args)
@@ -158,6 +202,34 @@ def snapshot(state: Tensor) -> Tensor:
     return torch.ops.psm_kernels.snapshot(state) if torch.compiler.is_compiling() else state
 
 
+def excluded(
+    exclude: Tensor | Exclude | None,
+    ids: Tensor | None,
+    bank_ids: Tensor | None,
+    bank: Tensor,
+    batch: int,
+) -> Exclude:
+    """What the three arguments say, checked, for `batch` rows of a pass over `bank`. The library's
+    own callers hand on an `Exclude`, whose lists may be longer than MAX_EXCLUDE."""
+    if isinstance(exclude, Exclude):
+        return exclude
+    if exclude is not None:
+        checks.check_slots("exclude", exclude, batch, MAX_EXCLUDE)
+        checks.check_device("exclude", exclude, bank.device)
+    for name, value, size in (("ids", ids, batch), ("bank_ids", bank_ids, bank.shape[0])):
+        if value is not None:
+            checks.check_vector(name, value, size, torch.int64)
+            checks.check_device(name, value, bank.device)
+    if bank_ids is None:
+        if ids is not None:
+            raise ValueError("bank_ids: got None with ids, wanted a (K,) int64 tensor")
+    elif ids is None:
+        ids = bank_ids.new_full((batch,), EMPTY)
+    else:
+        ids = torch.where(ids < 0, EMPTY, ids)
+    return Exclude(exclude, ids, bank_ids)
+
+
 def _check_queries(name: str, query: Tensor, bank: Tensor) -> None:
     checks.check_matrix(name, query, like="the bank", shape=(None, bank.shape[1]))
     checks.check_device(name, query, bank.device)
@@ -166,8 +238,10 @@ def _check_queries(name: str, query: Tensor, bank: Tensor) -> None:
 # --- implementation, autograd, registration ------------------------------------------------------
 
 
-def _run_bank_pass(query, key, bank, count, s_pos, *settings) -> tuple[Tensor, ...]:
-    *settings, backend = settings
+def _run_bank_pass(
+    query, key, bank, count, s_pos, temperature, selection, a, b, topk,
+    exclude, ids, bank_ids, exclude_mined, rng_state, row_offset, col_offset, backend,
+) -> tuple[Tensor, ...]:  # fmt: skip
     implementation = backends.choose(backend, bank)
     sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
@@ -175,15 +249,25 @@ def _run_bank_pass(query, key, bank, count, s_pos, *settings) -> tuple[Tensor, .
         key = None if key is None else key.to(bank.dtype).contiguous()
         return tuple(
             implementation.bank_pass(
-                query, key, bank, count, s_pos.to(sums).contiguous(), *settings
-            )
+                query, key, bank, count, s_pos.to(sums).contiguous(), temperature, selection, a, b,
+                topk, rng_state, row_offset, col_offset, _contiguous(exclude, ids, bank_ids),
+                exclude_mined,
+            )  # fmt: skip
         )
 
 
-def _run_bank_topk(query, bank, k, count, backend) -> tuple[Tensor, Tensor]:
+def _contiguous(*exclude: Tensor | None) -> Exclude:
+    return Exclude(*(None if value is None else value.contiguous() for value in exclude))
+
+
+def _run_bank_topk(
+    query, bank, k, count, exclude, ids, bank_ids, backend
+) -> tuple[Tensor, Tensor]:
     implementation = backends.choose(backend, bank, topk_only=True)
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
-        return tuple(implementation.bank_topk(query.to(bank.dtype).contiguous(), bank, k, count))
+        query = query.to(bank.dtype).contiguous()
+        exclude = _contiguous(exclude, ids, bank_ids)
+        return tuple(implementation.bank_topk(query, bank, k, count, exclude))
 
 
 def _bank_rows(bank: Tensor, index: Tensor) -> Tensor:
@@ -212,8 +296,8 @@ class _BankPassFunction(torch.autograd.Function):
     def backward(ctx, grad_lse, *unused):
         (neg_mean,) = ctx.saved_tensors
         if grad_lse is None:
-            return (None,) * 14
-        return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.dtype), *[None] * 13
+            return (None,) * 18
+        return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.dtype), *[None] * 17
 
 
 _bank_pass_op = torch.library.custom_op(
@@ -221,15 +305,16 @@ _bank_pass_op = torch.library.custom_op(
     _run_bank_pass,
     mutates_args=(),
     schema="(Tensor query, Tensor? key, Tensor bank, Tensor count, Tensor s_pos, "
-    "float temperature, str selection, float a, float b, int topk, Tensor? rng_state, "
-    "int row_offset, int col_offset, str backend) "
+    "float temperature, str selection, float a, float b, int topk, Tensor? exclude, Tensor? ids, "
+    "Tensor? bank_ids, bool exclude_mined, Tensor? rng_state, int row_offset, int col_offset, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _bank_topk_op = torch.library.custom_op(
     "psm_kernels::bank_topk",
     _run_bank_topk,
     mutates_args=(),
-    schema="(Tensor query, Tensor bank, int k, Tensor count, str backend) -> (Tensor, Tensor)",
+    schema="(Tensor query, Tensor bank, int k, Tensor count, Tensor? exclude, Tensor? ids, "
+    "Tensor? bank_ids, str backend) -> (Tensor, Tensor)",
 )
 
 
@@ -266,7 +351,7 @@ def _(query, key, bank, count, s_pos, temperature, selection, a, b, topk, *unuse
 
 
 @_bank_topk_op.register_fake
-def _(query, bank, k, count, backend):
+def _(query, bank, k, *unused):
     sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
     shape = (query.shape[0], k)
     return query.new_empty(shape, dtype=sums), query.new_empty(shape, dtype=torch.int64)
@@ -279,7 +364,7 @@ def _setup_context(ctx, inputs, output):
 
 def _op_backward(ctx, grad_lse, *unused):
     (neg_mean,) = ctx.saved_tensors
-    return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.dtype), *[None] * 13
+    return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.dtype), *[None] * 17
 
 
 _bank_pass_op.register_autograd(_op_backward, setup_context=_setup_context)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import backends
-from psm_kernels.ops import bank_pass, bank_topk
+from psm_kernels.ops import EMPTY, NOTHING, Exclude, bank_pass, bank_topk
 
 _SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cache
 
@@ -38,12 +38,13 @@ def row_ranges(
     count: Tensor | int | None,
     *,
     temperature: float,
+    exclude: Exclude = NOTHING,
     backend: str = "auto",
 ) -> RowRanges:
     """Log-sum-exp and extremes of each row's similarities; arguments as in `weighted_pass`."""
     _check(query, bank, temperature)
     count = checks.as_count(count, bank)
-    args = (query.detach(), bank.detach(), count, float(temperature), backend)
+    args = (query.detach(), bank.detach(), count, float(temperature), *exclude, backend)
     return RowRanges(*torch.ops.psm_kernels.row_ranges(*args))
 
 
@@ -59,6 +60,7 @@ def weighted_pass(
     top: Tensor,
     cap: Tensor,
     rho: Tensor,
+    exclude: Exclude = NOTHING,
     backend: str = "auto",
 ) -> WeightedPass:
     """Weighted log-sum-exp over the bank, its gradient and the sum of the weights, in one read.
@@ -75,6 +77,7 @@ def weighted_pass(
         top: (B,) the row's largest similarity, so that no exponential exceeds 1.
         cap: (B,).
         rho: (K,); like `bank`, whatever lies behind `count` is not looked at.
+        exclude: slots that a row must not see, as `psm_kernels.ops.excluded` makes it.
         backend: "auto" or a name of `python -m psm_kernels`. A backend without a kernel for it
             runs slabs of the bank in plain torch.
 
@@ -93,6 +96,7 @@ def weighted_pass(
         float(temperature),
         *(value.detach() for value in rows.values()),
         rho.detach(),
+        *exclude,
         backend,
     )
     log_sum, mean, weight = torch.ops.psm_kernels.weighted_pass(*args)
@@ -106,7 +110,7 @@ def _check(query: Tensor, bank: Tensor, temperature: float) -> None:
     checks.check_number("temperature", temperature, above=0)
 
 
-def _slabs(query, bank, count, temperature, affine, rho) -> tuple[Tensor, ...]:
+def _slabs(query, bank, count, temperature, affine, rho, exclude) -> tuple[Tensor, ...]:
     """The weighted pass in plain torch, never a (B, K) matrix; `affine` is (5, B)."""
     alpha, beta, gamma, top, cap = affine[:, :, None]
     total, weight = rho.new_zeros(len(query)), rho.new_zeros(len(query))
@@ -114,13 +118,14 @@ def _slabs(query, bank, count, temperature, affine, rho) -> tuple[Tensor, ...]:
     step = max(1, _SLAB // len(query))
     for start in range(0, len(bank), step):
         rows = bank[start : start + step].to(rho.dtype)
-        valid = torch.arange(start, start + len(rows), device=bank.device) < count
-        rows = torch.where(valid[:, None], rows, 0.0)
+        slots = torch.arange(start, start + len(rows), device=bank.device)
+        rows = torch.where((slots < count)[:, None], rows, 0.0)
+        seen = _seen(slots, count, exclude)  # (B, S) or (1, S)
         similarity = query.to(rho.dtype) @ rows.T  # (B, S)
         pull = torch.exp((similarity - top) / temperature)
         line = alpha + beta * similarity + rho[start : start + step]
         w = (line + gamma * torch.minimum(pull, cap)).clamp_min(0)
-        w = torch.where(valid, w, 0.0)
+        w = torch.where(seen, w, 0.0)
         weight += w.sum(1)
         w = w * pull
         total += w.sum(1)
@@ -129,22 +134,44 @@ def _slabs(query, bank, count, temperature, affine, rho) -> tuple[Tensor, ...]:
     return top[:, 0] / temperature + total.log(), mean / some[:, None], weight
 
 
+def _seen(slots: Tensor, count: Tensor, exclude: Exclude) -> Tensor:
+    """(B, S) bool, or (1, S) where rows do not differ: which of `slots` (S,) a row sees."""
+    seen = (slots < count)[None, :]
+    if exclude.slots is not None:
+        for named in exclude.slots.T:
+            seen = seen & (slots != named[:, None])
+    if exclude.bank_ids is not None:
+        held = exclude.bank_ids[slots]
+        seen = seen & (held != EMPTY) & (held != exclude.ids[:, None])
+    return seen
+
+
 # --- registration --------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("psm_kernels::row_ranges", mutates_args=())
 def _row_ranges(
-    query: Tensor, bank: Tensor, count: Tensor, temperature: float, backend: str
+    query: Tensor,
+    bank: Tensor,
+    count: Tensor,
+    temperature: float,
+    slots: Tensor | None,
+    ids: Tensor | None,
+    bank_ids: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    exclude = Exclude(slots, ids, bank_ids)
     own = getattr(backends.choose(backend, bank), "row_ranges", None)
     with torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
         if own is not None:
-            return own(query, bank, count, temperature)
+            return own(query, bank, count, temperature, exclude)
         s_pos = query.new_zeros(len(query))
-        settings = {"temperature": temperature, "topk": 1, "backend": backend}
-        swept = bank_pass(query, -query, bank, count, s_pos, **settings)
-        nearest = bank_topk(query, bank, 2, count=count, backend=backend)
+        settings = {"exclude": exclude, "backend": backend}
+        swept = bank_pass(
+            query, -query, bank, count, s_pos, temperature=temperature, topk=1, **settings
+        )
+        nearest = bank_topk(query, bank, 2, count=count, **settings)
         return swept.neg_lse, -swept.topk_sim[:, 0], *nearest
 
 
@@ -169,6 +196,9 @@ def _weighted_pass(
     top: Tensor,
     cap: Tensor,
     rho: Tensor,
+    slots: Tensor | None,
+    ids: Tensor | None,
+    bank_ids: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = getattr(backends.choose(backend, bank), "weighted_pass", _slabs)
@@ -176,7 +206,9 @@ def _weighted_pass(
     with torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
         affine = torch.stack((alpha, beta, gamma, top, cap)).to(sums)
-        return tuple(run(query, bank, count, temperature, affine, rho.to(sums).contiguous()))
+        rho = rho.to(sums).contiguous()
+        exclude = Exclude(slots, ids, bank_ids)
+        return tuple(run(query, bank, count, temperature, affine, rho, exclude))
 
 
 @_weighted_pass.register_fake
@@ -193,7 +225,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *unused):
     (mean,) = ctx.saved_tensors
-    return (grad[:, None] * mean / ctx.temperature).to(ctx.dtype), *[None] * 10
+    return (grad[:, None] * mean / ctx.temperature).to(ctx.dtype), *[None] * 13
 
 
 _weighted_pass.register_autograd(_backward, setup_context=_setup_context)

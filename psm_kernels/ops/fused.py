@@ -18,10 +18,11 @@ def psm_rows(
     A backend that has it defines
 
         MAX_FINISH_TOPK  # more mined rows than that take the differentiable torch code instead
-        psm_finish(query, key, bank, s_pos, swept, *, temperature, selection, a, b, rng_state,
-                   row_offset, soft_weights, weight_temperature, hard_weight)
+        psm_finish(query, key, bank, s_pos, swept, *, temperature, soft_weights,
+                   weight_temperature, hard_weight)
 
-    on contiguous fp32 unit rows and what `bank_pass` made of them. It returns the losses (B,), the
+    on contiguous fp32 unit rows and what `bank_pass` made of them with `exclude_mined`, so that its
+    sums are those of the negatives. It returns the losses (B,), the
     gradient of their sum by the unit query (B, D), and (3, B): the count of kept negatives, mean
     and variance of g over them (`MiningStats`). It may define what lies around them as well:
 
@@ -62,9 +63,9 @@ class _PSMRows(torch.autograd.Function):
         unit_pair = getattr(backend, "unit_pair", _unit_pair)
         rows, key, norms, s_pos = unit_pair(query.contiguous(), key.contiguous())
         swept = bank_pass(rows, key if sweep["topk"] else None, bank, count, s_pos, **sweep)
-        names = ("temperature", "selection", "a", "b", "rng_state", "row_offset")
-        draw = {name: sweep[name] for name in names}
-        loss, gradient, _ = backend.psm_finish(rows, key, bank, s_pos, swept, **draw, **finish)
+        loss, gradient, _ = backend.psm_finish(
+            rows, key, bank, s_pos, swept, temperature=sweep["temperature"], **finish
+        )
         through_norm = getattr(backend, "through_norm", _through_norm)
         ctx.save_for_backward(through_norm(gradient, rows, norms))
         ctx.dtype = query.dtype

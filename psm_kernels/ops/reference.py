@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels import noise as canonical
+from psm_kernels.ops import EMPTY, NOTHING, Exclude
 
 
 def unavailable() -> str | None:
@@ -27,6 +28,8 @@ def bank_pass(
     rng_state: Tensor | None,  # (2,)
     row_offset: int,
     col_offset: int,
+    exclude: Exclude = NOTHING,
+    exclude_mined: bool = False,
     *,
     noise: str = "philox",
     exact_ties: bool = True,
@@ -36,7 +39,12 @@ def bank_pass(
     words, exact_ties=False leaves ties of the top-k to `torch.topk`."""
     rows = _valid_rows(bank, count)
     similarity = query.to(rows.dtype) @ rows.T  # (B, K)
-    valid = torch.arange(bank.shape[0], device=bank.device) < count
+    topk_sim, topk_index = bank_topk(
+        query if key is None else key, bank, topk, count, exclude, exact_ties=exact_ties
+    )
+    seen = _seen(*similarity.shape, count, exclude)  # (B, K)
+    if exclude_mined:
+        seen = seen & ~_named(topk_index, bank.shape[0])
     if selection == "bernoulli" and noise == "torch":
         p = canonical.keep_probability(similarity, s_pos[:, None], a, b)
         weight = (torch.rand_like(p) < p).to(p.dtype)
@@ -45,25 +53,27 @@ def bank_pass(
         if selection == "bernoulli":
             words = canonical.philox_block(row_offset, *similarity.shape, col_offset, rng_state)
         weight = canonical.keep_weight(similarity, s_pos[:, None], words, selection, a, b)
-    weight = weight * valid
+    weight = weight * seen
 
     logits = torch.where(weight > 0, similarity / temperature + weight.log(), -torch.inf)
-    logits = torch.where(similarity.isnan(), torch.nan, logits)
+    logits = torch.where(seen & similarity.isnan(), torch.nan, logits)
     neg_lse = torch.logsumexp(logits, 1)
     empty = neg_lse == -torch.inf
     softmax = torch.exp(logits - torch.where(empty, 0.0, neg_lse)[:, None])  # (B, K)
     neg_mean = softmax @ rows
     neg_sq_lse = torch.logsumexp(logits + similarity / temperature, 1)
     neg_count = weight.sum(1)
-
-    topk_sim, topk_index = bank_topk(
-        query if key is None else key, bank, topk, count, exact_ties=exact_ties
-    )
     return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
 
 
 def bank_topk(
-    query: Tensor, bank: Tensor, k: int, count: Tensor, *, exact_ties: bool = True
+    query: Tensor,
+    bank: Tensor,
+    k: int,
+    count: Tensor,
+    exclude: Exclude = NOTHING,
+    *,
+    exact_ties: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See `psm_kernels.ops.bank_topk`."""
     rows = _valid_rows(bank, count)
@@ -73,7 +83,7 @@ def bank_topk(
     if k == 0:
         return similarity, index
     scores = query.to(rows.dtype) @ rows.T  # (B, K)
-    scores = scores.masked_fill(torch.arange(size, device=bank.device) >= count, -torch.inf)
+    scores = scores.masked_fill(~_seen(batch, size, count, exclude), -torch.inf)
 
     found = min(k, size)
     best, where = scores.topk(min(k + 1, size))
@@ -84,6 +94,24 @@ def bank_topk(
     similarity[:, :found] = best[:, :found]
     index[:, :found] = torch.where(best[:, :found] == -torch.inf, -1, where[:, :found])
     return similarity, index
+
+
+def _seen(batch: int, size: int, count: Tensor, exclude: Exclude) -> Tensor:
+    """(B, K) bool, or (1, K) where rows do not differ: the slots that a row sees."""
+    slots = torch.arange(size, device=count.device)
+    seen = (slots < count)[None, :]
+    if exclude.slots is not None:
+        seen = seen & ~_named(exclude.slots, size)
+    if exclude.bank_ids is not None:
+        seen = seen & (exclude.bank_ids != EMPTY) & (exclude.bank_ids != exclude.ids[:, None])
+    return seen
+
+
+def _named(slots: Tensor, size: int) -> Tensor:
+    """(B, K) bool from lists (B, E) of slots, of which those outside [0, K) name nothing."""
+    inside = (slots >= 0) & (slots < size)
+    named = torch.zeros(len(slots), size + 1, dtype=torch.bool, device=slots.device)
+    return named.scatter_(1, torch.where(inside, slots, size), True)[:, :size]
 
 
 def _valid_rows(bank: Tensor, count: Tensor) -> Tensor:
