@@ -249,8 +249,20 @@ def _run_bank_pass(
         key = None if key is None else key.to(bank.dtype).contiguous()
         return tuple(
             implementation.bank_pass(
-                query, key, bank, count, s_pos.to(sums).contiguous(), temperature, selection, a, b,
-                topk, rng_state, row_offset, col_offset, _contiguous(exclude, ids, bank_ids),
+                query,
+                key,
+                bank,
+                count,
+                s_pos.to(sums).contiguous(),
+                temperature,
+                selection,
+                a,
+                b,
+                topk,
+                rng_state,
+                row_offset,
+                col_offset,
+                _contiguous(exclude, ids, bank_ids),
                 exclude_mined,
             )  # fmt: skip
         )
@@ -260,9 +272,7 @@ def _contiguous(*exclude: Tensor | None) -> Exclude:
     return Exclude(*(None if value is None else value.contiguous() for value in exclude))
 
 
-def _run_bank_topk(
-    query, bank, k, count, exclude, ids, bank_ids, backend
-) -> tuple[Tensor, Tensor]:
+def _run_bank_topk(query, bank, k, count, exclude, ids, bank_ids, backend) -> tuple[Tensor, Tensor]:
     implementation = backends.choose(backend, bank, topk_only=True)
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
