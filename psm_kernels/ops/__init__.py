@@ -247,25 +247,13 @@ def _run_bank_pass(
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
         query = query.detach().to(bank.dtype).contiguous()
         key = None if key is None else key.to(bank.dtype).contiguous()
+        s_pos, exclude = s_pos.to(sums).contiguous(), _contiguous(exclude, ids, bank_ids)
         return tuple(
             implementation.bank_pass(
-                query,
-                key,
-                bank,
-                count,
-                s_pos.to(sums).contiguous(),
-                temperature,
-                selection,
-                a,
-                b,
-                topk,
-                rng_state,
-                row_offset,
-                col_offset,
-                _contiguous(exclude, ids, bank_ids),
-                exclude_mined,
-            )  # fmt: skip
-        )
+                query, key, bank, count, s_pos, temperature, selection, a, b, topk, rng_state,
+                row_offset, col_offset, exclude, exclude_mined,
+            )
+        )  # fmt: skip
 
 
 def _contiguous(*exclude: Tensor | None) -> Exclude:
@@ -316,8 +304,8 @@ _bank_pass_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor query, Tensor? key, Tensor bank, Tensor count, Tensor s_pos, "
     "float temperature, str selection, float a, float b, int topk, Tensor? exclude, Tensor? ids, "
-    "Tensor? bank_ids, bool exclude_mined, Tensor? rng_state, int row_offset, int col_offset, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bank_ids, bool exclude_mined, Tensor? rng_state, int row_offset, int col_offset, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _bank_topk_op = torch.library.custom_op(
     "psm_kernels::bank_topk",
