@@ -111,6 +111,19 @@ def _choose(
     return load(name)
 
 
+def require(name: str) -> None:
+    """Raise the ValueError of a backend that is unknown, or that no device of this machine runs;
+    what depends on device, dtype or size waits for `choose`."""
+    if name == "auto":
+        return
+    if name not in TABLE:
+        raise ValueError(f"backend: got {name!r}, wanted one of 'auto', {str(list(TABLE))[1:-1]}")
+    module = load(name)
+    if isinstance(module, str):
+        able = [other for other in TABLE if not isinstance(load(other), str)]
+        raise ValueError(f"backend: {name!r} cannot run: {module}; these can: {', '.join(able)}")
+
+
 def describe() -> str:
     """The table as text: each backend, whether it can run here or why not, and what auto picks."""
     from psm_kernels.ops import cuda

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from psm_kernels import ops
 from psm_kernels.memory_bank import MemoryBank
-from psm_kernels.ops import BankPass
+from psm_kernels.ops import NOTHING, BankPass, Exclude
 
 _FACTS_BYTES = 2048
 
@@ -100,18 +100,9 @@ def agree(group: dist.ProcessGroup | None, facts: Callable[[], dict[str, object]
 def ignore_banks_in_ddp(model: nn.Module) -> nn.Module:
     """Call before wrapping a model that holds a loss in DistributedDataParallel.
 
-    DDP broadcasts rank 0's buffers in each forward. Banks with `gather_distributed` are equal
-    already, so that costs K D bytes for nothing; banks without it would be overwritten by rank
-    0's. This puts them on DDP's ignore list. Sharded banks are never on DDP's list of buffers.
+    Nothing is left to do: DDP broadcasts rank 0's buffers in each forward, and since version 0.2
+    banks are no buffers. The name stays for scripts that call it.
     """
-    names = [
-        f"{name}.{buffer}".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, MemoryBank)
-        for buffer, _ in module.named_buffers()
-    ]
-    known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    model._ddp_params_and_buffers_to_ignore = sorted(known | set(names))
     return model
 
 
@@ -162,7 +153,8 @@ class ShardedBank(MemoryBank):
     Its rows are no buffers: DDP and FSDP would overwrite every shard with rank 0's.
 
     Args:
-        size, dim, dtype, device: as in `MemoryBank`; size is the K of all ranks together.
+        size, dim, dtype, device, indexed, momentum: as in `MemoryBank`; size is the K of all ranks
+            together.
         process_group: None is the default group.
 
     Raises:
@@ -176,6 +168,8 @@ class ShardedBank(MemoryBank):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        indexed: bool = False,
+        momentum: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
     ):
         if not (dist.is_available() and dist.is_initialized()):
@@ -184,23 +178,40 @@ class ShardedBank(MemoryBank):
                 "torch.distributed.init_process_group first"
             )
         self._size, self.process_group = size, process_group
-        super().__init__(size, dim, dtype=dtype, device=device)
+        options = {"dtype": dtype, "device": device, "indexed": indexed, "momentum": momentum}
+        super().__init__(size, dim, **options)
 
     def _allocate(self, size: int, dim: int, dtype: torch.dtype, device) -> None:
         _, world = rank_and_world(self.process_group)
         # One scrap row takes the writes that belong to other ranks: no dynamic shape, no sync.
         slots = -(-size // world) + 1
-        self._rows = torch.zeros(slots, dim, dtype=dtype, device=device)
-        self._row_labels = torch.full((slots,), -1, device=device)
+        for name, shape, kind in (
+            ("bank", (slots, dim), dtype),
+            ("labels", (slots,), torch.int64),
+            ("ids", (slots,), torch.int64),
+        ):
+            own = torch.empty(shape, dtype=kind, device=device)
+            self.hold(name, own, attribute=f"_own_{name}")
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._own_bank, self._own_labels, self._own_ids
 
     @property
     def bank(self) -> Shard:
         """Stands for the whole bank; reading it is collective."""
-        return Shard(self._rows, self._size, self.process_group)
+        return Shard(self._own_bank, self._size, self.process_group)
 
     @property
     def labels(self) -> Shard:
-        return Shard(self._row_labels, self._size, self.process_group)
+        return Shard(self._own_labels, self._size, self.process_group)
+
+    @property
+    def ids(self) -> Shard:
+        return Shard(self._own_ids, self._size, self.process_group)
+
+    def copies(self, ids: Tensor) -> Tensor:
+        """Collective: of this rank's samples in all ranks' slots."""
+        return hidden(ops.excluded(None, ids, self.ids, self.bank, len(ids)), self.extent)[0]
 
     @property
     def size(self) -> int:
@@ -208,45 +219,26 @@ class ShardedBank(MemoryBank):
 
     @property
     def dim(self) -> int:
-        return self._rows.shape[1]
+        return self._own_bank.shape[1]
 
-    def _write(self, slots: Tensor, rows: Tensor, labels: Tensor) -> None:
+    def _write(self, slots: Tensor, rows: Tensor, labels: Tensor, ids: Tensor) -> None:
         """The keys of all ranks come in; this rank keeps those of its slots."""
         shard = self.bank
-        slots = slots - shard.start
-        mine = (slots >= 0) & (slots < shard.per_rank)
-        slots = torch.where(mine, slots, shard.per_rank)
-        self._rows.index_copy_(0, slots, rows)
-        self._row_labels.index_copy_(0, slots, labels)
+        local = slots - shard.start
+        mine = (local >= 0) & (local < shard.per_rank)
+        super()._write(torch.where(mine, local, shard.per_rank), rows, labels, ids)
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        self._rows.zero_()
-        self._row_labels.fill_(-1)
-        self.ptr.zero_()
-        self.count.zero_()
+    def saved(self, name: str) -> Tensor:
+        value = super().saved(name)
+        return self._dtensor(value) if value.ndim else value
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self._rows, self._row_labels = fn(self._rows), fn(self._row_labels)
-        return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "bank"] = self._dtensor(self._rows)
-        destination[prefix + "labels"] = self._dtensor(self._row_labels)
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest) -> None:
-        self._before_load(state_dict, prefix)
-        for name, held in (("bank", self._rows), ("labels", self._row_labels)):
-            if prefix + name in state_dict:
-                loaded = state_dict.pop(prefix + name)
-                is_shard = hasattr(loaded, "to_local")  # a DTensor: no import for the question
-                own = self._owned(held)
-                own.copy_(loaded.to_local() if is_shard else loaded[self.bank.start :][: len(own)])
-            else:
-                missing.append(prefix + name)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+    def restore(self, name: str, loaded: Tensor) -> None:
+        value = super().saved(name)
+        if value.ndim == 0:
+            return super().restore(name, loaded)
+        own = self._owned(value)
+        is_shard = hasattr(loaded, "to_local")  # a DTensor: no import for the question
+        own.copy_(loaded.to_local() if is_shard else loaded[self.bank.start :][: len(own)])
 
     def _owned(self, rows: Tensor) -> Tensor:
         """A view without the scrap row, and on the last ranks without slots beyond K."""
@@ -277,48 +269,81 @@ def bank_pass(
     count: Tensor,
     s_pos: Tensor,
     *,
+    topk: int = 0,
+    exclude: Exclude = NOTHING,
+    exclude_mined: bool = False,
     row_offset: int = 0,
+    backend: str = "auto",
     **settings,
 ) -> BankPass:
     """`psm_kernels.ops.bank_pass`; with a Shard, of this rank's rows against all ranks' slots.
 
-    Three numbers, D and 2k columns per row go to each rank, whatever K is.
+    Three numbers, D and 2k columns per row go to each rank, whatever K is. With `exclude_mined`
+    the ranks first agree on what is mined: no rank can tell that from its own slots.
     """
+    settings |= {"row_offset": row_offset, "backend": backend}
     if isinstance(bank, Tensor):
-        return ops.bank_pass(query, key, bank, count, s_pos, row_offset=row_offset, **settings)
+        settings |= {"exclude": exclude, "exclude_mined": exclude_mined, "topk": topk}
+        return ops.bank_pass(query, key, bank, count, s_pos, **settings)
     batch = len(query)
     with torch.no_grad():
+        mined = None
+        if exclude_mined and topk:
+            mined = bank_topk(key, bank, topk, count=count, exclude=exclude, backend=backend)
+            exclude, key, topk = exclude.naming(mined[1]), None, 0
         mine = (query.to(bank.dtype), s_pos) + (() if key is None else (key.to(bank.dtype),))
-        all_query, all_s_pos, *all_key = _gather(mine, bank.group)
+        (all_query, all_s_pos, *all_key), exclude = _everyones(mine, exclude, bank)
         part = ops.bank_pass(
             all_query,
             all_key[0] if all_key else None,
             bank.rows,
             bank.valid(count),
             all_s_pos,
-            row_offset=row_offset - bank.rank * batch,
+            topk=topk,
+            exclude=exclude,
             col_offset=bank.start,
-            **settings,
+            **settings | {"row_offset": row_offset - bank.rank * batch},
         )
         part = part._replace(topk_index=_global_slots(part.topk_index, bank))
         merged = merge(BankPass(*_scatter(part, bank.group)))
+        if mined is not None:
+            merged = merged._replace(topk_sim=mined[0], topk_index=mined[1])
     # Adds zero and carries the gradient: d neg_lse / d query = neg_mean / tau.
     carrier = ((query - query.detach()) * merged.neg_mean).sum(1) / settings["temperature"]
     return merged._replace(neg_lse=merged.neg_lse + carrier)
 
 
 def bank_topk(
-    query: Tensor, bank: Tensor | Shard, k: int, *, count: Tensor, backend: str = "auto"
+    query: Tensor,
+    bank: Tensor | Shard,
+    k: int,
+    *,
+    count: Tensor,
+    exclude: Exclude = NOTHING,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`psm_kernels.ops.bank_topk`; with a Shard, of this rank's rows against all ranks' slots."""
     if isinstance(bank, Tensor):
-        return ops.bank_topk(query, bank, k, count=count, backend=backend)
+        return ops.bank_topk(query, bank, k, count=count, exclude=exclude, backend=backend)
     with torch.no_grad():
-        (query,) = _gather((query.detach().to(bank.dtype),), bank.group)
+        (query,), exclude = _everyones((query.detach().to(bank.dtype),), exclude, bank)
         similarity, index = ops.bank_topk(
-            query, bank.rows, k, count=bank.valid(count), backend=backend
+            query, bank.rows, k, count=bank.valid(count), exclude=exclude, backend=backend
         )
         return _merge_topk(*_scatter((similarity, _global_slots(index, bank)), bank.group))
+
+
+def _everyones(
+    rows: tuple[Tensor, ...], exclude: Exclude, bank: Shard
+) -> tuple[list[Tensor], Exclude]:
+    """The rows of all ranks, and what they exclude of this rank's slots."""
+    named = tuple(value for value in (exclude.slots, exclude.ids) if value is not None)
+    gathered = _gather(rows + named, bank.group)
+    rows, named = gathered[: len(rows)], gathered[len(rows) :]
+    slots = None if exclude.slots is None else named.pop(0) - bank.start  # others' are outside
+    ids = None if exclude.ids is None else named.pop(0)
+    own = exclude.bank_ids.rows if ids is not None else None
+    return rows, Exclude(slots, ids, own)
 
 
 def bank_rows(bank: Tensor | Shard, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -327,6 +352,18 @@ def bank_rows(bank: Tensor | Shard, index: Tensor, dtype: torch.dtype) -> Tensor
         return ops.bank_rows(bank, index, dtype)
     rows = bank[index.clamp_min(0)].to(dtype)
     return torch.where((index >= 0)[..., None], rows, 0.0)
+
+
+@torch.no_grad()
+def hidden(exclude: Exclude, count: Tensor) -> tuple[Tensor, Tensor]:
+    """`psm_kernels.ops.hidden`; with a Shard of ids, of this rank's rows in all ranks' slots."""
+    shard = exclude.bank_ids
+    if not isinstance(shard, Shard):
+        return ops.hidden(exclude, count)
+    (ids,) = _gather((exclude.ids,), shard.group)
+    copies, empty = ops.hidden(Exclude(None, ids, shard.rows), shard.valid(count))
+    copies, empty = _scatter((copies, empty.expand_as(copies).contiguous()), shard.group)  # (R, B)
+    return copies.sum(0), empty[:, 0].sum()
 
 
 def merge(parts: BankPass) -> BankPass:

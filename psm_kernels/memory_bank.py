@@ -1,35 +1,26 @@
-"""The ring buffer of past keys. It knows no loss."""
+"""The bank of past keys. It knows no loss."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import backends
+from psm_kernels.ops import EMPTY, excluded, hidden
+from psm_kernels.rows import unit_rows
+from psm_kernels.state import HeldState
 
 
-def unit_rows(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows of x (N, D) divided by their norm, in `dtype`; zero rows stay zero, gradient finite.
+class MemoryBank(HeldState):
+    """A bank of unit keys, all of it on the device and in the state_dict.
 
-    No eps: fp16 cannot hold the usual 1e-12, and the sum is in fp32 or better whatever comes in.
-    """
-    return unit_rows_and_norms(x, dtype)[0]
+    Without `indexed` it is a ring, first in, first out. With it slot i holds sample i: a key
+    rewrites the row of its id where it stands, the bank of a whole data set with each image once.
 
-
-def unit_rows_and_norms(x: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """`unit_rows` (N, D) and what it divided by (N, 1): the norms, 1 for a row of zeros."""
-    x = x.to(dtype)
-    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    norms = norms.masked_fill(norms == 0, 1.0)
-    return x / norms, norms
-
-
-class MemoryBank(nn.Module):
-    """A first-in first-out bank of unit keys, all of it on the device and in the state_dict.
-
-    Buffers: `bank` (size, dim), `labels` (size,) int64 with -1 for unknown, `ptr` and `count` 0-d
-    int64, the next slot to write and the number of valid slots, which are [0, count).
+    State: `bank` (size, dim); `labels` (size,) int64, -1 for unknown; `ids` (size,) int64, -1 for
+    unknown, -2 in slots of an indexed bank that hold nothing yet; `ptr` and `count` 0-d int64, the
+    next slot to write and the number of slots written. Those of a ring are [0, count).
 
     A state_dict with MoCo's `queue` (dim, size) and `queue_ptr` loads as a full bank
     (facebookresearch/moco, moco/builder.py).
@@ -38,7 +29,10 @@ class MemoryBank(nn.Module):
         size: number of slots K.
         dim: columns D.
         dtype: fp32, bf16 or fp16 (fp64 for tests); autocast never changes it.
-        device: where the buffers are made.
+        device: where the state is made.
+        indexed: slot = id.
+        momentum: of an indexed bank, in [0, 1): a row becomes the unit vector of momentum x old +
+            (1 - momentum) x new (arXiv 1805.01978 has 0.5); 0 replaces it.
 
     Raises:
         ValueError: an argument is wrong, or a loaded bank has another size.
@@ -51,20 +45,33 @@ class MemoryBank(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        indexed: bool = False,
+        momentum: float = 0.0,
     ):
         super().__init__()
         checks.check_int("size", size, 1)
         checks.check_int("dim", dim, 1)
+        checks.check_option("indexed", indexed, (False, True))
+        checks.check_number("momentum", momentum, least=0, below=1)
+        if momentum and not indexed:
+            raise ValueError(f"momentum: got {momentum}, wanted 0 for a bank that is not indexed")
         if dtype not in checks.BANK_DTYPES:
             raise ValueError(f"dtype: got {dtype}, wanted one of {checks.BANK_DTYPES}")
+        self.indexed, self.momentum = indexed, momentum
         self._allocate(size, dim, dtype, device)
-        self.register_buffer("ptr", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64, device=device))
+        self.hold("ptr", torch.zeros((), dtype=torch.int64, device=device))
+        self.hold("count", torch.zeros((), dtype=torch.int64, device=device))
         self._register_load_state_dict_pre_hook(self._before_load)
+        self.reset_parameters()
 
     def _allocate(self, size: int, dim: int, dtype: torch.dtype, device) -> None:
-        self.register_buffer("bank", torch.zeros(size, dim, dtype=dtype, device=device))
-        self.register_buffer("labels", torch.full((size,), -1, device=device))
+        self.hold("bank", torch.empty(size, dim, dtype=dtype, device=device))
+        self.hold("labels", torch.empty(size, dtype=torch.int64, device=device))
+        self.hold("ids", torch.empty(size, dtype=torch.int64, device=device))
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's rows (K, D), labels (K,) and ids (K,)."""
+        return self.bank, self.labels, self.ids
 
     @property
     def size(self) -> int:
@@ -74,61 +81,138 @@ class MemoryBank(nn.Module):
     def dim(self) -> int:
         return self.bank.shape[1]
 
-    def check(self, keys: Tensor, labels: Tensor | None = None) -> None:
-        """Raise the ValueError that `enqueue` would raise, without writing."""
+    @property
+    def extent(self) -> Tensor:
+        """0-d int64: what is written lies in slots [0, extent); `ids` tells which of them of an
+        indexed bank are empty."""
+        return torch.full_like(self.count, self.size) if self.indexed else self.count
+
+    def copies(self, ids: Tensor) -> Tensor:
+        """How many slots hold each of the samples ids (B,); 0 for negative, unknown ones."""
+        return hidden(excluded(None, ids, self.ids, self.bank, len(ids)), self.extent)[0]
+
+    def check(
+        self,
+        keys: Tensor,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        *,
+        write: bool = True,
+    ) -> None:
+        """Raise the ValueError that `enqueue` would raise, without writing. `write`: whether the
+        keys are to be enqueued, for which an indexed bank wants ids that are its slots."""
         checks.check_matrix("key", keys, like="the bank", shape=(None, self.dim))
-        checks.check_device("key", keys, self.bank.device)
-        if labels is not None:
-            checks.check_vector("labels", labels, keys.shape[0], torch.int64)
-            checks.check_device("labels", labels, self.bank.device)
+        checks.check_device("key", keys, self.ptr.device)
+        for name, value in (("labels", labels), ("ids", ids)):
+            if value is not None:
+                checks.check_vector(name, value, keys.shape[0], torch.int64)
+                checks.check_device(name, value, self.ptr.device)
+        if self.indexed and write:
+            self._check_slots(ids)
+
+    def _check_slots(self, ids: Tensor | None) -> None:
+        if ids is None:
+            raise ValueError("ids: got None, wanted (B,) int64 slots, because the bank is indexed")
+        # A GPU's values are not waited for: it asserts where they are used as an index.
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = ids[(ids < 0) | (ids >= self.size)]
+            if len(wrong):
+                raise ValueError(
+                    f"ids: got {int(wrong[0])}, wanted 0 to {self.size - 1}, the bank's slots"
+                )
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, labels: Tensor | None = None, *, backend: str = "auto") -> None:
+    def enqueue(
+        self,
+        keys: Tensor,
+        labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
         """Write a batch behind the newest rows; of more than `size` keys the last `size` stay.
+        An indexed bank writes each to the slot of its id; of several with one id the last.
 
         Args:
             keys: (B, dim), any B; normalized here. A row with a NaN or an infinity is stored as
                 zeros, similarity 0 to everything, so that it cannot spoil later steps.
             labels: (B,) int64 or None for unknown. They serve statistics, never the loss.
+            ids: (B,) int64 names of the samples, so that a query never meets its own copy; None or
+                negative for unknown. An indexed bank needs them, in [0, size).
             backend: "auto" or a name of `python -m psm_kernels`; "cuda" does it in one kernel.
 
         Raises:
-            ValueError: wrong shape, dtype or device, or the backend cannot run; nothing is written.
+            ValueError: wrong shape, dtype, device or id, or the backend cannot run; nothing is
+                written.
         """
-        self.check(keys, labels)
-        if isinstance(self.bank, Tensor) and not torch.compiler.is_compiling():
+        self.check(keys, labels, ids)
+        if ids is not None:
+            ids = ids.clamp_min(-1)
+        if not self.indexed and isinstance(self.bank, Tensor) and not torch.compiler.is_compiling():
             own = getattr(backends.choose(backend, self.bank), "enqueue", None)
             if own is not None:
-                return own(keys.detach(), labels, self.bank, self.labels, self.ptr, self.count)
+                state = (self.bank, self.labels, self.ids, self.ptr, self.count)
+                return own(keys.detach(), labels, ids, *state)
         batch = keys.shape[0]
-        if labels is None:
-            labels = torch.full((batch,), -1, device=self.ptr.device)
-        last = keys.detach()[-self.size :]
+        unknown = torch.full((batch,), -1, device=self.ptr.device)
+        labels = unknown if labels is None else labels
+        ids = unknown if ids is None else ids
+        keep = slice(None) if self.indexed else slice(-self.size, None)
         wide = torch.float64 if self.bank.dtype is torch.float64 else torch.float32
         with torch.autocast(keys.device.type, enabled=False):
-            rows = unit_rows(last, wide)
+            rows = unit_rows(keys.detach()[keep], wide)
         # With a NaN or an infinity the norm is one too: what it divides is all 0 and NaN.
         rows = rows.nan_to_num_(0.0)
+        if self.indexed:
+            self._rewrite(rows, labels, ids)
+            return
         slots = torch.arange(batch - rows.shape[0], batch, device=self.ptr.device)
-        slots = (self.ptr + slots) % self.size
-        self._write(slots, rows.to(self.bank.dtype), labels[-self.size :])
+        self._write((self.ptr + slots) % self.size, rows, labels[keep], ids[keep])
         self.ptr.copy_((self.ptr + batch) % self.size)
         self.count.copy_((self.count + batch).clamp_max(self.size))
 
-    def _write(self, slots: Tensor, rows: Tensor, labels: Tensor) -> None:
-        self.bank.index_copy_(0, slots, rows)
-        self.labels.index_copy_(0, slots, labels)
+    def _rewrite(self, rows: Tensor, labels: Tensor, ids: Tensor) -> None:
+        # Copies of an id all carry the last one's values: the order of writing does not matter.
+        ordered, order = ids.sort(stable=True)
+        last = order[torch.searchsorted(ordered, ids, right=True) - 1]
+        rows, labels = rows[last], labels[last]
+        before, held = self._read(ids, rows.dtype)
+        first = torch.ones_like(ordered, dtype=torch.bool)
+        first[1:] = ordered[1:] != ordered[:-1]
+        fresh = held == EMPTY
+        if self.momentum:
+            mixed = unit_rows(self.momentum * before + (1 - self.momentum) * rows, rows.dtype)
+            rows = torch.where(fresh[:, None], rows, mixed)
+        self._write(ids, rows, labels, ids)
+        self.count.add_((first & fresh[order]).sum())
+
+    def _read(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows (n, D) and ids (n,) of the slots (n,)."""
+        return self.bank[slots].to(dtype), self.ids[slots]
+
+    def _write(self, slots: Tensor, rows: Tensor, labels: Tensor, ids: Tensor) -> None:
+        bank, known_labels, known_ids = self._stored()
+        bank.index_copy_(0, slots, rows.to(bank.dtype))
+        known_labels.index_copy_(0, slots, labels)
+        known_ids.index_copy_(0, slots, ids)
 
     @torch.no_grad()
     def reset(self) -> None:
         """Empty the bank."""
-        self.bank.zero_()
-        self.labels.fill_(-1)
+        bank, labels, ids = self._stored()
+        bank.zero_()
+        labels.fill_(-1)
+        ids.fill_(EMPTY if self.indexed else -1)
         self.ptr.zero_()
         self.count.zero_()
 
+    def reset_parameters(self) -> None:
+        """`reset`, by the name under which state made on the meta device is initialized."""
+        self.reset()
+
     def extra_repr(self) -> str:
-        return f"size={self.size}, dim={self.dim}, dtype={self.bank.dtype}"
+        kind = f", indexed=True, momentum={self.momentum}" if self.indexed else ""
+        return f"size={self.size}, dim={self.dim}, dtype={self.bank.dtype}{kind}"
 
     def _before_load(self, state_dict, prefix, *unused) -> None:
         """Translate MoCo's names, then refuse another size before anything is copied."""
@@ -147,4 +231,16 @@ class MemoryBank(nn.Module):
         got, wanted = tuple(loaded.shape), (self.size, self.dim)
         if got != wanted:
             raise ValueError(f"bank: the checkpoint has (K, D) = {got}, this bank {wanted}")
-        state_dict.setdefault(prefix + "labels", torch.full((self.size,), -1))
+        if self.indexed and prefix + "ids" not in state_dict:
+            raise ValueError("ids: the checkpoint has none, wanted those of an indexed bank")
+        for name in ("labels", "ids"):  # a queue has neither, a bank of version 0.1 no ids
+            state_dict.setdefault(prefix + name, torch.full((self.size,), -1))
+        self._check_kind(state_dict[prefix + "ids"])
+
+    def _check_kind(self, ids: Tensor) -> None:
+        """Refuse the ids of the other kind of bank: its rows stand elsewhere."""
+        slots = torch.arange(len(ids), device=ids.device)
+        if self.indexed and ((ids != slots) & (ids != EMPTY)).any():
+            raise ValueError("ids: the checkpoint is of a ring, this bank is indexed")
+        if not self.indexed and (ids == EMPTY).any():
+            raise ValueError("ids: the checkpoint is of an indexed bank, this one is a ring")

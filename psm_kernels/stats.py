@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from psm_kernels import _checks as checks
-from psm_kernels.memory_bank import unit_rows
-from psm_kernels.ops import bank_pass, bank_topk
+from psm_kernels.ops import bank_pass, bank_topk, excluded
+from psm_kernels.rows import unit_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class MiningStats:
     )
     false_negative_rate: Tensor | None = None  # () share of kept negatives with the row's label
     bank_fill: Tensor | None = None  # () count / K
+    own_copies: Tensor | None = None  # (B,) slots with the row's own id, which it does not see
     bank_age: Tensor | None = None  # () batches since the oldest key was written
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
@@ -66,6 +67,8 @@ def rank_gradient_stats(
     *,
     count: Tensor | int | None = None,
     temperature: float = 0.5,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
     backend: str = "auto",
 ) -> RankGradientStats:
     """Mean and variance over the batch of the gradient at each rank of the sorted negatives.
@@ -78,7 +81,7 @@ def rank_gradient_stats(
         query, key: (B, D), normalized here.
         bank: (K, D) unit rows.
         ranks: ranks wanted, at most K are returned. A rank that no row has is 0.
-        count, temperature, backend: as in `psm_kernels.functional.psm_loss`.
+        count, temperature, ids, bank_ids, backend: as in `psm_kernels.functional.psm_loss`.
 
     Returns:
         RankGradientStats(mean (R,), var (R,), positive_rank ()), R = min(ranks, K).
@@ -94,12 +97,12 @@ def rank_gradient_stats(
     count = checks.as_count(count, bank)
     query, key = unit_rows(query, wide), unit_rows(key, wide)
     s_pos = (query * key).sum(1)
-    negatives = bank_pass(
-        query, None, bank, count, s_pos, temperature=temperature, backend=backend
-    ).neg_lse
-    log_z = torch.logaddexp(s_pos / temperature, negatives)
+    exclude = excluded(None, ids, bank_ids, bank, len(query))
+    options = {"exclude": exclude, "backend": backend}
+    negatives = bank_pass(query, None, bank, count, s_pos, temperature=temperature, **options)
+    log_z = torch.logaddexp(s_pos / temperature, negatives.neg_lse)
     ranks = min(ranks, bank.shape[0])
-    similarity, index = bank_topk(query, bank, ranks, count=count, backend=backend)
+    similarity, index = bank_topk(query, bank, ranks, count=count, **options)
     found = (index >= 0).to(wide)
     g = torch.exp(similarity / temperature - log_z[:, None]) / temperature  # (B, R), 0 when missing
     rows = found.sum(0).clamp_min(1)
@@ -110,5 +113,5 @@ def rank_gradient_stats(
     for start in range(0, bank.shape[0], 8192):  # slabs: never a (B, K) matrix
         rows = bank[start : start + 8192].to(wide)
         slots = torch.arange(start, start + rows.shape[0], device=bank.device)
-        above += ((query @ rows.T > s_pos[:, None]) & (slots < count)).sum(1)
+        above += ((query @ rows.T > s_pos[:, None]) & exclude.seen(slots, count)).sum(1)
     return RankGradientStats(mean, var, 1 + above.mean())

@@ -146,14 +146,15 @@ def test_autocast_and_half_inputs(backend):
 
 def test_statistics_come_when_asked():
     criterion = PSMLoss(0.2, (50, 8))
-    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    labels, ids = torch.tensor([0, 0, 1, 1, 2, 2]), torch.arange(6)
     for query, key in batches(3):
-        out = criterion(query, key, labels=labels, return_stats=True)
+        out = criterion(query, key, labels=labels, ids=ids, return_stats=True)
     assert isinstance(out, PSMOutput)
     stats = out.stats.as_dict()
     assert stats["bank_fill"] == pytest.approx(12 / 50)
     assert stats["bank_age"] == pytest.approx(2)
     assert 0 <= stats["positive_purity"] <= 1
+    assert stats["own_copies"] == 2
     assert not any(value.requires_grad for value in vars(out.stats).values())
 
 
@@ -184,6 +185,8 @@ def test_memory_is_not_batch_times_bank(backend):
         (lambda: PSMLoss(0.2, (8, 8), reduction="x"), "reduction: got 'x'"),
         (lambda: PSMLoss(0.2, (8, 8), bank_dtype=torch.int8), "dtype: got torch.int8"),
         (lambda: PSMLoss(0.2, (8, 8), seed=0.5), "seed: got 0.5"),
+        (lambda: PSMLoss(0.2, (8, 8), backend="x"), "backend: got 'x'"),
+        (lambda: PSMLoss(0.2, (8, 8), indexed_bank=1.5), "indexed: got 1.5"),
     ],
 )
 def test_bad_settings(make, message):
@@ -209,9 +212,8 @@ def test_a_failed_call_changes_nothing(change, message):
     generator = torch.get_rng_state()
     with pytest.raises(ValueError, match=f"^{message}"):
         criterion(**({"query": query, "key": key} | change))
-    criterion.backend = "no such"
     with pytest.raises(ValueError, match=r"^backend: got 'no such'"):
-        criterion(query, key)
+        criterion.backend = "no such"
     assert torch.equal(torch.get_rng_state(), generator)
     for name, value in criterion.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from psm_kernels import _checks as checks
-from psm_kernels.memory_bank import unit_rows
+from psm_kernels.distributed import Shard
+from psm_kernels.ops import NOTHING, Exclude, excluded
+from psm_kernels.rows import unit_rows
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -29,6 +31,24 @@ def check_pair(
         rows["projection"] = projection
     for name, value in rows.items():
         checks.check_device(name, value, (query if bank is None else bank).device)
+
+
+def check_pair_settings(*, temperature: float, reduction: str) -> None:
+    """Raise the ValueError of the first wrong setting; every loss has these two."""
+    checks.check_number("temperature", temperature, above=0)
+    checks.check_option("reduction", reduction, REDUCTIONS)
+
+
+def own_copies(
+    query: Tensor, bank: Tensor | Shard | None, ids: Tensor | None, bank_ids: Tensor | Shard | None
+) -> Exclude:
+    """What the rows of `query` must not see of the bank: the slots that hold their own ids."""
+    if bank is None:
+        for name, value in (("ids", ids), ("bank_ids", bank_ids)):
+            if value is not None:
+                raise ValueError(f"{name}: got a tensor, wanted None where there is no bank")
+        return NOTHING
+    return excluded(None, ids, bank_ids, bank, len(query))
 
 
 def reduce(rows: Tensor, reduction: str) -> Tensor:

@@ -16,8 +16,8 @@ from psm_kernels import _checks as checks
 from psm_kernels import noise
 from psm_kernels.distributed import Shard, bank_pass, bank_rows
 from psm_kernels.functional import common
-from psm_kernels.memory_bank import unit_rows
 from psm_kernels.ops import snapshot
+from psm_kernels.rows import unit_rows
 
 MIXES = ("pair", "query", "none")
 
@@ -34,6 +34,8 @@ def hcl_loss(
     beta: float = 1.0,
     tau_plus: float = 0.1,
     detach_weights: bool = False,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | Shard | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -55,7 +57,7 @@ def hcl_loss(
         tau_plus: share of false negatives, in [0, 1) (0.1: the same).
         detach_weights: no gradient through the weights n x^beta / sum x^beta. The released code
             lets it flow, and so attracts negatives with x_j < beta R / ((beta + 1) n).
-        reduction, backend: as in `info_nce_loss`.
+        ids, bank_ids, reduction, backend: as in `info_nce_loss`.
 
     Returns:
         The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
@@ -73,6 +75,7 @@ def hcl_loss(
         tau_plus,
         detach_weights,
         None,
+        common.own_copies(query, bank, ids, bank_ids),
         reduction,
         backend,
     )
@@ -93,6 +96,8 @@ def sscl_loss(
     detach_weights: bool = False,
     rng_state: Tensor | None = None,
     row_offset: int = 0,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | Shard | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -117,7 +122,7 @@ def sscl_loss(
         rng_state: int64 (2,) [seed, offset] of the canonical noise, on the device. None draws both
             from torch's default generator.
         row_offset: global index of row 0, so that ranks of a distributed run draw different noise.
-        reduction, backend: as in `info_nce_loss`.
+        ids, bank_ids, reduction, backend: as in `info_nce_loss`.
 
     Returns:
         The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
@@ -141,6 +146,7 @@ def sscl_loss(
         tau_plus,
         detach_weights,
         mixer,
+        common.own_copies(query, bank, ids, bank_ids),
         reduction,
         backend,
     )
@@ -150,11 +156,10 @@ def check_hcl_settings(
     *, temperature: float, beta: float, tau_plus: float, detach_weights: bool, reduction: str
 ) -> None:
     """Raise the ValueError of the first wrong setting."""
-    checks.check_number("temperature", temperature, above=0)
+    common.check_pair_settings(temperature=temperature, reduction=reduction)
     checks.check_number("beta", beta, least=0)
     checks.check_number("tau_plus", tau_plus, least=0, below=1)
     checks.check_option("detach_weights", detach_weights, (False, True))
-    checks.check_option("reduction", reduction, common.REDUCTIONS)
 
 
 def check_sscl_settings(
@@ -179,8 +184,9 @@ class _Sums(NamedTuple):
 
 
 def _loss(
-    query, key, bank, count, temperature, beta, tau_plus, detach_weights, mixer, reduction, backend
-) -> Tensor:
+    query, key, bank, count, temperature, beta, tau_plus, detach_weights, mixer, exclude, reduction,
+    backend,
+) -> Tensor:  # fmt: skip
     common.check_pair(query, key, bank)
     check_hcl_settings(
         temperature=temperature,
@@ -200,7 +206,8 @@ def _loss(
             views = common.views(query, key)
             sums = _view_sums(views, temperature, beta, mixer)
         else:
-            sums = _bank_sums(query, key, bank, count, temperature, beta, mixer, backend)
+            options = {"exclude": exclude, "backend": backend}
+            sums = _bank_sums(query, key, bank, count, temperature, beta, mixer, options)
         if detach_weights:  # d log sum x^(beta + 1) is beta + 1 times that of constant weights
             hot = sums.hot / (beta + 1) + (sums.hot * (beta / (beta + 1))).detach()
             sums = sums._replace(hot=hot, base=sums.base.detach())
@@ -216,7 +223,7 @@ def _bank_sums(
     temperature: float,
     beta: float,
     mixer: _Mixer | None,
-    backend: str,
+    options: dict,
 ) -> _Sums:
     count = snapshot(checks.as_count(count, bank))
     s_pos = (query * key).sum(1)
@@ -228,16 +235,15 @@ def _bank_sums(
         count,
         s_pos,
         temperature=temperature / (beta + 1),
-        backend=backend,
         **mined,
+        **options,
     )
-    number = count.to(query.dtype)
-    hot, base = swept.neg_lse, number.log()
+    hot, base = swept.neg_lse, swept.neg_count.log()
     if beta:
         base = bank_pass(
-            query, None, bank, count, s_pos, temperature=temperature / beta, backend=backend
+            query, None, bank, count, s_pos, temperature=temperature / beta, **options
         ).neg_lse
-    sums = _Sums(s_pos / temperature, hot, base.expand_as(hot), number)
+    sums = _Sums(s_pos / temperature, hot, base, swept.neg_count)
     if mixer is None:
         return sums
     return mixer.extend(sums, query, bank, swept.topk_index, temperature, beta)

@@ -17,6 +17,8 @@ def info_nce_loss(
     *,
     count: Tensor | int | None = None,
     temperature: float = 0.2,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | Shard | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -34,6 +36,9 @@ def info_nce_loss(
         count: valid slots [0, count): 0-d int64 tensor on the device, int, or None for K. With an
             empty bank the loss is 0.
         temperature: tau > 0 (0.2: MoCo v2; v1 has 0.07: facebookresearch/moco, main_moco.py).
+        ids: (B,) int64 names of the samples: a slot that holds a row's own id is no negative of it,
+            however many copies there are. Negative: unknown, matches nothing.
+        bank_ids: (K,) int64 names of what the slots hold, -1 unknown, -2 nothing; or a Shard.
         reduction: "mean" | "sum" | "none".
         backend: "auto" or a name of `python -m psm_kernels`.
 
@@ -44,8 +49,8 @@ def info_nce_loss(
         ValueError: an argument is wrong (named in the message), or the backend cannot run here.
     """
     common.check_pair(query, key, bank)
-    checks.check_number("temperature", temperature, above=0)
-    checks.check_option("reduction", reduction, common.REDUCTIONS)
+    common.check_pair_settings(temperature=temperature, reduction=reduction)
+    exclude = common.own_copies(query, bank, ids, bank_ids)
     with torch.autocast(query.device.type, enabled=False):
         query, key = common.unit(query, bank), common.unit(key, bank)
         if bank is None:
@@ -55,8 +60,7 @@ def info_nce_loss(
         else:
             count = checks.as_count(count, bank)
             s_pos = (query * key).sum(1)
-            log_neg = bank_pass(
-                query, None, bank, count, s_pos, temperature=temperature, backend=backend
-            ).neg_lse
+            options = {"temperature": temperature, "exclude": exclude, "backend": backend}
+            log_neg = bank_pass(query, None, bank, count, s_pos, **options).neg_lse
             loss = common.contrast(s_pos / temperature, log_neg)
         return common.reduce(loss, reduction)

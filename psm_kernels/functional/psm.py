@@ -11,9 +11,17 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import noise
-from psm_kernels.distributed import Shard, bank_pass, bank_rows, bank_topk
-from psm_kernels.functional.common import REDUCTIONS, check_pair, contrast, reduce, unit, views
-from psm_kernels.ops import SELECTIONS, check_backend, snapshot
+from psm_kernels.distributed import Shard, bank_pass, bank_rows, bank_topk, hidden
+from psm_kernels.functional.common import (
+    check_pair,
+    check_pair_settings,
+    contrast,
+    own_copies,
+    reduce,
+    unit,
+    views,
+)
+from psm_kernels.ops import EMPTY, SELECTIONS, Exclude, check_backend, snapshot
 from psm_kernels.ops.fused import psm_rows
 from psm_kernels.stats import MiningStats, PSMOutput
 
@@ -42,6 +50,8 @@ def psm_loss(
     projection: Tensor | None = None,
     rng_state: Tensor | None = None,
     row_offset: int = 0,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | Shard | None = None,
     reduction: str = "mean",
     labels: Tensor | None = None,
     bank_labels: Tensor | None = None,
@@ -83,6 +93,9 @@ def psm_loss(
         rng_state: int64 (2,) [seed, offset] of the canonical noise, on the bank's device. None
             draws both from torch's default generator.
         row_offset: global index of row 0, so that ranks of a distributed run draw different noise.
+        ids: (B,) int64 names of the samples: a slot that holds a row's own id is neither mined nor
+            a negative of it, however many copies there are. Negative: unknown, matches nothing.
+        bank_ids: (K,) int64 names of what the slots hold, -1 unknown, -2 nothing; or a Shard.
         reduction: "mean" | "sum" | "none".
         labels: (B,) int64, for statistics alone; -1 is unknown.
         bank_labels: (K,) int64, for statistics alone; -1 is unknown.
@@ -115,6 +128,7 @@ def psm_loss(
         if value is not None and not isinstance(value, Shard):
             checks.check_vector(name, value, size, torch.int64)
             checks.check_device(name, value, bank.device)
+    exclude = own_copies(query, bank, ids, bank_ids)
     check_backend(backend, bank)
     count = checks.as_count(count, bank)
     if rng_state is not None:
@@ -125,7 +139,8 @@ def psm_loss(
     draw = _Draw(selection, a, b, None if rng_state is None else snapshot(rng_state), row_offset)
 
     with torch.autocast(bank.device.type, enabled=False):
-        sweep = draw._asdict() | {"temperature": temperature, "topk": topk, "backend": backend}
+        mining = {"topk": topk, "exclude": exclude, "exclude_mined": True, "backend": backend}
+        sweep = draw._asdict() | {"temperature": temperature} | mining
         if negatives == "bank" and projection is None and not (return_stats or key.requires_grad):
             weighting = {
                 "soft_weights": soft_weights,
@@ -138,11 +153,13 @@ def psm_loss(
         query, key = unit(query, bank), unit(key, bank)
         projection = query if projection is None else unit(projection, bank)
         if negatives == "bank":
-            pos, neg = _bank_sides(query, key, bank, count, draw, sweep)
+            pos, neg = _bank_sides(query, key, bank, count, sweep)
             log_h = torch.logaddexp(pos.logits[:, 0], neg.log_sum)
             hard = log_h - pos.logits[:, 0]
         else:
-            pos, neg = _neighbor_sides(query, key, bank, count, draw, temperature, topk, backend)
+            options = {"count": count, "exclude": exclude, "backend": backend}
+            _, index = bank_topk(key, bank, topk, **options)
+            pos, neg = _neighbor_sides(query, key, bank, index, draw, temperature, exclude)
             log_h, hard = None, _view_loss(query, key, draw, temperature)
         weights = _soft_weights(projection, pos, soft_weights, weight_temperature)  # (B, 1 + k)
         log_z = torch.logsumexp(torch.cat((pos.logits, neg.log_sum[:, None]), 1), 1)  # (B,)
@@ -165,15 +182,18 @@ def psm_loss(
                 grad_mean=grad_mean,
                 grad_var=(grad_sq - grad_mean.square()).clamp_min(0),
                 positive_similarity=pos.logits[:, 0] * temperature,
-                contrast_acc=_contrast_accuracy(query, pos, bank, count, temperature, backend),
+                contrast_acc=_contrast_accuracy(
+                    query, pos, bank, count, temperature, exclude, backend
+                ),
                 bank_fill=count.to(query.dtype) / len(bank),
+                own_copies=None if ids is None else hidden(exclude, count)[0],
             )
             if labels is not None and bank_labels is not None:
                 stats = dataclasses.replace(
                     stats,
                     positive_purity=_purity(pos, labels, bank_labels) if topk else None,
                     false_negative_rate=_false_negative_rate(
-                        query, pos, bank, count, draw, temperature, labels, bank_labels
+                        query, pos, bank, count, draw, temperature, labels, bank_labels, exclude
                     ),
                 )
     return PSMOutput(loss, stats)
@@ -197,7 +217,7 @@ def check_psm_settings(
     size: int,
 ) -> None:
     """Raise the ValueError of the first wrong setting; `size` is the bank's K."""
-    checks.check_number("temperature", temperature, above=0)
+    check_pair_settings(temperature=temperature, reduction=reduction)
     checks.check_int("topk", topk, 0, size, "the bank's rows")
     checks.check_number("a", a, least=0)
     checks.check_number("b", b)
@@ -206,7 +226,6 @@ def check_psm_settings(
     checks.check_number("weight_temperature", weight_temperature, above=0)
     checks.check_number("hard_weight", hard_weight, least=0)
     checks.check_option("negatives", negatives, NEGATIVES)
-    checks.check_option("reduction", reduction, REDUCTIONS)
 
 
 class _Draw(NamedTuple):
@@ -244,49 +263,26 @@ class _Negatives(NamedTuple):
 
 
 def _positives(
-    query: Tensor, key: Tensor, bank: Tensor, index: Tensor, temperature: float
+    query: Tensor, key: Tensor, bank: Tensor | Shard, index: Tensor, temperature: float
 ) -> _Positives:
     found = index >= 0
     rows = bank_rows(bank, index, query.dtype)  # (B, k, D)
-    seen = query + (query.to(bank.dtype).to(query.dtype) - query).detach()  # as the pass rounds it
-    similarity = torch.cat(((query * key).sum(1, keepdim=True), (seen[:, None] * rows).sum(2)), 1)
+    similarity = torch.cat(((query * key).sum(1, keepdim=True), (query[:, None] * rows).sum(2)), 1)
     found = torch.nn.functional.pad(found, (1, 0), value=True)
     return _Positives(torch.where(found, similarity / temperature, -torch.inf), rows, index)
 
 
 def _bank_sides(
-    query: Tensor,
-    key: Tensor,
-    bank: Tensor,
-    count: Tensor,
-    draw: _Draw,
-    sweep: dict,
+    query: Tensor, key: Tensor, bank: Tensor | Shard, count: Tensor, sweep: dict
 ) -> tuple[_Positives, _Negatives]:
-    s_pos, temperature = (query * key).sum(1).detach(), sweep["temperature"]
+    s_pos, exclude = (query * key).sum(1).detach(), sweep["exclude"]
     swept = bank_pass(query, key if sweep["topk"] else None, bank, count, s_pos, **sweep)
-    pos = _positives(query, key, bank, swept.topk_index, temperature)
-    # The pass summed over mined rows too: take out those that were kept.
-    found = swept.topk_index >= 0
-    logits = torch.where(found, pos.logits[:, 1:], 0.0)
-    keep = draw.weights(logits * temperature, s_pos, swept.topk_index.clamp_min(0)) * found
-    left = swept.neg_count - keep.sum(1)
-    none = (left <= 0) if draw.selection != "expected" else torch.zeros_like(left, dtype=torch.bool)
-    neg = _Negatives(
-        _log_without(swept.neg_lse, logits, keep, none),
-        _log_without(swept.neg_sq_lse, 2 * logits.detach(), keep, none),
-        left.clamp_min(0),
-        (count - found.sum(1)).to(query.dtype),
-    )
-    return pos, neg
-
-
-def _log_without(log_sum: Tensor, logits: Tensor, weight: Tensor, none: Tensor) -> Tensor:
-    """log(exp(log_sum) - sum_c weight_c exp(logits_c)), -inf where `none` is left."""
-    shift = torch.where(log_sum == -torch.inf, 0.0, log_sum).detach()
-    taken = torch.exp(logits + weight.log() - shift[:, None]).sum(1)
-    rest = torch.exp(log_sum - shift) - taken
-    none = none | (rest <= 0)
-    return torch.where(none, -torch.inf, shift + torch.where(none, 1.0, rest).log())
+    pos = _positives(query, key, bank, swept.topk_index, sweep["temperature"])
+    candidates = count - (swept.topk_index >= 0).sum(1)
+    if exclude.ids is not None:
+        candidates = candidates - sum(hidden(exclude, count))
+    sums = (swept.neg_lse, swept.neg_sq_lse, swept.neg_count)
+    return pos, _Negatives(*sums, candidates.to(query.dtype))
 
 
 def _soft_weights(
@@ -311,21 +307,23 @@ def _soft_weights(
 def _neighbor_sides(
     query: Tensor,
     key: Tensor,
-    bank: Tensor,
-    count: Tensor,
+    bank: Tensor | Shard,
+    index: Tensor,  # (B, k) mined slots; missing: -1
     draw: _Draw,
     temperature: float,
-    topk: int,
-    backend: str,
+    exclude: Exclude,
 ) -> tuple[_Positives, _Negatives]:
     """Negatives of row i: the other rows' keys and their mined rows, (B - 1)(1 + k) columns
     (dhkdhk/PSM, src/model/psm.py)."""
-    batch = len(query)
-    _, index = bank_topk(key, bank, topk, count=count, backend=backend)
+    batch, topk = index.shape
     pos = _positives(query, key, bank, index, temperature)
     columns = torch.cat((key[:, None], pos.rows), 1).flatten(0, 1)  # (B (1 + k), D)
     there = torch.nn.functional.pad(index >= 0, (1, 0), value=True).flatten()
     own = torch.eye(batch, dtype=torch.bool, device=query.device).repeat_interleave(1 + topk, 1)
+    if exclude.ids is not None:  # a neighbor of another row may be a copy of this one
+        ids = exclude.ids[:, None]
+        held = torch.cat((ids, exclude.bank_ids[index.clamp_min(0)]), 1).flatten()
+        own = own | ((held == ids) & (ids != EMPTY))
     similarity = query @ columns.T
     return pos, _in_batch(similarity, there & ~own, pos.logits[:, 0], draw, temperature, _TAG_SOFT)
 
@@ -361,10 +359,11 @@ def _in_batch(
 # --- PSM: statistics -----------------------------------------------------------------------------
 
 
-def _contrast_accuracy(query, pos, bank, count, temperature, backend) -> Tensor:
+def _contrast_accuracy(query, pos, bank, count, temperature, exclude, backend) -> Tensor:
     """Share of rows whose key is nearer than every slot that was not mined."""
-    k = pos.index.shape[1]
-    similarity, index = bank_topk(query, bank, k + 1, count=count, backend=backend)
+    k = pos.index.shape[1] + 1
+    options = {"count": count, "exclude": exclude, "backend": backend}
+    similarity, index = bank_topk(query, bank, k, **options)
     mined = (index[:, :, None] == pos.index[:, None, :]).any(2)
     best = similarity.masked_fill(mined, -torch.inf).amax(1)
     return (pos.logits[:, 0] * temperature > best).to(query.dtype).mean()
@@ -377,14 +376,15 @@ def _purity(pos: _Positives, labels: Tensor, bank_labels: Tensor) -> Tensor:
     return same.sum() / found.sum().clamp_min(1)
 
 
-def _false_negative_rate(query, pos, bank, count, draw, temperature, labels, bank_labels) -> Tensor:
+def _false_negative_rate(
+    query, pos, bank, count, draw, temperature, labels, bank_labels, exclude
+) -> Tensor:
     """Share of kept negatives with the row's label; a big bank is sampled at even distances."""
     stride = -(-len(query) * len(bank) // _FALSE_NEGATIVE_SAMPLE)
     slots = torch.arange(0, len(bank), stride, device=bank.device)
     rows = torch.where((slots < count)[:, None], bank[slots].to(query.dtype), 0.0)
     similarity = query.to(bank.dtype).to(query.dtype) @ rows.T  # (B, S)
-    keep = draw.weights(similarity, pos.logits[:, 0] * temperature, slots) * (slots < count)
-    for mined in pos.index.T:
-        keep = keep.masked_fill(slots == mined[:, None], 0.0)
+    keep = draw.weights(similarity, pos.logits[:, 0] * temperature, slots)
+    keep = keep * exclude.naming(pos.index).seen(slots, count)
     same = (bank_labels[slots] == labels[:, None]) & (labels >= 0)[:, None]
     return (keep * same).sum() / keep.sum().clamp_min(1e-12)

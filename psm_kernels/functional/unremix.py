@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from psm_kernels import _checks as checks
+from psm_kernels.distributed import hidden
 from psm_kernels.functional import common
-from psm_kernels.ops import bank_pass, bank_rows, snapshot
+from psm_kernels.ops import EMPTY, Exclude, bank_pass, bank_rows, snapshot
 from psm_kernels.ops.affine import row_ranges, weighted_pass
 
 _EQUAL = 1e-6  # indicators whose range is below this share of their size do not tell rows apart
@@ -25,6 +26,8 @@ def unremix_loss(
     similarity_weight: float = 1 / 3,
     uncertainty_weight: float = 1 / 3,
     representativeness_weight: float = 1 / 3,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
@@ -50,7 +53,8 @@ def unremix_loss(
         temperature: tau > 0 (0.5, inferred: that of HCL and SSCL).
         similarity_weight, uncertainty_weight, representativeness_weight: >= 0, not all 0 (1/3
             each, inferred).
-        reduction, backend: as in `info_nce_loss`.
+        ids, bank_ids, reduction, backend: as in `info_nce_loss`. r_ij is the slot's alone: its
+            mean runs over all other slots, a row's own copies among them.
 
     Returns:
         The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
@@ -66,6 +70,7 @@ def unremix_loss(
         representativeness_weight=representativeness_weight,
         reduction=reduction,
     )
+    exclude = common.own_copies(query, bank, ids, bank_ids)
     share = _Shares(similarity_weight, uncertainty_weight, representativeness_weight)
     with torch.autocast(query.device.type, enabled=False):
         query, key = common.unit(query, bank), common.unit(key, bank)
@@ -76,7 +81,9 @@ def unremix_loss(
         else:
             count = snapshot(checks.as_count(count, bank))
             log_pos = (query * key).sum(1) / temperature
-            log_neg = _bank_negatives(query, log_pos, bank, count, temperature, share, backend)
+            log_neg = _bank_negatives(
+                query, log_pos, bank, count, temperature, share, exclude, backend
+            )
             loss = common.contrast(log_pos, log_neg)
         return common.reduce(loss, reduction)
 
@@ -90,13 +97,12 @@ def check_unremix_settings(
     reduction: str,
 ) -> None:
     """Raise the ValueError of the first wrong setting."""
-    checks.check_number("temperature", temperature, above=0)
+    common.check_pair_settings(temperature=temperature, reduction=reduction)
     checks.check_number("similarity_weight", similarity_weight, least=0)
     checks.check_number("uncertainty_weight", uncertainty_weight, least=0)
     checks.check_number("representativeness_weight", representativeness_weight, least=0)
     if not similarity_weight + uncertainty_weight + representativeness_weight:
         raise ValueError("similarity_weight: got 0 as for the two others, wanted one above 0")
-    checks.check_option("reduction", reduction, common.REDUCTIONS)
 
 
 class _Shares(NamedTuple):
@@ -165,6 +171,7 @@ def _bank_negatives(
     count: Tensor,
     temperature: float,
     share: _Shares,
+    exclude: Exclude,
     backend: str,
 ) -> Tensor:
     """log R (B,) in two passes: extremes and softmax of each row, then the weighted sum.
@@ -173,7 +180,8 @@ def _bank_negatives(
     one's pi exceeds its 1 - pi, u is x up to a cap; where not, what it lacks is added apart.
     """
     with torch.no_grad():
-        ranges = row_ranges(query, bank, count, temperature=temperature, backend=backend)
+        options = {"temperature": temperature, "exclude": exclude, "backend": backend}
+        ranges = row_ranges(query, bank, count, **options)
         empty = ranges.index[:, 0] < 0
         top = torch.where(empty, 0.0, ranges.top[:, 0])  # (B,)
         low = torch.where(empty, 0.0, ranges.lowest)
@@ -197,31 +205,36 @@ def _bank_negatives(
         query,
         bank,
         count,
-        temperature=temperature,
         alpha=alpha,
         beta=share.similarity * similar.slope,
         gamma=share.uncertainty * uncertain.slope,
         top=top,
         cap=u_most.clamp_max(1),
-        rho=share.representativeness * _representativeness(bank, count, backend),
-        backend=backend,
+        rho=share.representativeness * _representativeness(bank, count, exclude, backend),
+        **options,
     )
     label = bank_rows(bank, ranges.index[:, :1], query.dtype)[:, 0]  # (B, D)
     apart = (query * label).sum(1) / temperature + extra.log()
     log_sum = common.log_sum(swept.log_sum, apart)
-    weight = (swept.weight + extra) / count.clamp_min(1)  # mean of w
+    number = count
+    if exclude.ids is not None:
+        number = count - sum(hidden(exclude, count))  # (B,)
+    weight = (swept.weight + extra) / number.clamp_min(1)  # mean of w
     return torch.where(empty, -torch.inf, log_sum - torch.where(empty, 1.0, weight).log())
 
 
-def _representativeness(bank: Tensor, count: Tensor, backend: str) -> Tensor:
+def _representativeness(bank: Tensor, count: Tensor, exclude: Exclude, backend: str) -> Tensor:
     """r (K,) scaled to [0, 1]: 1 - m_j . (sum of the others) / (n - 1), in O(K D)."""
     origin = torch.zeros_like(bank[:1])  # similarity 0 to all: its mean is that of the valid rows
-    mean = bank_pass(
-        origin, None, bank, count, origin[:, 0], temperature=1.0, backend=backend
-    ).neg_mean[0]
+    valid = torch.arange(len(bank), device=bank.device) < count
+    if exclude.bank_ids is not None:
+        exclude = exclude._replace(ids=exclude.ids.new_full((1,), EMPTY))
+        valid = valid & (exclude.bank_ids != EMPTY)
+    options = {"temperature": 1.0, "exclude": exclude, "backend": backend}
+    mean = bank_pass(origin, None, bank, count, origin[:, 0], **options).neg_mean[0]
+    count = valid.sum()
     square = torch.linalg.vector_norm(bank, dim=1, dtype=mean.dtype).square()
     others = bank.to(mean.dtype) @ (count * mean) - square
-    valid = torch.arange(len(bank), device=bank.device) < count
     distance = 1 - torch.where(valid, others, 0.0) / (count - 1).clamp_min(1)
     least = distance.masked_fill(~valid, torch.inf).amin()
     most = distance.masked_fill(~valid, -torch.inf).amax()

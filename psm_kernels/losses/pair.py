@@ -2,114 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from psm_kernels import functional
 from psm_kernels.distributed import ShardedBank
-from psm_kernels.losses.psm import BankLoss
-from psm_kernels.memory_bank import MemoryBank
+from psm_kernels.losses.base import PairLoss, SharedOptions
 
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11
-
-
-class SharedOptions(TypedDict, total=False):
-    """What every loss takes by keyword, as in `PSMLoss`."""
-
-    reduction: str
-    bank_dtype: torch.dtype
-    gather_distributed: bool
-    shard_bank: bool
-    process_group: dist.ProcessGroup | None
-    seed: int
-    backend: str
-
-
-class PairLoss(BankLoss):
-    """What the kin share: `memory_bank_size=0` (lightly's word) is the in-batch form, where both
-    views carry gradient, `memory_bank` is None and nothing is enqueued."""
-
-    _twin: Any  # the function in `psm_kernels.functional`
-    _check_settings: Any  # raises the ValueError of a wrong setting
-
-    def __init__(
-        self,
-        temperature: float,
-        memory_bank_size: tuple[int, int] | int,
-        settings: dict[str, Any],
-        **shared: Unpack[SharedOptions],
-    ):
-        super().__init__(temperature, memory_bank_size, **shared)
-        if self.memory_bank is None and self.collective:
-            raise ValueError(
-                "memory_bank_size: got 0 with gather_distributed or shard_bank, wanted (rows, "
-                "columns): negatives within the batch are this rank's own"
-            )
-        self.settings = settings
-        self._check_settings(
-            temperature=temperature, reduction=self.reduction, bank=self.memory_bank, **settings
-        )
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        *,
-        labels: Tensor | None = None,
-        update: bool | None = None,
-    ) -> Tensor:
-        """Loss of query (B, D) against key (B, D) and the negatives; then the keys are enqueued.
-
-        Args:
-            query: carries gradient; key: from the momentum encoder, or the other view in-batch.
-            labels: (B,) int64, kept with the keys in the bank.
-            update: whether to enqueue; None: when training and grad mode is on.
-
-        Returns:
-            The loss, fp32: 0-d, or (B,) for reduction="none".
-        """
-        bank, row_offset = self.memory_bank, 0
-        if bank is not None:
-            update, row_offset = self._start(query, key, labels, update)
-        elif update:
-            raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
-        loss = self._twin(
-            query,
-            key,
-            None if bank is None else bank.bank,
-            count=None if bank is None else bank.count,
-            temperature=self.temperature,
-            reduction=self.reduction,
-            backend=self.backend,
-            **self.settings,
-            **self._noise(row_offset),
-        )
-        self._finish(key, labels, bank is not None and update)
-        return loss
-
-    def enqueue(self, key: Tensor, labels: Tensor | None = None) -> None:
-        if self.memory_bank is None:
-            raise ValueError("memory_bank_size: got 0, wanted (rows, columns), for a bank to write")
-        super().enqueue(key, labels)
-
-    def _noise(self, row_offset: int) -> dict[str, Any]:
-        """Arguments of the twin that draws noise."""
-        return {}
-
-    def _make_bank(self, memory_bank_size, *options) -> MemoryBank | None:
-        return None if memory_bank_size == 0 else super()._make_bank(memory_bank_size, *options)
-
-    def _before_load(self, state_dict, prefix, *unused) -> None:
-        if self.memory_bank is not None:
-            super()._before_load(state_dict, prefix, *unused)
-
-    def extra_repr(self) -> str:
-        chosen = (f"{name}={value!r}" for name, value in self.settings.items())
-        return ", ".join((super().extra_repr(), *chosen))
 
 
 class InfoNCELoss(PairLoss):
@@ -120,8 +20,8 @@ class InfoNCELoss(PairLoss):
     Args:
         temperature: tau > 0 (0.2: MoCo v2).
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form ((65536, 128): MoCo).
-        reduction, bank_dtype, gather_distributed, shard_bank, process_group, seed, backend: as in
-            `PSMLoss`, with its defaults; gathering and sharding need a bank.
+        reduction, bank_dtype, indexed_bank, gather_distributed, shard_bank, process_group, seed,
+            backend: as in `PSMLoss`, with its defaults; all that concerns the bank needs one.
 
     Raises:
         ValueError: an argument is wrong; bank and noise state are as before.
@@ -137,8 +37,8 @@ class InfoNCELoss(PairLoss):
     ):
         super().__init__(temperature, memory_bank_size, {}, **shared)
 
-    def _check_settings(self, **unused) -> None:
-        """None of its own."""
+    def _check_settings(self, *, temperature: float, reduction: str) -> None:
+        functional.check_pair_settings(temperature=temperature, reduction=reduction)
 
 
 class HCLLoss(PairLoss):
@@ -175,7 +75,7 @@ class HCLLoss(PairLoss):
             **shared,
         )
 
-    def _check_settings(self, bank, **settings) -> None:
+    def _check_settings(self, **settings) -> None:
         functional.check_hcl_settings(**settings)
 
 
@@ -224,13 +124,13 @@ class SSCLLoss(PairLoss):
             **shared,
         )
 
-    def _check_settings(self, bank, num_hard, num_synthetic, mix, **settings) -> None:
+    def _check_settings(self, num_hard, num_synthetic, mix, **settings) -> None:
         functional.check_hcl_settings(**settings)
         functional.check_sscl_settings(
             num_hard=num_hard,
             num_synthetic=num_synthetic,
             mix=mix,
-            size=None if bank is None else bank.size,
+            size=None if self.memory_bank is None else self.memory_bank.size,
         )
 
     def _noise(self, row_offset: int) -> dict[str, Any]:
@@ -276,7 +176,7 @@ class UnReMixLoss(PairLoss):
             **shared,
         )
 
-    def _check_settings(self, bank, **settings) -> None:
-        if isinstance(bank, ShardedBank):
+    def _check_settings(self, **settings) -> None:
+        if isinstance(self.memory_bank, ShardedBank):
             raise ValueError("shard_bank: got True, which UnReMixLoss does not have")
         functional.check_unremix_settings(**settings)

@@ -34,6 +34,21 @@ class Exclude(NamedTuple):
     ids: Tensor | None = None  # (B,) int64; unknown: EMPTY, so that one comparison does
     bank_ids: Tensor | None = None  # (K,) int64; there when `ids` is
 
+    def naming(self, slots: Tensor) -> Exclude:
+        """The same with further slots (B, n) named."""
+        named = slots if self.slots is None else torch.cat((self.slots, slots), 1)
+        return self._replace(slots=named)
+
+    def seen(self, slots: Tensor, count: Tensor) -> Tensor:
+        """(B, S) bool, or (1, S) where rows do not differ: which of the slots (S,) a row sees."""
+        seen = (slots < count)[None, :]
+        for named in () if self.slots is None else self.slots.T:
+            seen = seen & (slots != named[:, None])
+        if self.bank_ids is not None:
+            held = self.bank_ids[slots]
+            seen = seen & (held != EMPTY) & (held != self.ids[:, None])
+        return seen
+
 
 NOTHING = Exclude()
 
@@ -121,12 +136,12 @@ def bank_pass(
         float(a),
         float(b),
         topk,
-        *excluded(exclude, ids, bank_ids, bank, batch),
-        bool(exclude_mined),
         rng_state if selection == "bernoulli" else None,
         row_offset,
         col_offset,
         backend,
+        *excluded(exclude, ids, bank_ids, bank, batch),
+        bool(exclude_mined),
     )
     if torch.compiler.is_compiling():
         neg_lse, *rest = torch.ops.psm_kernels.bank_pass(*args)
@@ -178,12 +193,26 @@ def bank_topk(
         bank.detach(),
         k,
         checks.as_count(count, bank),
-        *excluded(exclude, ids, bank_ids, bank, query.shape[0]),
         backend,
+        *excluded(exclude, ids, bank_ids, bank, query.shape[0]),
     )
     if torch.compiler.is_compiling():
         return torch.ops.psm_kernels.bank_topk(*args)
     return _run_bank_topk(*args)
+
+
+@torch.no_grad()
+def hidden(exclude: Exclude, count: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the first `count` slots hold a row's own id (B,), and how many of them hold
+    nothing (). Memory O(B + K)."""
+    ids, bank_ids = exclude.ids, exclude.bank_ids
+    ordered = ids.sort().values  # a slot counts for the first row of its id, where all look it up
+    place = torch.searchsorted(ordered, bank_ids).clamp_max(len(ids) - 1)  # (K,)
+    valid = torch.arange(len(bank_ids), device=ids.device) < count
+    hit = valid & (bank_ids != EMPTY) & (ordered[place] == bank_ids)
+    copies = torch.zeros_like(ids).scatter_add_(0, place, hit.long())
+    empty = (valid & (bank_ids == EMPTY)).sum()
+    return copies[torch.searchsorted(ordered, ids)], empty
 
 
 def bank_rows(bank: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,23 +239,22 @@ def excluded(
     batch: int,
 ) -> Exclude:
     """What the three arguments say, checked, for `batch` rows of a pass over `bank`. The library's
-    own callers hand on an `Exclude`, whose lists may be longer than MAX_EXCLUDE."""
+    own callers hand on an `Exclude`, whose lists may be longer than MAX_EXCLUDE, or a rank's shard
+    of ids with that of a bank."""
     if isinstance(exclude, Exclude):
         return exclude
     if exclude is not None:
         checks.check_slots("exclude", exclude, batch, MAX_EXCLUDE)
         checks.check_device("exclude", exclude, bank.device)
     for name, value, size in (("ids", ids, batch), ("bank_ids", bank_ids, bank.shape[0])):
-        if value is not None:
+        if value is not None and not hasattr(value, "rows"):
             checks.check_vector(name, value, size, torch.int64)
             checks.check_device(name, value, bank.device)
-    if bank_ids is None:
-        if ids is not None:
-            raise ValueError("bank_ids: got None with ids, wanted a (K,) int64 tensor")
-    elif ids is None:
-        ids = bank_ids.new_full((batch,), EMPTY)
-    else:
-        ids = torch.where(ids < 0, EMPTY, ids)
+    if bank_ids is None and ids is not None:
+        raise ValueError("bank_ids: got None with ids, wanted a (K,) int64 tensor")
+    if bank_ids is not None:
+        unknown = torch.full((batch,), EMPTY, device=bank.device)
+        ids = unknown if ids is None else torch.where(ids < 0, EMPTY, ids)
     return Exclude(exclude, ids, bank_ids)
 
 
@@ -239,8 +267,8 @@ def _check_queries(name: str, query: Tensor, bank: Tensor) -> None:
 
 
 def _run_bank_pass(
-    query, key, bank, count, s_pos, temperature, selection, a, b, topk,
-    exclude, ids, bank_ids, exclude_mined, rng_state, row_offset, col_offset, backend,
+    query, key, bank, count, s_pos, temperature, selection, a, b, topk, rng_state, row_offset,
+    col_offset, backend, exclude=None, ids=None, bank_ids=None, exclude_mined=False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     implementation = backends.choose(backend, bank)
     sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
@@ -260,7 +288,9 @@ def _contiguous(*exclude: Tensor | None) -> Exclude:
     return Exclude(*(None if value is None else value.contiguous() for value in exclude))
 
 
-def _run_bank_topk(query, bank, k, count, exclude, ids, bank_ids, backend) -> tuple[Tensor, Tensor]:
+def _run_bank_topk(
+    query, bank, k, count, backend, exclude=None, ids=None, bank_ids=None
+) -> tuple[Tensor, Tensor]:
     implementation = backends.choose(backend, bank, topk_only=True)
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
@@ -303,16 +333,17 @@ _bank_pass_op = torch.library.custom_op(
     _run_bank_pass,
     mutates_args=(),
     schema="(Tensor query, Tensor? key, Tensor bank, Tensor count, Tensor s_pos, "
-    "float temperature, str selection, float a, float b, int topk, Tensor? exclude, Tensor? ids, "
-    "Tensor? bank_ids, bool exclude_mined, Tensor? rng_state, int row_offset, int col_offset, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float temperature, str selection, float a, float b, int topk, Tensor? rng_state, "
+    "int row_offset, int col_offset, str backend, Tensor? exclude=None, Tensor? ids=None, "
+    "Tensor? bank_ids=None, bool exclude_mined=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _bank_topk_op = torch.library.custom_op(
     "psm_kernels::bank_topk",
     _run_bank_topk,
     mutates_args=(),
-    schema="(Tensor query, Tensor bank, int k, Tensor count, Tensor? exclude, Tensor? ids, "
-    "Tensor? bank_ids, str backend) -> (Tensor, Tensor)",
+    schema="(Tensor query, Tensor bank, int k, Tensor count, str backend, Tensor? exclude=None, "
+    "Tensor? ids=None, Tensor? bank_ids=None) -> (Tensor, Tensor)",
 )
 
 

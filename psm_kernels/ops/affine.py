@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import backends
-from psm_kernels.ops import EMPTY, NOTHING, Exclude, bank_pass, bank_topk
+from psm_kernels.ops import NOTHING, Exclude, bank_pass, bank_topk
 
 _SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cache
 
@@ -44,7 +44,7 @@ def row_ranges(
     """Log-sum-exp and extremes of each row's similarities; arguments as in `weighted_pass`."""
     _check(query, bank, temperature)
     count = checks.as_count(count, bank)
-    args = (query.detach(), bank.detach(), count, float(temperature), *exclude, backend)
+    args = (query.detach(), bank.detach(), count, float(temperature), backend, *exclude)
     return RowRanges(*torch.ops.psm_kernels.row_ranges(*args))
 
 
@@ -96,8 +96,8 @@ def weighted_pass(
         float(temperature),
         *(value.detach() for value in rows.values()),
         rho.detach(),
-        *exclude,
         backend,
+        *exclude,
     )
     log_sum, mean, weight = torch.ops.psm_kernels.weighted_pass(*args)
     return WeightedPass(log_sum, mean.detach(), weight.detach())
@@ -120,7 +120,7 @@ def _slabs(query, bank, count, temperature, affine, rho, exclude) -> tuple[Tenso
         rows = bank[start : start + step].to(rho.dtype)
         slots = torch.arange(start, start + len(rows), device=bank.device)
         rows = torch.where((slots < count)[:, None], rows, 0.0)
-        seen = _seen(slots, count, exclude)  # (B, S) or (1, S)
+        seen = exclude.seen(slots, count)  # (B, S) or (1, S)
         similarity = query.to(rho.dtype) @ rows.T  # (B, S)
         pull = torch.exp((similarity - top) / temperature)
         line = alpha + beta * similarity + rho[start : start + step]
@@ -134,18 +134,6 @@ def _slabs(query, bank, count, temperature, affine, rho, exclude) -> tuple[Tenso
     return top[:, 0] / temperature + total.log(), mean / some[:, None], weight
 
 
-def _seen(slots: Tensor, count: Tensor, exclude: Exclude) -> Tensor:
-    """(B, S) bool, or (1, S) where rows do not differ: which of `slots` (S,) a row sees."""
-    seen = (slots < count)[None, :]
-    if exclude.slots is not None:
-        for named in exclude.slots.T:
-            seen = seen & (slots != named[:, None])
-    if exclude.bank_ids is not None:
-        held = exclude.bank_ids[slots]
-        seen = seen & (held != EMPTY) & (held != exclude.ids[:, None])
-    return seen
-
-
 # --- registration --------------------------------------------------------------------------------
 
 
@@ -155,10 +143,10 @@ def _row_ranges(
     bank: Tensor,
     count: Tensor,
     temperature: float,
-    slots: Tensor | None,
-    ids: Tensor | None,
-    bank_ids: Tensor | None,
     backend: str,
+    slots: Tensor | None = None,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     exclude = Exclude(slots, ids, bank_ids)
     own = getattr(backends.choose(backend, bank), "row_ranges", None)
@@ -196,10 +184,10 @@ def _weighted_pass(
     top: Tensor,
     cap: Tensor,
     rho: Tensor,
-    slots: Tensor | None,
-    ids: Tensor | None,
-    bank_ids: Tensor | None,
     backend: str,
+    slots: Tensor | None = None,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = getattr(backends.choose(backend, bank), "weighted_pass", _slabs)
     sums = torch.float64 if bank.dtype is torch.float64 else torch.float32

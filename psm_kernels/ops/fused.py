@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from psm_kernels import backends
-from psm_kernels.memory_bank import unit_rows, unit_rows_and_norms
 from psm_kernels.ops import bank_pass
+from psm_kernels.rows import unit_rows, unit_rows_and_norms
 
 
 def psm_rows(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels import noise as canonical
-from psm_kernels.ops import EMPTY, NOTHING, Exclude
+from psm_kernels.ops import NOTHING, Exclude
 
 
 def unavailable() -> str | None:
@@ -42,9 +42,9 @@ def bank_pass(
     topk_sim, topk_index = bank_topk(
         query if key is None else key, bank, topk, count, exclude, exact_ties=exact_ties
     )
-    seen = _seen(*similarity.shape, count, exclude)  # (B, K)
     if exclude_mined:
-        seen = seen & ~_named(topk_index, bank.shape[0])
+        exclude = exclude.naming(topk_index)
+    seen = exclude.seen(torch.arange(bank.shape[0], device=bank.device), count)  # (B, K)
     if selection == "bernoulli" and noise == "torch":
         p = canonical.keep_probability(similarity, s_pos[:, None], a, b)
         weight = (torch.rand_like(p) < p).to(p.dtype)
@@ -83,7 +83,8 @@ def bank_topk(
     if k == 0:
         return similarity, index
     scores = query.to(rows.dtype) @ rows.T  # (B, K)
-    scores = scores.masked_fill(~_seen(batch, size, count, exclude), -torch.inf)
+    seen = exclude.seen(torch.arange(size, device=bank.device), count)
+    scores = scores.masked_fill(~seen, -torch.inf)
 
     found = min(k, size)
     best, where = scores.topk(min(k + 1, size))
@@ -94,24 +95,6 @@ def bank_topk(
     similarity[:, :found] = best[:, :found]
     index[:, :found] = torch.where(best[:, :found] == -torch.inf, -1, where[:, :found])
     return similarity, index
-
-
-def _seen(batch: int, size: int, count: Tensor, exclude: Exclude) -> Tensor:
-    """(B, K) bool, or (1, K) where rows do not differ: the slots that a row sees."""
-    slots = torch.arange(size, device=count.device)
-    seen = (slots < count)[None, :]
-    if exclude.slots is not None:
-        seen = seen & ~_named(exclude.slots, size)
-    if exclude.bank_ids is not None:
-        seen = seen & (exclude.bank_ids != EMPTY) & (exclude.bank_ids != exclude.ids[:, None])
-    return seen
-
-
-def _named(slots: Tensor, size: int) -> Tensor:
-    """(B, K) bool from lists (B, E) of slots, of which those outside [0, K) name nothing."""
-    inside = (slots >= 0) & (slots < size)
-    named = torch.zeros(len(slots), size + 1, dtype=torch.bool, device=slots.device)
-    return named.scatter_(1, torch.where(inside, slots, size), True)[:, :size]
 
 
 def _valid_rows(bank: Tensor, count: Tensor) -> Tensor:

@@ -1,0 +1,343 @@
+"""What every loss shares: the bank, the noise state, settings that may change, when to enqueue."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from psm_kernels import _checks as checks
+from psm_kernels import backends, functional
+from psm_kernels.distributed import ShardedBank, agree, gather, rank_and_world
+from psm_kernels.memory_bank import MemoryBank
+from psm_kernels.ops import check_backend
+from psm_kernels.state import HeldState
+
+if TYPE_CHECKING:
+    pass  # Python 3.11
+
+
+class SharedOptions(TypedDict, total=False):
+    """What every loss takes by keyword, as in `PSMLoss`."""
+
+    reduction: str
+    bank_dtype: torch.dtype
+    indexed_bank: bool
+    gather_distributed: bool
+    shard_bank: bool
+    process_group: dist.ProcessGroup | None
+    seed: int
+    backend: str
+
+
+class BankLoss(HeldState):
+    """A loss of (query, key) with a memory bank, or within the batch.
+
+    The bank is read before it is written, so a batch is never its own negative. Settings are
+    attributes that may change at any time, such as a scheduled `temperature`; what shapes the bank
+    is fixed. `memory_bank_size=0` (lightly's word) is the in-batch form, where both views carry
+    gradient, `memory_bank` is None and nothing is enqueued.
+    """
+
+    _has_in_batch_form = True
+    _fixed = (
+        *("memory_bank_size", "bank_dtype", "indexed_bank"),
+        *("gather_distributed", "shard_bank", "process_group"),
+    )
+
+    def __init__(
+        self,
+        temperature: float,
+        memory_bank_size: tuple[int, int] | int,
+        settings: dict[str, Any],
+        *,
+        reduction: str = "mean",
+        bank_dtype: torch.dtype = torch.float32,
+        indexed_bank: bool = False,
+        gather_distributed: bool = False,
+        shard_bank: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        seed: int = 0,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.process_group, self.collective = process_group, gather_distributed or shard_bank
+        if self.collective:
+            rank_and_world(process_group)  # refuses a group that this rank is not in
+        options = {"dtype": bank_dtype, "indexed": indexed_bank}
+        self.memory_bank = self._make_bank(memory_bank_size, shard_bank, options)
+        settings = {"temperature": temperature, "reduction": reduction, **settings}
+        self._settings = tuple(settings)
+        self._check(seed=seed, backend=backend, **settings)
+        for name, value in {"seed": seed, "backend": backend, **settings}.items():
+            super().__setattr__(name, value)
+        self.hold("rng_state", torch.tensor([seed, 0]))
+        self._register_load_state_dict_pre_hook(self._before_load)
+
+    # --- settings ---
+
+    def _check_settings(self, **settings: Any) -> None:
+        """Raise the ValueError of the first wrong setting of the method."""
+        raise NotImplementedError
+
+    def _check(self, *, seed: int, backend: str, **settings: Any) -> None:
+        checks.check_int("seed", seed, -(2**63), 2**63 - 1)
+        backends.require(backend)
+        self._check_settings(**settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """By name, what the functional twin is called with."""
+        return {name: getattr(self, name) for name in self._settings}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fixed and "rng_state" in self.__dict__:
+            raise ValueError(f"{name}: got {value!r} for a loss that exists, wanted a new loss")
+        changes = name in ("seed", "backend", *self.__dict__.get("_settings", ()))
+        if changes and "rng_state" in self.__dict__:
+            now = self.settings | {"seed": self.seed, "backend": self.backend}
+            self._check(**now | {name: value})
+        super().__setattr__(name, value)
+        if changes and name == "seed" and "rng_state" in self.__dict__:
+            self.reset_noise()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+    # --- state ---
+
+    def _make_bank(
+        self, memory_bank_size: tuple[int, int] | int, shard_bank: bool, options: dict[str, Any]
+    ) -> MemoryBank | None:
+        plain = isinstance(memory_bank_size, int)
+        if plain and memory_bank_size == 0 and self._has_in_batch_form:
+            if self.collective or options["indexed"]:
+                raise ValueError(
+                    "memory_bank_size: got 0 with gather_distributed, shard_bank or indexed_bank, "
+                    "wanted (rows, columns): negatives within the batch are this rank's own"
+                )
+            return None
+        try:
+            size, dim = memory_bank_size  # of numbers such as numpy's as well
+            size, dim = (operator.index(x) if hasattr(x, "__index__") else x for x in (size, dim))
+        except (TypeError, ValueError):
+            rows = memory_bank_size if plain and memory_bank_size > 0 else 16384
+            got = f"{memory_bank_size!r}, wanted (rows, columns), such as ({rows}, 128)"
+            raise ValueError(f"memory_bank_size: got {got}") from None
+        checks.check_int("memory_bank_size[0]", size, 1)
+        checks.check_int("memory_bank_size[1]", dim, 1)
+        if shard_bank:
+            return ShardedBank(size, dim, process_group=self.process_group, **options)
+        return MemoryBank(size, dim, **options)
+
+    @torch.no_grad()
+    def reset_noise(self) -> None:
+        """The noise of a new loss: state [seed, 0]."""
+        self.rng_state.copy_(torch.tensor([self.seed, 0]))
+
+    def reset_parameters(self) -> None:
+        """An empty bank and the noise of a new loss, also for state made on the meta device."""
+        self.reset_noise()
+        if self.memory_bank is not None:
+            self.memory_bank.reset()
+
+    def _before_load(self, state_dict, prefix, *unused) -> None:
+        """A MoCo checkpoint has `queue` and `queue_ptr` on the model: hand them to the bank. Sizes
+        are refused here, before anything is copied."""
+        if self.memory_bank is None:
+            return
+        for name in ("queue", "queue_ptr"):
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}memory_bank.{name}"] = state_dict.pop(prefix + name)
+                state_dict.setdefault(prefix + "rng_state", self.rng_state)
+        self.memory_bank._before_load(state_dict, prefix + "memory_bank.")
+
+    # --- a step ---
+
+    def enqueue(
+        self, key: Tensor, labels: Tensor | None = None, *, ids: Tensor | None = None
+    ) -> None:
+        """Write keys (B, D) into the bank: once per optimizer step when accumulating gradients.
+        With `gather_distributed` or `shard_bank`, on every rank: all ranks' keys in rank order.
+
+        Args:
+            key: of any length; labels, ids: (B,) int64, as in `forward`.
+        """
+        if self.memory_bank is None:
+            raise ValueError("memory_bank_size: got 0, wanted (rows, columns), for a bank to write")
+        if self.collective:
+            agree(self.process_group, lambda: self._facts(key, labels, ids))
+        self._write(key, labels, ids)
+
+    def symmetric(
+        self,
+        query1: Tensor,
+        key2: Tensor,
+        query2: Tensor,
+        key1: Tensor,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        update: bool | None = None,
+        enqueue_both: bool = False,
+        **options: Any,
+    ):
+        """Both directions of two views, each against the bank as it was: their mean loss.
+
+        `criterion(query1, key2) + criterion(query2, key1)` would compare the second queries with
+        their own samples, just enqueued. Here nothing is written before both are known; with a bank
+        they share one pass over it.
+
+        Args:
+            query1, key2: (B, D), the first direction; query2, key1: the second. Rows are the same
+                samples in all four.
+            labels, ids, update: as in `forward`, (B,).
+            enqueue_both: write key2, then key1; without it key2 alone.
+            options: further arguments of `forward`; `projection` as a pair for the two queries.
+
+        Returns:
+            What `forward` returns of 2B rows: with reduction="none" (2B,), the first direction's first.
+        """
+        bank = self.memory_bank
+        if update and bank is None:
+            raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
+        update = self._learns() and bank is not None if update is None else update
+        if update:  # before anything is computed: a failed call leaves all as it was
+            bank.check(key2, labels, ids)
+        pairs = {n: pair for n, pair in options.items() if isinstance(pair, tuple)}
+        pairs |= {n: (x, x) for n, x in (("labels", labels), ("ids", ids)) if x is not None}
+        options = {"update": False, **options}
+        if self._rows_are_apart():
+            options |= {name: torch.cat(pair) for name, pair in pairs.items()}
+            result = self(torch.cat((query1, query2)), torch.cat((key2, key1)), **options)
+        else:
+            calls = ((query1, key2), (query2, key1))
+            parts = [{name: pair[n] for name, pair in pairs.items()} for n in (0, 1)]
+            results = [self(*c, **options | part) for c, part in zip(calls, parts, strict=True)]
+            result = self._joined(results)
+        if update:
+            for key in (key2, key1) if enqueue_both else (key2,):
+                self.enqueue(key, labels, ids=ids)
+        return result
+
+    def _rows_are_apart(self) -> bool:
+        """Whether a row's loss is the same in any batch."""
+        return self.memory_bank is not None
+
+    def _joined(self, losses: list[Tensor]) -> Tensor:
+        """The results of two directions as one."""
+        if self.reduction == "none":
+            return torch.cat(losses)
+        return getattr(torch.stack(losses), self.reduction)(0)
+
+    def _learns(self) -> bool:
+        """Whether a call is a step of training: it enqueues and takes noise of its own."""
+        return self.training and torch.is_grad_enabled()
+
+    def _start(
+        self,
+        query: Tensor,
+        key: Tensor,
+        labels: Tensor | None,
+        ids: Tensor | None,
+        update: bool | None,
+        projection: Tensor | None = None,
+        **flags: bool,
+    ) -> tuple[bool, dict[str, Any]]:
+        """Before a forward: check, together with the other ranks where they will exchange rows.
+        Returns whether to enqueue afterwards, and what the functional twin gets of the state."""
+        bank, process_group = self.memory_bank, self.process_group
+        if bank is None:
+            if update:
+                raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
+            return False, {"ids": ids} | self._noise(0)
+        update = self._learns() if update is None else update
+
+        def facts() -> dict[str, object]:
+            functional.check_pair(query, key, bank.bank, projection)
+            check_backend(self.backend, bank.bank)
+            mine = {"query dtype": str(query.dtype), "update": update, "seed": self.seed}
+            return self._facts(key, labels, ids, update) | mine | flags
+
+        rank = 0
+        if not self.collective:
+            bank.check(key, labels, ids, write=update)
+        else:
+            rank = rank_and_world(process_group)[0]
+            if update or isinstance(bank, ShardedBank):
+                agree(process_group, facts)
+            else:
+                facts()
+        known = ids is not None or bank.indexed
+        state = {"bank": bank.bank, "count": bank.extent}
+        state |= {"ids": ids, "bank_ids": bank.ids if known else None}
+        return update, state | self._noise(rank * len(key))
+
+    def _noise(self, row_offset: int) -> dict[str, Any]:
+        """Arguments of a twin that draws noise."""
+        return {}
+
+    def _finish(self, key: Tensor, labels: Tensor | None, ids: Tensor | None, update: bool) -> None:
+        """After a successful forward: the next noise offset, and the keys into the bank. An
+        evaluation leaves the noise as it is, so that it neither changes nor depends on a run."""
+        if update or self._learns():
+            with torch.no_grad():
+                self.rng_state[1] += 1
+        if update:
+            self._write(key, labels, ids)
+
+    def _facts(
+        self, key: Tensor, labels: Tensor | None, ids: Tensor | None, update: bool = True
+    ) -> dict[str, object]:
+        """Check what will be enqueued; what must be equal on all ranks."""
+        self.memory_bank.check(key, labels, ids, write=update)
+        return {
+            "batch size": len(key),
+            "key dtype": str(key.dtype),
+            "labels given": labels is not None,
+            "ids given": ids is not None,
+            "memory_bank": self.memory_bank.extra_repr(),
+            "settings": self.extra_repr(),
+        }
+
+    def _write(self, key: Tensor, labels: Tensor | None, ids: Tensor | None) -> None:
+        if self.collective:
+            rows = (key, labels, ids)
+            rows = [None if x is None else gather(x, self.process_group) for x in rows]
+            key, labels, ids = rows
+        self.memory_bank.enqueue(key, labels, ids=ids, backend=self.backend)
+
+
+class PairLoss(BankLoss):
+    """What the methods beside PSM share: a functional twin that takes (query, key, bank)."""
+
+    _twin: Any  # the function in `psm_kernels.functional`
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        update: bool | None = None,
+    ) -> Tensor:
+        """Loss of query (B, D) against key (B, D) and the negatives; then the keys are enqueued.
+
+        Args:
+            query: carries gradient; key: from the momentum encoder, or the other view in-batch.
+            labels: (B,) int64, kept with the keys in the bank.
+            ids: (B,) int64 names of the samples, kept with the keys in the bank: a slot that holds
+                a row's own id is no negative of it. Negative: unknown.
+            update: whether to enqueue; None: when training and grad mode is on.
+
+        Returns:
+            The loss, fp32: 0-d, or (B,) for reduction="none".
+        """
+        update, state = self._start(query, key, labels, ids, update)
+        loss = self._twin(query, key, backend=self.backend, **self.settings, **state)
+        self._finish(key, labels, ids, update)
+        return loss
