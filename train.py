@@ -47,7 +47,7 @@ METHODS = {  # another method is one more line, and its own settings below
     "infonce": InfoNCELoss,
 }
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-METRICS = ("loss", "positive_purity", "kept", "grad_mean", "grad_var", "bank_fill")
+METRICS = ("loss", "positive_purity", "kept", "grad_mean", "grad_var", "bank_fill", "own_copies")
 
 
 @dataclass
@@ -74,6 +74,7 @@ class Settings:
     method: str = setting("psm", "loss", choices=tuple(METHODS))
     temperature: float = setting(0.5, "of the loss")
     bank: int = setting(16384, "slots of the memory bank", least=1)
+    indexed_bank: bool = setting(False, "one slot for each training image instead")
     topk: int = setting(5, "mined positives per query", of=["psm"])
     a: float = setting(0.5, "density of the selection of negatives", of=["psm"])
     b: float = setting(0.0, "peak of it relative to the positive's similarity", of=["psm"])
@@ -170,7 +171,9 @@ class Run:
         self.networks = set_batch_norm(networks, sync=s.sync_bn, splits=s.bn_splits)
         options = {f.name: getattr(s, f.name) for f in fields(s) if s.method in f.metadata["of"]}
         options["shard_bank" if s.shard_bank else "gather_distributed"] = True
-        criterion = METHODS[s.method](s.temperature, (s.bank, s.dim), seed=s.seed, **options)
+        options |= {"indexed_bank": s.indexed_bank, "seed": s.seed}
+        slots = len(train) if s.indexed_bank else s.bank
+        criterion = METHODS[s.method](s.temperature, (slots, s.dim), **options)
         self.criterion = criterion.to(self.device)
         learned = [p for p in self.networks.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(learned, s.lr, momentum=0.9, weight_decay=s.weight_decay)
@@ -187,7 +190,8 @@ class Run:
             self.model = ddp(self.networks, broadcast_buffers=False)
 
     def batches(self, epoch: int):
-        """Two random views (B, C, H, W) and labels (B,): this process's part of each batch."""
+        """Two random views (B, C, H, W), labels and indices (B,): this process's part of each
+        batch."""
         s, part = self.settings, (self.rank, self.world)
         for batch in self.views.batches(s.batch_size, epoch=epoch, workers=s.workers, part=part):
             yield [t.to(self.device, non_blocking=True) for t in batch]
@@ -207,11 +211,11 @@ def learning_rate(s: Settings, epoch: float) -> float:
 @torch.no_grad()
 def fill_bank(run: Run) -> None:
     """Keys of the untrained encoder: with a bank that still fills, the loss would rise at first."""
-    steps = math.ceil(run.settings.bank / run.settings.batch_size)
-    for _, view, label in itertools.islice(run.batches(epoch=0), steps):
+    steps = math.ceil(run.criterion.memory_bank.size / run.settings.batch_size)
+    for _, view, label, index in itertools.islice(run.batches(epoch=0), steps):
         with run.autocast:
             key = run.networks.momentum(view)
-        run.criterion.enqueue(key, label)
+        run.criterion.enqueue(key, label, ids=index)
 
 
 def train_epoch(run: Run, bar: tqdm) -> dict:
@@ -235,39 +239,38 @@ def train_epoch(run: Run, bar: tqdm) -> dict:
     return means | {"lr": lr, "images_per_s": speed}
 
 
-def train_step(run: Run, view1, view2, label) -> torch.Tensor:
-    """One step of the optimizer; returns METRICS of each pass and direction."""
+def train_step(run: Run, view1, view2, label, index) -> torch.Tensor:
+    """One step of the optimizer; returns METRICS of each pass."""
     run.networks.follow(run.settings.ema)  # as in the released code, before it makes the keys
     passes, rows, keys = run.settings.accumulate, [], []
-    for x1, x2, y in zip(*(t.chunk(passes) for t in (view1, view2, label)), strict=True):
+    for x1, x2, y, n in zip(*(t.chunk(passes) for t in (view1, view2, label, index)), strict=True):
         # Gradients are averaged over the processes in the last pass of a step.
         run.model.require_backward_grad_sync = len(keys) + 1 == passes
         with run.autocast:
             z1, z2, q1, q2, k1, k2 = run.model(x1, x2)  # (B / passes, D)
         # Both directions of every pass see the bank as it was before this step.
-        loss1, row1 = contrast(run.criterion, q1, k2, z1, y)
-        loss2, row2 = contrast(run.criterion, q2, k1, z2, y)
-        loss = (loss1 + loss2) / 2
+        loss, row = contrast(run.criterion, (q1, k2, q2, k1), (z1, z2), labels=y, ids=n)
         run.scaler.scale(loss / passes).backward()
-        rows += [row1, row2]
+        rows.append(row)
         keys.append(k2)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad()
-    run.criterion.enqueue(torch.cat(keys), label)  # one view's keys, once a step
+    run.criterion.enqueue(torch.cat(keys), label, ids=index)  # one view's keys, once a step
     return torch.stack(rows)
 
 
-def contrast(criterion, query, key, projection, label) -> tuple[torch.Tensor, torch.Tensor]:
+def contrast(criterion, pairs, projection, **rows) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and METRICS as a vector; NaN where there is none, as purity at topk 0 or all but
-    the fill of the bank where nothing is mined. The bank stays as it is."""
-    options = {"labels": label, "update": False}
+    what concerns the bank where nothing is mined. The bank stays as it is."""
+    options, bank = rows | {"update": False}, criterion.memory_bank
     if isinstance(criterion, PSMLoss):
-        loss, stats = criterion(query, key, projection=projection, return_stats=True, **options)
+        options |= {"projection": projection, "return_stats": True}
+        loss, stats = criterion.symmetric(*pairs, **options)
         found = vars(stats)
     else:
-        loss = criterion(query, key, **options)
-        found = {"bank_fill": criterion.memory_bank.count / criterion.memory_bank.size}
+        loss = criterion.symmetric(*pairs, **options)
+        found = {"bank_fill": bank.count / bank.size, "own_copies": bank.copies(rows["ids"])}
     missing = torch.full_like(loss, math.nan)
     values = [loss, *(found.get(name) for name in METRICS[1:])]
     row = [(missing if value is None else value).detach().float().mean() for value in values]
@@ -275,7 +278,7 @@ def contrast(criterion, query, key, projection, label) -> tuple[torch.Tensor, to
 
 
 @torch.no_grad()
-def evaluate(run: Run, bank: torch.Tensor) -> dict:
+def evaluate(run: Run, bank: dict[str, torch.Tensor]) -> dict:
     """Accuracy next to an untrained encoder's and the pixels', and three pictures."""
     s, folder, networks = run.settings, run.folder, run.networks.eval()
     encoders = {
@@ -291,10 +294,12 @@ def evaluate(run: Run, bank: torch.Tensor) -> dict:
     random_knn = accuracy["random-initialized encoder"]["knn"]
     plots.draw_curves(run.history, folder / "curves.png", random_knn=random_knn)
 
-    view1, view2, _ = next(iter(run.views.batches(min(1024, len(run.views)), epoch=s.epochs)))
-    _, _, query, _, _, key = networks(view1.to(run.device), view2.to(run.device))
-    options = {"count": run.criterion.memory_bank.count, "temperature": s.temperature}
-    gradient = rank_gradient_stats(query, key, bank, **options)
+    batch = next(iter(run.views.batches(min(1024, len(run.views)), epoch=s.epochs)))
+    view1, view2, _, index = (t.to(run.device) for t in batch)
+    _, _, query, _, _, key = networks(view1, view2)
+    options = {"count": run.criterion.memory_bank.extent, "temperature": s.temperature}
+    options |= {"ids": index, "bank_ids": bank["ids"]}
+    gradient = rank_gradient_stats(query, key, bank["bank"], **options)
     plots.draw_gradient(*gradient, folder / "gradient.png")
 
     images = next(iter(run.test_set))[0][:8].to(run.device)
@@ -326,7 +331,8 @@ def log(run: Run, bar: tqdm, writer) -> None:
     if run.settings.method == "psm":
         text += "purity {positive_purity:.1%}  kept {kept:.1%}  "
         text += "gradient {grad_mean:.2e}, variance {grad_var:.2e}  "
-    bar.write((text + "bank {bank_fill:.0%}  lr {lr:.4f}").format(**row))
+    text += "bank {bank_fill:.0%}  own copies {own_copies:.2f}  lr {lr:.4f}"
+    bar.write(text.format(**row))
 
 
 def train(run: Run) -> None:
@@ -353,7 +359,7 @@ def train(run: Run) -> None:
             run.save()
             if first:
                 log(run, bar, writer)
-    bank = full_state_dict(run.criterion)["memory_bank.bank"]
+    bank = full_state_dict(run.criterion.memory_bank)
     if not first:
         return
     result = {**run.history[-1], "settings": vars(s)}

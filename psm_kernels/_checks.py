@@ -88,7 +88,8 @@ def check_number(
     ok = ok and -math.inf < value < math.inf
     ok = ok and (above is None or value > above) and (least is None or value >= least)
     if not (ok and (below is None or value < below)):
-        raise ValueError(f"{name}: got {value!r}, wanted {wanted}")
+        got = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name}: got {got}, wanted {wanted}")
 
 
 def check_int(name: str, value: int, least: int, most: int | None = None, why: str = "") -> None:

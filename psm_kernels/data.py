@@ -135,14 +135,17 @@ def transforms(name: str, size: int) -> tuple[v2.Transform, v2.Transform]:
 
 
 class Views(Dataset):
-    """Transformed copies of each image, then its label.
+    """Transformed copies of each image, then its label, and with `index` its place in the set.
 
     The random numbers of a view depend on (seed, epoch, index) alone: they are the same after a
     resume and with any number of workers. The global generator is left as it was.
     """
 
-    def __init__(self, images: Dataset, copies: list[v2.Transform], seed: int = 0):
+    def __init__(
+        self, images: Dataset, copies: list[v2.Transform], seed: int = 0, *, index: bool = False
+    ):
         self.images, self.copies, self.seed, self.epoch = images, copies, seed, 0
+        self.index = index
 
     def __len__(self) -> int:
         return len(self.images)
@@ -152,7 +155,8 @@ class Views(Dataset):
         number = (self.seed * 10_007 + self.epoch) * 10_000_019 + index
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(number % 2**32)  # its seeds have 32 bits
-            return *(transform(image) for transform in self.copies), label
+            views = (transform(image) for transform in self.copies)
+            return (*views, label, index) if self.index else (*views, label)
 
     def batches(
         self,
@@ -185,14 +189,18 @@ def load_views(
     download: bool = False,
     limit: int = 0,
 ) -> tuple[Views, Views, Views]:
-    """Two random views of each training image to learn from, then the plain training and test
-    images to evaluate with. Arguments: of `load_images`, `transforms` and `Views`."""
+    """Two random views, label and index of each training image to learn from, then the plain
+    training and test images with labels to evaluate with.
+
+    Arguments: of `load_images`, `transforms` and `Views`.
+    """
     train, test = (
         load_images(name, root, train=part, download=download, limit=limit)
         for part in (True, False)
     )
     augment, plain = transforms(name, size)
-    return Views(train, [augment, augment], seed), Views(train, [plain]), Views(test, [plain])
+    views = Views(train, [augment, augment], seed, index=True)
+    return views, Views(train, [plain]), Views(test, [plain])
 
 
 class _Part(Sampler):

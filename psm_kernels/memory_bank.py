@@ -196,6 +196,32 @@ class MemoryBank(HeldState):
         known_labels.index_copy_(0, slots, labels)
         known_ids.index_copy_(0, slots, ids)
 
+    def from_queue(self, queue: Tensor, pointer: Tensor | None = None) -> dict[str, Tensor]:
+        """The state of a full bank out of MoCo's `queue` (dim, size), normalized, and `queue_ptr`.
+
+        Raises:
+            ValueError: another shape, or an indexed bank.
+        """
+        if queue.ndim == 3:
+            raise ValueError(
+                f"queue: got shape {tuple(queue.shape)}, the queues of two views as solo-learn has "
+                f"them, wanted (D, K) = {(self.dim, self.size)}: one of them"
+            )
+        if tuple(queue.shape) != (self.dim, self.size):
+            got, wanted = tuple(queue.shape), (self.dim, self.size)
+            raise ValueError(f"queue: got shape (D, K) = {got}, wanted {wanted}")
+        if self.indexed:
+            raise ValueError("queue: got one for an indexed bank, wanted a ring")
+        unknown = torch.full((self.size,), -1, device=queue.device)
+        pointer = unknown.new_zeros(1) if pointer is None else pointer
+        return {
+            "bank": unit_rows(queue.T),
+            "labels": unknown,
+            "ids": unknown.clone(),
+            "ptr": pointer.reshape(()),
+            "count": torch.full_like(pointer.reshape(()), self.size),
+        }
+
     @torch.no_grad()
     def reset(self) -> None:
         """Empty the bank."""
@@ -217,14 +243,8 @@ class MemoryBank(HeldState):
     def _before_load(self, state_dict, prefix, *unused) -> None:
         """Translate MoCo's names, then refuse another size before anything is copied."""
         if prefix + "queue" in state_dict:
-            queue = state_dict.pop(prefix + "queue")
-            pointer = state_dict.pop(prefix + "queue_ptr", torch.zeros(1, dtype=torch.int64))
-            if tuple(queue.shape) != (self.dim, self.size):
-                got, wanted = tuple(queue.shape), (self.dim, self.size)
-                raise ValueError(f"queue: got shape (D, K) = {got}, wanted {wanted}")
-            state_dict[prefix + "bank"] = queue.T.contiguous()
-            state_dict[prefix + "ptr"] = pointer.reshape(())
-            state_dict[prefix + "count"] = torch.full_like(state_dict[prefix + "ptr"], self.size)
+            found = state_dict.pop(prefix + "queue"), state_dict.pop(prefix + "queue_ptr", None)
+            state_dict |= {prefix + n: x for n, x in self.from_queue(*found).items()}
         loaded = state_dict.get(prefix + "bank")
         if loaded is None:
             return

@@ -57,6 +57,11 @@ class HeldState(nn.Module):
             elif value.shape != self.saved(name).shape:
                 got, wanted = tuple(value.shape), tuple(self.saved(name).shape)
                 errors.append(f"{prefix}{name}: got shape {got}, wanted {wanted}")
+            elif value.is_floating_point() != self.saved(name).is_floating_point():
+                got, wanted = value.dtype, self.saved(name).dtype
+                errors.append(
+                    f"{prefix}{name}: got {got}, wanted {wanted}; a bank cannot be averaged"
+                )
         for name, value in loaded.items():
             if value is None or errors:
                 continue

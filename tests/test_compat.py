@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from psm_kernels import InfoNCELoss, PSMLoss
-from psm_kernels.compat import CrossBatchPSM, NTXentLoss
+from psm_kernels.compat import CrossBatchPSM, NTXentLoss, from_moco
 from psm_kernels.functional import info_nce_loss
 from psm_kernels.memory_bank import unit_rows
 
@@ -64,6 +64,77 @@ def test_lightly_defaults():
     assert criterion.memory_bank.count == 2 * BATCH
 
 
+# What lightly asks of its own loss (tests/loss/test_ntx_ent_loss.py), asked of ours.
+
+
+@pytest.mark.parametrize("gather_distributed", [False, True])
+@pytest.mark.parametrize("temperature", [0.1, 1, 10])
+@pytest.mark.parametrize("dim", [1, 2, 16, 64])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_lightly_algorithm_1_of_simclr(batch, dim, temperature, gather_distributed):
+    g = torch.Generator().manual_seed(0)
+    out0, out1 = (torch.randn(batch, dim, generator=g) for _ in range(2))
+    criterion = NTXentLoss(temperature, gather_distributed=gather_distributed)
+    z = unit_rows(torch.cat((out0, out1)).double(), torch.float64)
+    e = torch.exp(z @ z.T / temperature)
+    other = torch.arange(2 * batch).roll(batch)
+    wanted = -(e.gather(1, other[:, None])[:, 0] / (e.sum(1) - e.diagonal())).log().mean()
+    for pair in ((out0, out1), (out1, out0)):
+        assert float(criterion(*pair)) == pytest.approx(float(wanted), abs=1e-5)
+
+
+@pytest.mark.parametrize("gather_distributed", [False, True])
+@pytest.mark.parametrize("temperature", [0.1, 1, 7])
+@pytest.mark.parametrize("size", [0, 1, 2, 8, 15, 16, 17])
+@pytest.mark.parametrize("batch", [1, 2, 8, 16])
+def test_lightly_equal_embeddings(batch, size, temperature, gather_distributed):
+    """All similarities are 1: the loss counts the negatives."""
+    out0, out1 = (torch.rand(batch, 1) * torch.tensor([1.0, 2.0]) for _ in range(2))
+    out0.requires_grad_()
+    criterion = NTXentLoss(temperature, (size, 2) if size else 0, gather_distributed)
+    for _ in range(size // batch + 2):
+        loss = float(criterion(out0, out1))
+    count = size + 1 if size else 2 * batch - 1
+    assert loss == pytest.approx(float(torch.tensor(count).log()), abs=1e-6)
+
+
+@pytest.mark.parametrize("dim", [1, 32])
+def test_lightly_any_batch_and_both_orders(dim):
+    criterion, with_bank = NTXentLoss(), NTXentLoss(memory_bank_size=(64, dim))
+    for batch in range(1, 20):
+        out0, out1 = torch.randn(2, batch, dim).unbind()
+        assert float(criterion(out0, out1)) == pytest.approx(float(criterion(out1, out0)), abs=1e-5)
+        assert with_bank(out0, out1).isfinite()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_lightly_asks_once_whether_torch_is_distributed(monkeypatch, there):
+    asked = []
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: asked.append(0) or there)
+    if there:
+        NTXentLoss(gather_distributed=True)
+    else:
+        with pytest.raises(ValueError, match=r"^gather_distributed"):
+            NTXentLoss(gather_distributed=True)
+    assert len(asked) == 1
+
+
+def test_adapters_take_ids_and_update():
+    criterion, plain = NTXentLoss(0.2, (SIZE, DIM)), InfoNCELoss(0.2, (SIZE, DIM))
+    ids = torch.arange(BATCH)
+    for loss in (criterion, plain):
+        loss(*pair(0), ids=ids, update=True)
+        loss(*pair(1), update=False)
+    assert criterion.memory_bank.ids.tolist() == plain.memory_bank.ids.tolist()
+    assert torch.equal(criterion(*pair(1), ids=ids), plain(*pair(1), ids=ids))
+    embeddings, labels, mask = concatenated(*pair(0))
+    cross = CrossBatchPSM(DIM, SIZE, 0.2, topk=2)
+    cross(embeddings, labels, enqueue_mask=mask, ids=ids)
+    assert cross.memory_bank.ids[:BATCH].tolist() == ids.tolist()
+    cross(embeddings, labels, enqueue_mask=mask, update=False)
+    assert int(cross.memory_bank.count) == BATCH
+
+
 # --- pytorch-metric-learning ---------------------------------------------------------------------
 
 
@@ -105,7 +176,7 @@ def test_cross_batch_psm_is_psm_loss():
         rows = order[::2]
         wanted = second(query[rows], key[rows], labels=labels[rows])
         assert_same(got, wanted, query)
-    for a, b in zip(first.buffers(), second.buffers(), strict=True):
+    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -205,3 +276,54 @@ def test_moco_script_in_one_line():
         logits, target = script(unit_rows(query), unit_rows(key), 0.2)
         assert_same(criterion(query, key), cross_entropy(logits, target), query)
     torch.testing.assert_close(criterion.memory_bank.bank, script.queue.T)
+
+
+class Model(nn.Module):
+    """That script after the change: what its checkpoints have on the model is now in the loss."""
+
+    def __init__(self, loss=InfoNCELoss):
+        super().__init__()
+        self.encoder = nn.Linear(3, DIM)
+        self.criterion = loss(0.2, (SIZE, DIM))
+
+
+def old_checkpoint(prefix="", **change):
+    script = Script()
+    script.encoder = nn.Linear(3, DIM)
+    state = script.state_dict() | {"queue_ptr": torch.tensor([16])} | change
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("loss", [InfoNCELoss, PSMLoss])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_whole_moco_checkpoint(prefix, loss):
+    queue = 3 * torch.randn(DIM, SIZE)  # normalized when it is read
+    state, model = old_checkpoint(prefix, queue=queue), Model(loss)
+    model.load_state_dict(from_moco(state, model))
+    bank = model.criterion.memory_bank
+    torch.testing.assert_close(bank.bank, unit_rows(queue.T))
+    assert (int(bank.ptr), int(bank.count)) == (16, SIZE)
+    assert torch.equal(model.encoder.weight, state[prefix + "encoder.weight"])
+    assert state.keys() == old_checkpoint(prefix).keys()  # the caller's dict stays
+
+
+@pytest.mark.parametrize(
+    ("change", "model", "match"),
+    [
+        ({"queue": torch.randn(2, DIM, SIZE)}, Model(), "^view: got None for a queue"),
+        ({"queue": torch.randn(DIM, 5)}, Model(), r"^queue: got shape \(D, K\) = \(16, 5\)"),
+        ({"other.queue": torch.ones(1)}, Model(), "^state_dict: got 2 entries named queue"),
+        ({}, nn.Linear(2, 2), "^model: got 0 losses"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(change, model, match):
+    with pytest.raises(ValueError, match=match):
+        from_moco(old_checkpoint(**change), model)
+
+
+def test_one_queue_of_two():
+    queues, model = torch.randn(2, DIM, SIZE), Model()
+    model.load_state_dict(from_moco(old_checkpoint(queue=queues), model, view=1))
+    torch.testing.assert_close(model.criterion.memory_bank.bank, unit_rows(queues[1].T))
+    with pytest.raises(ValueError, match="the queues of two views"):
+        model.criterion.load_state_dict({"queue": queues})

@@ -199,7 +199,7 @@ class BankLoss(HeldState):
             options: further arguments of `forward`; `projection` as a pair for the two queries.
 
         Returns:
-            What `forward` returns of 2B rows: with reduction="none" (2B,), the first direction's first.
+            What `forward` returns of 2B rows, those of the first direction first.
         """
         bank = self.memory_bank
         if update and bank is None:
