@@ -84,7 +84,7 @@ def sent_bytes(
     if sharded:
         to_each += batch * (dim * itemsize * (2 if topk else 1) + 4)  # query, key, s_pos
         to_each += batch * (4 * dim + 12 + 12 * topk)  # partial results
-        to_each += batch * topk * (8 + dim * itemsize)  # mined slots; their rows, back
+        to_each += batch * topk * (8 + 8 + dim * itemsize)  # mined slots, twice; their rows, back
     return (world - 1) * to_each
 
 

@@ -185,29 +185,29 @@ class ShardedBank(MemoryBank):
         _, world = rank_and_world(self.process_group)
         # One scrap row takes the writes that belong to other ranks: no dynamic shape, no sync.
         slots = -(-size // world) + 1
-        for name, shape, kind in (
-            ("bank", (slots, dim), dtype),
-            ("labels", (slots,), torch.int64),
-            ("ids", (slots,), torch.int64),
+        for name, attribute, shape, kind in (
+            ("bank", "_rows", (slots, dim), dtype),
+            ("labels", "_row_labels", (slots,), torch.int64),
+            ("ids", "_row_ids", (slots,), torch.int64),
         ):
             own = torch.empty(shape, dtype=kind, device=device)
-            self.hold(name, own, attribute=f"_own_{name}")
+            self.hold(name, own, attribute=attribute)
 
     def _stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._own_bank, self._own_labels, self._own_ids
+        return self._rows, self._row_labels, self._row_ids
 
     @property
     def bank(self) -> Shard:
         """Stands for the whole bank; reading it is collective."""
-        return Shard(self._own_bank, self._size, self.process_group)
+        return Shard(self._rows, self._size, self.process_group)
 
     @property
     def labels(self) -> Shard:
-        return Shard(self._own_labels, self._size, self.process_group)
+        return Shard(self._row_labels, self._size, self.process_group)
 
     @property
     def ids(self) -> Shard:
-        return Shard(self._own_ids, self._size, self.process_group)
+        return Shard(self._row_ids, self._size, self.process_group)
 
     def copies(self, ids: Tensor) -> Tensor:
         """Collective: of this rank's samples in all ranks' slots."""
@@ -219,7 +219,7 @@ class ShardedBank(MemoryBank):
 
     @property
     def dim(self) -> int:
-        return self._own_bank.shape[1]
+        return self._rows.shape[1]
 
     def _write(self, slots: Tensor, rows: Tensor, labels: Tensor, ids: Tensor) -> None:
         """The keys of all ranks come in; this rank keeps those of its slots."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from psm_kernels import _checks as checks
 from psm_kernels import backends
 from psm_kernels.ops import EMPTY, excluded, hidden
-from psm_kernels.rows import unit_rows
+from psm_kernels.rows import unit_rows, unit_rows_and_norms
 from psm_kernels.state import HeldState
 
 
@@ -214,8 +214,9 @@ class MemoryBank(HeldState):
             raise ValueError("queue: got one for an indexed bank, wanted a ring")
         unknown = torch.full((self.size,), -1, device=queue.device)
         pointer = unknown.new_zeros(1) if pointer is None else pointer
+        unit, norms = unit_rows_and_norms(queue.T)
         return {
-            "bank": unit_rows(queue.T),
+            "bank": torch.where((norms - 1).abs() < 1e-3, queue.T, unit),  # unit rows as they are
             "labels": unknown,
             "ids": unknown.clone(),
             "ptr": pointer.reshape(()),
@@ -259,8 +260,10 @@ class MemoryBank(HeldState):
 
     def _check_kind(self, ids: Tensor) -> None:
         """Refuse the ids of the other kind of bank: its rows stand elsewhere."""
-        slots = torch.arange(len(ids), device=ids.device)
-        if self.indexed and ((ids != slots) & (ids != EMPTY)).any():
+        is_shard = hasattr(ids, "to_local")  # a DTensor, of whose slots this rank knows its own
+        held = ids.to_local() if is_shard else ids
+        slots = held if is_shard else torch.arange(len(held), device=held.device)
+        if self.indexed and ((held == -1) | ((held != slots) & (held != EMPTY))).any():
             raise ValueError("ids: the checkpoint is of a ring, this bank is indexed")
-        if not self.indexed and (ids == EMPTY).any():
+        if not self.indexed and (held == EMPTY).any():
             raise ValueError("ids: the checkpoint is of an indexed bank, this one is a ring")

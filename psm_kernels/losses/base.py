@@ -69,11 +69,12 @@ class BankLoss(HeldState):
             rank_and_world(process_group)  # refuses a group that this rank is not in
         options = {"dtype": bank_dtype, "indexed": indexed_bank}
         self.memory_bank = self._make_bank(memory_bank_size, shard_bank, options)
-        settings = {"temperature": temperature, "reduction": reduction, **settings}
         self._settings = tuple(settings)
-        self._check(seed=seed, backend=backend, **settings)
-        for name, value in {"seed": seed, "backend": backend, **settings}.items():
+        shared = {"temperature": temperature, "reduction": reduction}
+        self._check(seed=seed, backend=backend, **shared, **settings)
+        for name, value in {"seed": seed, "backend": backend, **shared, **settings}.items():
             super().__setattr__(name, value)
+        self._draws = 0  # calls that took noise since the state was set: equal on all ranks
         self.hold("rng_state", torch.tensor([seed, 0]))
         self._register_load_state_dict_pre_hook(self._before_load)
 
@@ -90,22 +91,29 @@ class BankLoss(HeldState):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """By name, what the functional twin is called with."""
+        """By name, the method's own."""
         return {name: getattr(self, name) for name in self._settings}
 
+    def _call(self) -> dict[str, Any]:
+        """By name, what the functional twin is called with."""
+        names = ("temperature", "reduction", "backend", *self._settings)
+        return {name: getattr(self, name) for name in names}
+
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._fixed and "rng_state" in self.__dict__:
+        if "rng_state" not in self.__dict__:  # not made yet
+            return super().__setattr__(name, value)
+        if name in self._fixed:
             raise ValueError(f"{name}: got {value!r} for a loss that exists, wanted a new loss")
-        changes = name in ("seed", "backend", *self.__dict__.get("_settings", ()))
-        if changes and "rng_state" in self.__dict__:
-            now = self.settings | {"seed": self.seed, "backend": self.backend}
+        now = self._call() | {"seed": self.seed}
+        if name in now:
             self._check(**now | {name: value})
         super().__setattr__(name, value)
-        if changes and name == "seed" and "rng_state" in self.__dict__:
+        if name == "seed":
             self.reset_noise()
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        words = {name: value for name, value in self._call().items() if name != "backend"}
+        return ", ".join(f"{name}={value!r}" for name, value in words.items())
 
     # --- state ---
 
@@ -136,7 +144,12 @@ class BankLoss(HeldState):
     @torch.no_grad()
     def reset_noise(self) -> None:
         """The noise of a new loss: state [seed, 0]."""
+        self._draws = 0
         self.rng_state.copy_(torch.tensor([self.seed, 0]))
+
+    def restore(self, name: str, loaded: Tensor) -> None:
+        super().restore(name, loaded)
+        self._draws = 0
 
     def reset_parameters(self) -> None:
         """An empty bank and the noise of a new loss, also for state made on the meta device."""
@@ -260,6 +273,7 @@ class BankLoss(HeldState):
             functional.check_pair(query, key, bank.bank, projection)
             check_backend(self.backend, bank.bank)
             mine = {"query dtype": str(query.dtype), "update": update, "seed": self.seed}
+            mine |= {"calls so far": self._draws}  # a rank that trained alone has other noise
             return self._facts(key, labels, ids, update) | mine | flags
 
         rank = 0
@@ -286,6 +300,8 @@ class BankLoss(HeldState):
         if update or self._learns():
             with torch.no_grad():
                 self.rng_state[1] += 1
+            if self.collective:
+                self._draws += 1
         if update:
             self._write(key, labels, ids)
 
@@ -338,6 +354,6 @@ class PairLoss(BankLoss):
             The loss, fp32: 0-d, or (B,) for reduction="none".
         """
         update, state = self._start(query, key, labels, ids, update)
-        loss = self._twin(query, key, backend=self.backend, **self.settings, **state)
+        loss = self._twin(query, key, **self._call(), **state)
         self._finish(key, labels, ids, update)
         return loss

@@ -151,8 +151,7 @@ class PSMLoss(BankLoss):
             labels=labels,
             bank_labels=bank.labels if return_stats else None,
             return_stats=return_stats,
-            backend=self.backend,
-            **self.settings,
+            **self._call(),
             **state,
         )
         if return_stats:

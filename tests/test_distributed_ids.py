@@ -1,0 +1,146 @@
+"""Sample ids and indexed banks over processes against one process, and noise that got apart."""
+
+import pytest
+import torch
+from test_distributed import BATCH, DIM, At, pool, shared, unit, whole_batch  # noqa: F401
+
+from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss
+
+SIZE = 41  # no world size divides it
+LOSSES = {
+    "psm": (PSMLoss, {"topk": 4, "a": 2.0}),
+    "neighbors": (PSMLoss, {"topk": 3, "negatives": "neighbors"}),
+    "info_nce": (InfoNCELoss, {}),
+    "hcl": (HCLLoss, {"beta": 0.5}),
+    "sscl": (SSCLLoss, {"num_hard": 6}),
+}
+
+
+def make(at, name, **options):
+    cls, settings = LOSSES[name]
+    fixed = {"bank_dtype": torch.float64, "reduction": "none", "process_group": at.group}
+    return cls(0.1, (SIZE, DIM), **fixed, **settings, **options)
+
+
+def ids_of(number):
+    """Samples come again, also within a batch; two are unknown in the ring."""
+    return (torch.arange(BATCH) * 3 + 5 * number) % 17
+
+
+def steps(at, name, options, state, number=3):
+    criterion = make(at, name, **options)
+    criterion.load_state_dict(state)
+    query, key = (at.own(x) for x in whole_batch()[:2])
+    results = []
+    for n in range(number):
+        leaf = query.clone().requires_grad_()
+        ids = ids_of(n) if options.get("indexed_bank") else ids_of(n).where(ids_of(n) > 2, -1)
+        own = at.own(ids)
+        copies = criterion.memory_bank.copies(own)
+        loss = criterion(leaf, key, ids=own)
+        loss.mean().backward()
+        results.append({"loss": loss.detach(), "grad": leaf.grad, "copies": copies})
+    count = criterion.memory_bank.count.clone()
+    return results, count
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("flag", ["shard_bank", "gather_distributed"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "neighbors"])
+def test_equal_to_one_process(pool, name, flag, indexed):  # noqa: F811
+    alone = At(0, 1, None)
+    single = make(alone, name, indexed_bank=indexed)
+    first = torch.arange(20) if indexed else torch.arange(20) % 7
+    single.enqueue(unit(20, seed=7), ids=first)
+    state = single.state_dict()
+    worlds = (2, 4) if name == "psm" else (2,)
+    want, count = steps(alone, name, {"indexed_bank": indexed}, state)
+    assert sum(int(row["copies"].sum()) for row in want) > 10
+    for world in worlds:
+        got = pool.run(steps, world, name, {flag: True, "indexed_bank": indexed}, state)
+        assert all(int(c) == int(count) for _, c in got)
+        for n in range(len(want)):
+            ranks = [results[n] for results, _ in got]
+            whole = {key: torch.cat([rank[key] for rank in ranks]) for key in ranks[0]}
+            whole["grad"] = whole["grad"] / world
+            for key, value in whole.items():
+                torch.testing.assert_close(
+                    value, want[n][key], rtol=1e-10, atol=1e-12,
+                    msg=lambda m, k=key, n=n: f"step {n} {k}: {m}",
+                )  # fmt: skip
+
+
+def statistics(at, state, options):
+    criterion = PSMLoss(
+        0.2, (SIZE, DIM), bank_dtype=torch.float64, reduction="none", process_group=at.group,
+        **options,
+    )  # fmt: skip
+    criterion.load_state_dict(state)
+    query, key, projection, labels = (at.own(x) for x in whole_batch())
+    out = criterion(
+        query, key, projection=projection, labels=labels, ids=at.own(ids_of(0)),
+        return_stats=True,
+    )  # fmt: skip
+    stats = vars(out.stats)
+    return {n: stats[n] for n in ("kept_count", "grad_mean", "grad_var", "own_copies")}
+
+
+def test_statistics_of_a_shard(pool):  # noqa: F811
+    alone = At(0, 1, None)
+    single = PSMLoss(0.2, (SIZE, DIM), bank_dtype=torch.float64)
+    single.enqueue(unit(30, seed=7), ids=torch.arange(30) % 9)
+    state = single.state_dict()
+    want = statistics(alone, state, {})
+    got = pool.run(statistics, 2, state, {"shard_bank": True})
+    for name, value in want.items():
+        torch.testing.assert_close(torch.cat([rank[name] for rank in got]), value)
+
+
+def save_and_load(at, state, indexed):
+    criterion = make(at, "psm", shard_bank=True, indexed_bank=indexed)
+    criterion.load_state_dict(state)
+    again = make(at, "psm", shard_bank=True, indexed_bank=indexed)
+    again.load_state_dict(criterion.state_dict())
+    return again.memory_bank.ids[torch.arange(SIZE)]
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_ids_are_saved_and_loaded_by_shards(pool, indexed):  # noqa: F811
+    single = make(At(0, 1, None), "psm", indexed_bank=indexed)
+    single.enqueue(unit(9, seed=7), ids=torch.arange(9) * 4)
+    for held in pool.run(save_and_load, 2, single.state_dict(), indexed):
+        assert torch.equal(held, single.memory_bank.ids)
+
+
+def one_rank_brings_ids(at):
+    criterion = make(at, "psm", shard_bank=True)
+    query, key = (at.own(x) for x in whole_batch()[:2])
+    criterion(query, key, ids=torch.arange(len(key)) if at.rank else None)
+
+
+def test_ids_on_some_ranks_are_refused_on_all(pool):  # noqa: F811
+    for error in pool.refused(one_rank_brings_ids, 2):
+        assert "ids given: got [False, True]" in error
+
+
+def validate_alone(at, flag, evaluate):
+    """Rank 0 calls once more; then all go on."""
+    criterion = make(at, "psm", **{flag: True})
+    batch = [at.own(x) for x in whole_batch()[:2]]
+    criterion(*batch)
+    if at.rank == 0:
+        criterion.train(not evaluate)
+        criterion(*batch, update=False)
+        criterion.train()
+    return criterion(*batch)
+
+
+def test_a_rank_that_validates_alone_leaves_nobody_behind(pool):  # noqa: F811
+    apart = torch.cat(pool.run(validate_alone, 2, "gather_distributed", True))
+    together = validate_alone(At(0, 1, None), "gather_distributed", True)
+    torch.testing.assert_close(apart, together)
+
+
+def test_a_rank_that_trains_alone_is_noticed(pool):  # noqa: F811
+    for error in pool.refused(validate_alone, 2, "gather_distributed", False):
+        assert "calls so far: got [2, 1]" in error
