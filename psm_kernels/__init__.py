@@ -1,4 +1,4 @@
-"""Contrastive losses with memory banks at the cost of one bank read."""
+"""Contrastive losses with memory banks, never a B x K matrix."""
 
 from psm_kernels.losses import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, UnReMixLoss
 from psm_kernels.memory_bank import MemoryBank

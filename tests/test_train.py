@@ -19,7 +19,7 @@ data = sys.modules["psm_kernels.data"]
 # 4 steps an epoch; a bank that the two batches of its filling fill exactly.
 TINY = ["--limit", "64", "--batch-size", "16", "--bank", "32", "--epochs", "2"]
 KEYS = {"epoch", "loss", "knn", "positive_purity", "kept", "grad_mean", "grad_var", "bank_fill"}
-KEYS |= {"lr", "images_per_s"}
+KEYS |= {"own_copies", "lr", "images_per_s"}
 
 
 def run(folder: Path, *options: str) -> int:
@@ -116,6 +116,16 @@ def test_ctrl_c_then_resume_equals_the_uninterrupted_run(
         del state["settings"], state["history"]
     for (name, a), (_, b) in zip(*map(leaves, states), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+
+
+def test_an_indexed_bank_has_a_slot_for_each_image(tmp_path):
+    """64 images, of which two batches of 16 filled 32 slots; an epoch goes through all of them."""
+    assert run(tmp_path, *TINY, "--indexed-bank", "--no-probe") == 0
+    state = torch.load(tmp_path / "run" / "checkpoint.pt")["criterion"]
+    assert state["memory_bank.ids"].tolist() == list(range(64))
+    first, second = metrics(tmp_path)
+    assert first["bank_fill"] <= second["bank_fill"] == 1
+    assert second["own_copies"] == 1
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ EMPTY = -2  # in `bank_ids`: the slot holds nothing, no row sees it
 
 
 class BankPass(NamedTuple):
-    """What one read of the bank gives, per query. Only `neg_lse` carries a gradient, to `query`."""
+    """What a pass over the bank gives, per query. Only `neg_lse` carries a gradient, to `query`."""
 
     neg_lse: Tensor  # (B,) log sum_j keep exp(s/tau), -inf when nothing is kept
     neg_mean: Tensor  # (B, D) softmax-weighted mean of the kept rows, 0 when none
