@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -51,12 +52,15 @@ class BankLoss(nn.Module):
     def _make_bank(
         self, memory_bank_size: tuple[int, int], dtype: torch.dtype, shard_bank: bool = False
     ) -> MemoryBank:
-        if not isinstance(memory_bank_size, (tuple, list)) or len(memory_bank_size) != 2:
+        pair = isinstance(memory_bank_size, Sequence) and not isinstance(memory_bank_size, str)
+        if not pair or len(memory_bank_size) != 2:
+            rows = checks.as_int(memory_bank_size)
+            rows = rows if isinstance(rows, int) and rows > 1 else 16384
             raise ValueError(
                 f"memory_bank_size: got {memory_bank_size!r}, wanted (rows, columns), such as "
-                f"({memory_bank_size if isinstance(memory_bank_size, int) else 16384}, 128)"
+                f"({rows}, 128)"
             )
-        size, dim = memory_bank_size
+        size, dim = map(checks.as_int, memory_bank_size)
         checks.check_int("memory_bank_size[0]", size, 1)
         checks.check_int("memory_bank_size[1]", dim, 1)
         if shard_bank:
