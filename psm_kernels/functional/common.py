@@ -42,8 +42,9 @@ def unit(x: Tensor, bank: Tensor | None) -> Tensor:
 
 
 def contrast(log_pos: Tensor, log_neg: Tensor) -> Tensor:
-    """-log(pos / (pos + neg)), 0 where there is no negative."""
-    return torch.logaddexp(log_pos, log_neg) - log_pos
+    """-log(pos / (pos + neg)), 0 where there is no negative; small losses keep their digits."""
+    gap = log_neg - log_pos
+    return torch.logaddexp(gap, torch.zeros_like(gap))
 
 
 class Views(NamedTuple):

@@ -18,7 +18,7 @@ _SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cach
 class RowRanges(NamedTuple):
     """All of it without gradient."""
 
-    lse: Tensor  # (B,) log sum_j exp(s/tau), -inf in an empty bank
+    rest: Tensor  # (B,) log of sum_j exp(s/tau) without the largest, -inf when there is no other
     lowest: Tensor  # (B,) the smallest similarity, +inf in an empty bank
     top: Tensor  # (B, 2) the two largest, descending; missing: -inf
     index: Tensor  # (B, 2) their slots; missing: -1
@@ -41,7 +41,10 @@ def row_ranges(
     exclude: Exclude = NOTHING,
     backend: str = "auto",
 ) -> RowRanges:
-    """Log-sum-exp and extremes of each row's similarities; arguments as in `weighted_pass`."""
+    """Log-sum-exp and extremes of each row's similarities; arguments as in `weighted_pass`.
+
+    A backend may define `row_ranges(query, bank, count, temperature, exclude)` that gives the
+    log-sum-exp and the lowest similarity in one read."""
     _check(query, bank, temperature)
     count = checks.as_count(count, bank)
     args = (query.detach(), bank.detach(), count, float(temperature), *exclude, backend)
@@ -160,19 +163,31 @@ def _row_ranges(
     bank_ids: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    exclude = Exclude(slots, ids, bank_ids)
     own = getattr(backends.choose(backend, bank), "row_ranges", None)
     with torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
+        exclude = Exclude(slots, ids, bank_ids)
+        top, index = bank_topk(query, bank, 2, count=count, exclude=exclude, backend=backend)
+        # Left out of the sum, not subtracted from it: 1 - pi of the largest is what matters.
+        nearest = index[:, :1] if slots is None else torch.cat((slots, index[:, :1]), 1)
+        exclude = exclude._replace(slots=nearest.contiguous())
         if own is not None:
-            return own(query, bank, count, temperature, exclude)
-        s_pos = query.new_zeros(len(query))
-        settings = {"exclude": exclude, "backend": backend}
-        swept = bank_pass(
-            query, -query, bank, count, s_pos, temperature=temperature, topk=1, **settings
-        )
-        nearest = bank_topk(query, bank, 2, count=count, **settings)
-        return swept.neg_lse, -swept.topk_sim[:, 0], *nearest
+            rest, lowest, *_ = own(query, bank, count, temperature, exclude)
+        else:
+            swept = bank_pass(
+                query,
+                -query,
+                bank,
+                count,
+                query.new_zeros(len(query)),
+                temperature=temperature,
+                topk=1,
+                exclude=exclude,
+                backend=backend,
+            )
+            rest, lowest = swept.neg_lse, -swept.topk_sim[:, 0]
+        lowest = torch.where(index[:, 0] < 0, torch.inf, torch.minimum(lowest, top[:, 0]))
+        return rest, lowest, top, index
 
 
 @_row_ranges.register_fake
