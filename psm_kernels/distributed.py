@@ -302,9 +302,8 @@ def bank_pass(
         )
         part = part._replace(topk_index=_global_slots(part.topk_index, bank))
         merged = merge(BankPass(*_scatter(part, bank.group)))
-    # Adds zero and carries the gradient: d neg_lse / d query = neg_mean / tau.
-    carrier = ((query - query.detach()) * merged.neg_mean).sum(1) / settings["temperature"]
-    return merged._replace(neg_lse=merged.neg_lse + carrier)
+    neg_lse = ops.with_gradient(merged.neg_lse, merged.neg_mean, query, settings["temperature"])
+    return merged._replace(neg_lse=neg_lse)
 
 
 def bank_topk(

@@ -132,6 +132,13 @@ class MemoryBank(nn.Module):
 
     def _before_load(self, state_dict, prefix, *unused) -> None:
         """Translate MoCo's names, then refuse another size before anything is copied."""
+        if isinstance(self.bank, Tensor):
+            for name in ("bank", "labels"):
+                if hasattr(state_dict.get(prefix + name), "to_local"):  # a DTensor
+                    raise ValueError(
+                        f"{name}: the checkpoint is of a sharded bank, this one is whole: save "
+                        "psm_kernels.checkpoint.full_state_dict(module), called on every rank"
+                    )
         if prefix + "queue" in state_dict:
             queue = state_dict.pop(prefix + "queue")
             pointer = state_dict.pop(prefix + "queue_ptr", torch.zeros(1, dtype=torch.int64))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels import _checks as checks
+from psm_kernels._autograd import refuse_tracing
 from psm_kernels.memory_bank import unit_rows
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -17,6 +18,7 @@ def check_pair(
     query: Tensor, key: Tensor, bank: Tensor | None, projection: Tensor | None = None
 ) -> None:
     """query, key, projection are (B, D), on the bank's device and with its D where there is one."""
+    refuse_tracing()
     if bank is None:
         checks.check_matrix("query", query)
     else:

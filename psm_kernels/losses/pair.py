@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from psm_kernels import functional
+from psm_kernels._autograd import refuse_recompute
 from psm_kernels.distributed import ShardedBank
 from psm_kernels.losses.psm import BankLoss
 from psm_kernels.memory_bank import MemoryBank
@@ -75,7 +76,9 @@ class PairLoss(BankLoss):
         bank, row_offset = self.memory_bank, 0
         if bank is not None:
             update, row_offset = self._start(query, key, labels, update)
-        elif update:
+        elif self._noise(row_offset):
+            refuse_recompute(self.rng_state)
+        if bank is None and update:
             raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
         loss = self._twin(
             query,

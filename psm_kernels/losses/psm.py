@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from psm_kernels import _checks as checks
 from psm_kernels import functional
+from psm_kernels._autograd import refuse_recompute
 from psm_kernels.distributed import ShardedBank, agree, gather, rank_and_world
 from psm_kernels.memory_bank import MemoryBank
 from psm_kernels.ops import check_backend
@@ -85,6 +86,7 @@ class BankLoss(nn.Module):
     ) -> tuple[bool, int]:
         """Before a forward: check, together with the other ranks where they will exchange rows.
         Returns whether to enqueue afterwards, and the global index of this rank's first row."""
+        refuse_recompute(self.rng_state)
         bank, process_group = self.memory_bank, self.process_group
         update = self.training and torch.is_grad_enabled() if update is None else update
         if not self.collective:

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import backends
-from psm_kernels.ops import EMPTY, NOTHING, Exclude, bank_pass, bank_topk
+from psm_kernels._autograd import once, refuse_transforms
+from psm_kernels.ops import (
+    EMPTY,
+    NOTHING,
+    Exclude,
+    bank_pass,
+    bank_topk,
+    differentiable,
+    seen_query,
+)
 
 _SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cache
 
@@ -45,6 +54,7 @@ def row_ranges(
 
     A backend may define `row_ranges(query, bank, count, temperature, exclude)` that gives the
     log-sum-exp and the lowest similarity in one read."""
+    refuse_transforms(query, bank)
     _check(query, bank, temperature)
     count = checks.as_count(count, bank)
     args = (query.detach(), bank.detach(), count, float(temperature), *exclude, backend)
@@ -87,6 +97,7 @@ def weighted_pass(
     Raises:
         ValueError: an argument is wrong, or the named backend cannot run here.
     """
+    refuse_transforms(query, bank, alpha, beta, gamma, top, cap, rho)
     _check(query, bank, temperature)
     rows = {"alpha": alpha, "beta": beta, "gamma": gamma, "top": top, "cap": cap}
     for name, value in (*rows.items(), ("rho", rho)):
@@ -102,7 +113,10 @@ def weighted_pass(
         *exclude,
         backend,
     )
-    log_sum, mean, weight = torch.ops.psm_kernels.weighted_pass(*args)
+    run = torch.ops.psm_kernels.weighted_pass
+    if not torch.compiler.is_compiling() and differentiable(backend, bank):
+        run = _run_weighted_pass
+    log_sum, mean, weight = run(*args)
     return WeightedPass(log_sum, mean.detach(), weight.detach())
 
 
@@ -125,16 +139,19 @@ def _slabs(query, bank, count, temperature, affine, rho, exclude) -> tuple[Tenso
         rows = torch.where((slots < count)[:, None], rows, 0.0)
         seen = _seen(slots, count, exclude)  # (B, S) or (1, S)
         similarity = query.to(rho.dtype) @ rows.T  # (B, S)
-        pull = torch.exp((similarity - top) / temperature)
-        line = alpha + beta * similarity + rho[start : start + step]
-        w = (line + gamma * torch.minimum(pull, cap)).clamp_min(0)
+        # What is not seen may be nearer than the top: its exponential would be infinite.
+        pull = torch.exp(torch.where(seen, similarity - top, -torch.inf) / temperature)
+        line = alpha + beta * similarity.detach() + rho[start : start + step]
+        w = (line + gamma * torch.minimum(pull.detach(), cap)).clamp_min(0)
         w = torch.where(seen, w, 0.0)
         weight += w.sum(1)
         w = w * pull
-        total += w.sum(1)
-        mean.addmm_(w, rows)
-    some = torch.where(total == 0, 1.0, total)
-    return top[:, 0] / temperature + total.log(), mean / some[:, None], weight
+        total = total + w.sum(1)
+        mean.addmm_(w.detach(), rows)
+    none = total == 0
+    some = torch.where(none, 1.0, total)
+    log_sum = top[:, 0] / temperature + torch.where(none, -torch.inf, some.log())
+    return log_sum, mean / some.detach()[:, None], weight
 
 
 def _seen(slots: Tensor, count: Tensor, exclude: Exclude) -> Tensor:
@@ -199,8 +216,7 @@ def _(query, bank, *unused):
     return *rows, query.new_empty((batch, 2), dtype=sums), index
 
 
-@torch.library.custom_op("psm_kernels::weighted_pass", mutates_args=())
-def _weighted_pass(
+def _run_weighted_pass(
     query: Tensor,
     bank: Tensor,
     count: Tensor,
@@ -219,11 +235,16 @@ def _weighted_pass(
     run = getattr(backends.choose(backend, bank), "weighted_pass", _slabs)
     sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
     with torch.autocast(bank.device.type, enabled=False):
-        query = query.to(bank.dtype).contiguous()
+        query = seen_query(query, bank, backend)
         affine = torch.stack((alpha, beta, gamma, top, cap)).to(sums)
         rho = rho.to(sums).contiguous()
         exclude = Exclude(slots, ids, bank_ids)
         return tuple(run(query, bank, count, temperature, affine, rho, exclude))
+
+
+_weighted_pass = torch.library.custom_op(
+    "psm_kernels::weighted_pass", _run_weighted_pass, mutates_args=()
+)
 
 
 @_weighted_pass.register_fake
@@ -235,12 +256,12 @@ def _(query, bank, *unused):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[1])
-    ctx.temperature, ctx.dtype = inputs[3], inputs[0].dtype
+    ctx.query, ctx.temperature = inputs[0], inputs[3]
 
 
 def _backward(ctx, grad, *unused):
-    (mean,) = ctx.saved_tensors
-    return (grad[:, None] * mean / ctx.temperature).to(ctx.dtype), *[None] * 13
+    mean = once(*ctx.saved_tensors, ctx.query)
+    return (grad[:, None] * mean / ctx.temperature).to(ctx.query.dtype), *[None] * 13
 
 
 _weighted_pass.register_autograd(_backward, setup_context=_setup_context)
