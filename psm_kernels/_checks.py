@@ -4,7 +4,9 @@ came and what is wanted; nothing here reads a device value, so nothing synchroni
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -97,6 +99,14 @@ def check_int(name: str, value: int, least: int, most: int | None = None, why: s
     if not (ok and (most is None or value <= most)):
         bounds = f">= {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name}: got {value!r}, wanted an integer {bounds}{why and f' ({why})'}")
+
+
+def as_int(value: SupportsIndex) -> int:
+    """numpy's and other integers as Python's; what is none stays as it is, to be refused."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
 
 
 def check_option(name: str, value: str, options: Sequence[str]) -> None:

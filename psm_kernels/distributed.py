@@ -308,9 +308,8 @@ def bank_pass(
         merged = merge(BankPass(*_scatter(part, bank.group)))
         if mined is not None:
             merged = merged._replace(topk_sim=mined[0], topk_index=mined[1])
-    # Adds zero and carries the gradient: d neg_lse / d query = neg_mean / tau.
-    carrier = ((query - query.detach()) * merged.neg_mean).sum(1) / settings["temperature"]
-    return merged._replace(neg_lse=merged.neg_lse + carrier)
+    neg_lse = ops.with_gradient(merged.neg_lse, merged.neg_mean, query, settings["temperature"])
+    return merged._replace(neg_lse=neg_lse)
 
 
 def bank_topk(

@@ -16,7 +16,7 @@ def encode(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of a module in evaluation mode; its mode is restored afterwards.
+    """Outputs of a module in evaluation mode; the mode of each part is restored afterwards.
 
     Args:
         module: maps images (B, ...) to features (B, D).
@@ -29,13 +29,16 @@ def encode(
     Raises:
         ValueError: no batches.
     """
-    training = module.training
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     features, targets = [], []
-    for images, labels in batches:
-        features.append(module(images.to(device, non_blocking=True)).float())
-        targets.append(labels.to(device))
-    module.train(training)
+    try:
+        for images, labels in batches:
+            features.append(module(images.to(device, non_blocking=True)).float())
+            targets.append(labels.to(device))
+    finally:
+        for part, training in modes:  # not module.train(): frozen batch norm is to stay frozen
+            part.training = training
     if not features:
         raise ValueError("batches: got none, wanted at least one")
     return torch.cat(features), torch.cat(targets)
@@ -60,13 +63,13 @@ def knn_accuracy(
 
     Args:
         train_features: (N, D), any float dtype, on the device that does the work.
-        train_labels: (N,) integers in [0, num_classes).
+        train_labels: (N,) integers >= 0, below num_classes.
         test_features: (M, D).
-        test_labels: (M,) integers in [0, num_classes).
+        test_labels: (M,) integers >= 0, below num_classes.
         k: neighbors per vote; N of them when the training set is smaller.
         temperature: of the votes, > 0.
-        num_classes: the largest label of either set plus one when None.
-        chunk: test rows searched at a time; memory is O(chunk * (k + num_classes)).
+        num_classes: bound of the labels; None for no bound.
+        chunk: test rows searched at a time; memory is O(chunk * (k + classes in train_labels)).
         backend: of `bank_topk`.
 
     Returns:
@@ -76,24 +79,22 @@ def knn_accuracy(
         ValueError: shapes that do not agree, no rows, non-finite features, labels out of range,
             k or chunk < 1, temperature not a positive finite number.
     """
-    num_classes = _check_sets(
-        train_features, train_labels, test_features, test_labels, num_classes=num_classes
-    )
+    _check_sets(train_features, train_labels, test_features, test_labels, num_classes=num_classes)
     checks.check_int("k", k, 1)
     checks.check_int("chunk", chunk, 1)
     checks.check_number("temperature", temperature, above=0)
 
-    bank = F.normalize(train_features.detach().float(), dim=1)  # (N, D)
-    queries = F.normalize(test_features.detach().float(), dim=1)  # (M, D)
-    train_labels, test_labels = train_labels.long(), test_labels.long()
+    bank, queries = _unit(train_features), _unit(test_features)  # (N, D), (M, D)
+    # Votes for the classes that are there: their numbers may be as large as they like.
+    classes, train_labels = train_labels.long().unique(return_inverse=True)
     correct = torch.zeros((), dtype=torch.int64, device=bank.device)
     for query, label in zip(queries.split(chunk), test_labels.split(chunk), strict=True):
         similarity, index = bank_topk(query, bank, min(k, len(bank)), backend=backend)  # (C, k)
         # exp(88) is infinite in fp32; a shift per row leaves the winner as it is.
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)
-        votes = weight.new_zeros(len(query), num_classes)  # (C, classes)
+        votes = weight.new_zeros(len(query), len(classes))  # (C, classes)
         votes.scatter_add_(1, train_labels[index], weight)
-        correct += (votes.argmax(dim=1) == label).sum()
+        correct += (classes[votes.argmax(dim=1)] == label).sum()
     return correct.item() / len(queries)
 
 
@@ -148,8 +149,13 @@ def linear_probe(
         raise ValueError("train_labels: got one class, wanted at least two")
 
     train_labels = train_labels.detach().cpu()
-    x, y = train_features.detach().float().cpu().numpy(), train_labels.numpy()
-    x_test, y_test = test_features.detach().float().cpu().numpy(), test_labels.cpu().numpy()
+    largest = _wide(train_features).abs().amax()  # one scale changes nothing but the overflow
+    scale = torch.where(largest > 0, largest, 1.0)
+    x, x_test = (
+        (_wide(features) / scale).float().cpu().numpy()
+        for features in (train_features, test_features)
+    )
+    y, y_test = train_labels.numpy(), test_labels.cpu().numpy()
     generator = torch.Generator().manual_seed(seed)
     scores = []
     for _ in range(draws if labels_per_class else 1):
@@ -198,6 +204,18 @@ def compare(
     return scores
 
 
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    """Unit rows in fp32; scaled first, so that no square of a finite number overflows or is 0."""
+    largest = _wide(features).abs().amax(1, keepdim=True)
+    scaled = _wide(features) / torch.where(largest > 0, largest, 1.0)
+    return F.normalize(scaled.float(), dim=1)
+
+
+def _wide(features: torch.Tensor) -> torch.Tensor:
+    features = features.detach()
+    return features if features.dtype is torch.float64 else features.float()
+
+
 def _check_sets(
     train_features: torch.Tensor,
     train_labels: torch.Tensor,
@@ -205,8 +223,8 @@ def _check_sets(
     test_labels: torch.Tensor,
     *,
     num_classes: int | None = None,
-) -> int:
-    """Raise ValueError on sets that do not fit together; return the number of classes."""
+) -> None:
+    """Raise ValueError on sets that do not fit together."""
     sets = {"train": (train_features, train_labels), "test": (test_features, test_labels)}
     shape = (None, train_features.shape[-1])
     for name, (features, labels) in sets.items():
@@ -216,11 +234,7 @@ def _check_sets(
             raise ValueError(f"{name}_labels: got {labels.dtype}, wanted integers")
         if not features.isfinite().all():
             raise ValueError(f"{name}_features: got NaN or inf, wanted finite numbers")
-    if num_classes is None:
-        num_classes = 1 + max(int(train_labels.max()), int(test_labels.max()))
-    for name, (_, labels) in sets.items():
         low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= num_classes:
-            wanted = f"integers from 0 to {num_classes - 1}"
-            raise ValueError(f"{name}_labels: got {low} to {high}, wanted {wanted}")
-    return num_classes
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            wanted = ">= 0" if num_classes is None else f"from 0 to {num_classes - 1}"
+            raise ValueError(f"{name}_labels: got {low} to {high}, wanted integers {wanted}")

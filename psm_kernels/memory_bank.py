@@ -243,6 +243,13 @@ class MemoryBank(HeldState):
 
     def _before_load(self, state_dict, prefix, *unused) -> None:
         """Translate MoCo's names, then refuse another size before anything is copied."""
+        if isinstance(self.bank, Tensor):
+            for name in ("bank", "labels"):
+                if hasattr(state_dict.get(prefix + name), "to_local"):  # a DTensor
+                    raise ValueError(
+                        f"{name}: the checkpoint is of a sharded bank, this one is whole: save "
+                        "psm_kernels.checkpoint.full_state_dict(module), called on every rank"
+                    )
         if prefix + "queue" in state_dict:
             found = state_dict.pop(prefix + "queue"), state_dict.pop(prefix + "queue_ptr", None)
             state_dict |= {prefix + n: x for n, x in self.from_queue(*found).items()}

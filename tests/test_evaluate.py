@@ -57,6 +57,30 @@ def test_knn_leaves_its_input_alone_and_takes_any_float():
     assert all(torch.equal(a, b) for a, b in zip(sets, before, strict=True))
 
 
+@pytest.mark.parametrize("scale", [1e30, 3e-39, 1e-44, 1e300, 1e-310])
+@pytest.mark.parametrize("function", [knn_accuracy, linear_probe])
+def test_the_scale_of_finite_features_does_not_matter(function, scale):
+    x, y, x_test, y_test = *clusters(150), *clusters(67, seed=1)
+    wide = torch.float32 if 1e-45 < scale < 1e38 else torch.float64
+    # The subnormal ones keep few bits: both sides are rounded as they are.
+    x, x_test = ((t.double() * scale).to(wide) for t in (x, x_test))
+    truth = (x.double() / scale).float(), y, (x_test.double() / scale).float(), y_test
+    options = {"k": 9} if function is knn_accuracy else {}
+    got = function(x, y, x_test, y_test, **options)
+    assert got == pytest.approx(function(*truth, **options), abs=0.02)
+    assert got > 0.4
+
+
+def test_knn_takes_class_numbers_of_any_size():
+    x, y, x_test, y_test = *clusters(150), *clusters(67, seed=1)
+    names = torch.tensor([10**12, 3, 10**18, 2**40, 7])
+    y_test[0] = 4  # of a class that the training set may lack: never predicted, a miss
+    x, y = x[y != 4], y[y != 4]
+    wanted = knn_accuracy(x, y, x_test, y_test, k=9)
+    assert knn_accuracy(x, names[y], x_test, names[y_test], k=9) == pytest.approx(wanted, abs=0.02)
+    assert 0.4 < wanted < 1
+
+
 def test_linear_probe_learns_what_is_linear():
     sets = (*clusters(400, noise=0.3), *clusters(100, noise=0.3, seed=1))
     assert linear_probe(*sets) == 1.0
@@ -137,6 +161,36 @@ def test_encode():
     assert not features.requires_grad
     with pytest.raises(ValueError, match="batches"):
         encode(module, [])
+
+
+def frozen() -> nn.Sequential:
+    """In training mode but for its batch norm, as fine-tuning has it."""
+    module = nn.Sequential(nn.Linear(20, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)))
+    module[1][0].eval()
+    return module
+
+
+def modes(module: nn.Module) -> list[bool]:
+    return [part.training for part in module.modules()]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_part_gets_its_mode_back(fails):
+    module = frozen()
+    (x, y), test = clusters(40), clusters(30, seed=1)
+    before = modes(module)
+    if fails:
+        with pytest.raises(RuntimeError, match="shapes"):
+            encode(module, [(x, y), (x[:, :19], y)])
+    else:
+        encode(module, [(x, y)])
+    assert modes(module) == before
+    if fails:
+        with pytest.raises(RuntimeError, match="shapes"):
+            compare({"a": module}, [(x, y)], [(test[0][:, :19], test[1])], labels_per_class=3)
+    else:
+        compare({"a": module}, [(x, y)], [test], labels_per_class=3)
+    assert modes(module) == before
 
 
 def test_compare():

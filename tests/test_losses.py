@@ -1,8 +1,11 @@
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
 from conftest import problem
 
-from psm_kernels import PSMLoss, PSMOutput, functional
+from psm_kernels import InfoNCELoss, PSMLoss, PSMOutput, functional
 
 
 def batches(n, batch=6, dim=8, seed=0):
@@ -171,10 +174,39 @@ def test_memory_is_not_batch_times_bank(backend):
     assert largest < 16 << 20
 
 
+class Pair(Sequence):
+    """Such as omegaconf's ListConfig: a sequence, but neither a tuple nor a list."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return (16, 8)[i]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [Pair(), [16, 8], torch.Size([16, 8]), (np.int64(16), np.uint8(8)), np.shape([[0] * 8] * 16)],
+)
+@pytest.mark.parametrize("kind", [PSMLoss, InfoNCELoss])
+def test_any_sequence_of_two_integers_is_a_size(kind, size):
+    bank = kind(0.2, size).memory_bank
+    assert (bank.size, bank.dim) == (16, 8)
+    assert (type(bank.size), type(bank.dim)) == (int, int)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: PSMLoss(0.2, 4096), r"memory_bank_size: got 4096.*\(4096, 128\)"),
+        (lambda: PSMLoss(0.2, 0), r"memory_bank_size: got 0, .*\(16384, 128\)"),
+        (lambda: PSMLoss(0.2, True), r"memory_bank_size: got True, .*\(16384, 128\)"),
+        (lambda: PSMLoss(0.2, "88"), r"memory_bank_size: got '88', .*\(16384, 128\)"),
+        (
+            lambda: PSMLoss(0.2, np.int64(64)),
+            r"memory_bank_size: got np.int64\(64\), .*\(64, 128\)",
+        ),
+        (lambda: PSMLoss(0.2, (8, True)), r"memory_bank_size\[1\]: got True"),
         (lambda: PSMLoss(0.2, (0, 8)), r"memory_bank_size\[0\]: got 0"),
         (lambda: PSMLoss(0.2, (8, 8.0)), r"memory_bank_size\[1\]: got 8.0"),
         (lambda: PSMLoss(0, (8, 8)), "temperature: got 0"),

@@ -129,12 +129,17 @@ def test_one_cpu_process_refuses(tmp_path, monkeypatch, capsys, option, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_split_batch_norm_is_batch_norm_of_each_part():
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, {"track_running_stats": False}, {"momentum": 0.0, "affine": False}],
+)
+def test_split_batch_norm_is_batch_norm_of_each_part(options):
     torch.manual_seed(0)
-    for plain, shape in ((nn.BatchNorm1d(5), (12, 5)), (nn.BatchNorm2d(5), (12, 5, 3, 2))):
-        nn.init.normal_(plain.weight)
-        nn.init.normal_(plain.bias)
-        parts = [type(plain)(5) for _ in range(3)]
+    for kind, shape in ((nn.BatchNorm1d, (12, 5)), (nn.BatchNorm2d, (12, 5, 3, 2))):
+        plain = kind(5, **options)
+        for parameter in plain.parameters():
+            nn.init.normal_(parameter)
+        parts = [kind(5, **options) for _ in range(3)]
         for part in parts:
             part.load_state_dict(plain.state_dict())
         split = set_batch_norm(nn.Sequential(plain), splits=3)[0]
@@ -145,11 +150,20 @@ def test_split_batch_norm_is_batch_norm_of_each_part():
             torch.testing.assert_close(y, expected)
             gradients = [torch.autograd.grad(o.square().sum(), x)[0] for o in (y, expected)]
             torch.testing.assert_close(*gradients)
-        for name in ("running_mean", "running_var"):
-            mean = torch.stack([getattr(p, name) for p in parts]).mean(0)
-            torch.testing.assert_close(getattr(split, name), mean)
-        assert split.num_batches_tracked == 2
+        for name, value in split.named_buffers():
+            each = torch.stack([getattr(p, name).float() for p in parts])
+            torch.testing.assert_close(value.float(), each.mean(0))
         x = torch.randn(shape)
-        plain = type(parts[0])(5).eval()
+        plain = kind(5, **options).eval()
         plain.load_state_dict(split.state_dict())
-        assert torch.equal(split.eval()(x), plain(x))
+        chunks = x.chunk(1 if split.track_running_stats else 3)  # without: of each part, as ever
+        assert torch.equal(split.eval()(x), torch.cat([plain(c) for c in chunks]))
+
+
+def test_split_batch_norm_refuses_what_it_cannot_split():
+    split = set_batch_norm(nn.Sequential(nn.BatchNorm1d(5)), splits=3)
+    with pytest.raises(ValueError, match="batch: got 10 rows, wanted a multiple of splits = 3"):
+        split(torch.randn(10, 5))
+    assert split[0].num_batches_tracked == 0
+    with pytest.raises(ValueError, match="splits: got LazyBatchNorm1d"):
+        set_batch_norm(nn.LazyBatchNorm1d(), splits=3)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels import _checks as checks
+from psm_kernels._autograd import refuse_tracing
 from psm_kernels.distributed import Shard
 from psm_kernels.ops import NOTHING, Exclude, excluded
 from psm_kernels.rows import unit_rows
@@ -19,6 +20,7 @@ def check_pair(
     query: Tensor, key: Tensor, bank: Tensor | None, projection: Tensor | None = None
 ) -> None:
     """query, key, projection are (B, D), on the bank's device and with its D where there is one."""
+    refuse_tracing()
     if bank is None:
         checks.check_matrix("query", query)
     else:
@@ -62,8 +64,9 @@ def unit(x: Tensor, bank: Tensor | None) -> Tensor:
 
 
 def contrast(log_pos: Tensor, log_neg: Tensor) -> Tensor:
-    """-log(pos / (pos + neg)), 0 where there is no negative."""
-    return torch.logaddexp(log_pos, log_neg) - log_pos
+    """-log(pos / (pos + neg)), 0 where there is no negative; small losses keep their digits."""
+    gap = log_neg - log_pos
+    return torch.logaddexp(gap, torch.zeros_like(gap))
 
 
 class Views(NamedTuple):

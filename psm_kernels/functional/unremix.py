@@ -14,6 +14,8 @@ from psm_kernels.ops import EMPTY, Exclude, bank_pass, bank_rows, snapshot
 from psm_kernels.ops.affine import row_ranges, weighted_pass
 
 _EQUAL = 1e-6  # indicators whose range is below this share of their size do not tell rows apart
+_COLD = 0.5  # below this temperature the rounding of s/tau blurs u in proportion to 1 / tau
+_FAR = -60.0  # log of (1 - pi)/pi where the pseudo-label outweighs all else beyond any rounding
 
 
 def unremix_loss(
@@ -45,8 +47,9 @@ def unremix_loss(
         R    = n sum_j w_ij x_ij / sum_j w_ij                w without gradient
         loss = log(x+ + R) - log x+
 
-    An indicator that is equal for all negatives of a row counts 1 for each. Only the ratio of the
-    three weights matters.
+    An indicator that is equal for all negatives of a row, to 1e-6 of its size (u, which is an
+    exponential of s/tau: to 1e-6 max(1, 0.5/tau)), counts 1 for each. Only the ratio of the three
+    weights matters.
 
     Args:
         query, key, bank, count: as in `info_nce_loss`, but no Shard; the paper has no bank.
@@ -136,22 +139,25 @@ def _view_negatives(views: common.Views, temperature: float, share: _Shares) -> 
     """log R (2B,), the formulas as they stand: the matrix is 2B x 2B."""
     logits = torch.where(views.candidate, views.similarity / temperature, -torch.inf)
     with torch.no_grad():
-        log_z = torch.logaddexp(views.positive / temperature, torch.logsumexp(logits, 1))
-        pi = torch.exp(logits - log_z[:, None])  # 0 where not a negative
-        best, at = pi.max(1, keepdim=True)
-        pseudo = (best > torch.exp(views.positive / temperature - log_z)[:, None]).to(pi.dtype)
-        uncertainty = (pi - torch.zeros_like(pi).scatter_(1, at, pseudo)).abs()
+        # u / pi_top, all in logarithms: at small temperatures every pi but one may underflow.
+        top, at = logits.max(1, keepdim=True)  # (2B, 1)
+        gap, gap_pos = logits - top, (views.positive / temperature)[:, None] - top
+        rest = torch.logsumexp(gap.scatter(1, at, gap_pos), 1, keepdim=True)  # log of (1 - pi)/pi
+        rest = torch.where(gap_pos < 0, rest, 0.0)  # of the top, where it is the pseudo-label
+        unit = rest.clamp_max(0)
+        uncertainty = torch.exp((gap - unit).scatter(1, at, rest - unit))
 
         # Negatives of anchor i: all views but itself and its other view, half the rows away.
         inner = views.similarity
         others = inner.sum(0) - inner - inner.roll(len(inner) // 2, 0) - inner.diagonal()
         distance = 1 - others / max(views.count - 1, 1)
 
-        weight = torch.zeros_like(pi)
+        blur = max(1.0, _COLD / temperature)
+        weight = torch.zeros_like(logits)
         for part, value, size in (
-            (share.similarity, views.similarity, torch.ones_like(best)),
-            (share.uncertainty, uncertainty, uncertainty.amax(1, keepdim=True)),
-            (share.representativeness, distance, torch.ones_like(best)),
+            (share.similarity, views.similarity, torch.ones_like(top)),
+            (share.uncertainty, uncertainty, blur * uncertainty.amax(1, keepdim=True)),
+            (share.representativeness, distance, torch.ones_like(top)),
         ):
             least = value.masked_fill(~views.candidate, torch.inf).amin(1, keepdim=True)
             most = value.masked_fill(~views.candidate, -torch.inf).amax(1, keepdim=True)
@@ -177,37 +183,42 @@ def _bank_negatives(
     """log R (B,) in two passes: extremes and softmax of each row, then the weighted sum.
 
     Scaled to [0, 1], u is affine in x for all but a negative that is the pseudo-label. Where that
-    one's pi exceeds its 1 - pi, u is x up to a cap; where not, what it lacks is added apart.
+    one's pi exceeds its 1 - pi, u is x up to a cap; where not, what it lacks is added apart. Where
+    1 - pi is next to nothing, the others weigh by u only in the sum of the weights: also apart.
     """
     with torch.no_grad():
         options = {"temperature": temperature, "exclude": exclude, "backend": backend}
         ranges = row_ranges(query, bank, count, **options)
-        empty = ranges.index[:, 0] < 0
+        empty, single = ranges.index[:, 0] < 0, ranges.index[:, 1] < 0
+        number = count if exclude.ids is None else count - sum(hidden(exclude, count))
         top = torch.where(empty, 0.0, ranges.top[:, 0])  # (B,)
         low = torch.where(empty, 0.0, ranges.lowest)
 
-        # Range of u in units of the top's pi, so that no pi underflows.
-        log_z = torch.logaddexp(log_pos, ranges.lse)
-        u_low, u_next = (torch.exp((s - top) / temperature) for s in (low, ranges.top[:, 1]))
-        pseudo = (top / temperature > log_pos) & ~empty  # a negative is the pseudo-label
-        log_pi = torch.where(pseudo, top / temperature - log_z, 0.0)
-        u_most = torch.maximum(-torch.expm1(log_pi) / torch.exp(log_pi), u_next)
-        u_most = torch.where(pseudo, u_most, 1.0)
-        u_most = torch.where(
-            ranges.index[:, 1] < 0, u_low, u_most
-        )  # a single negative: nothing to tell
-        similar, uncertain = _Range.of(low, top, 1.0), _Range.of(u_low, u_most, u_most)
-        extra = share.uncertainty * (1 - uncertain.scale(torch.ones_like(top))).clamp_min(0)
-        extra = torch.where(pseudo, extra, 0.0)
-        alpha = share.similarity * similar.scale(torch.zeros_like(top))
-        alpha = alpha + share.uncertainty * uncertain.scale(torch.zeros_like(top))
+        # Logarithms of u / pi_top: of the others together, the least, the top.
+        others, least = ranges.rest - top / temperature, (low - top) / temperature
+        gap_pos = log_pos - top / temperature
+        pseudo = (gap_pos < 0) & ~empty  # a negative is the pseudo-label
+        most = torch.where(pseudo, torch.logaddexp(gap_pos, others), 0.0)
+        most = torch.where(single, least, most)  # a single negative: nothing to tell
+        far = most < _FAR
+        unit = torch.where(far, most, 0.0)
+        u_low, u_most = torch.exp(least - unit), torch.exp(most - unit)
+        similar = _Range.of(low, top, 1.0)
+        uncertain = _Range.of(u_low, u_most, u_most * max(1.0, _COLD / temperature))
+
+        extra = torch.where(far, 1 - uncertain.equal, 1 - uncertain.scale(torch.ones_like(top)))
+        extra = share.uncertainty * torch.where(pseudo, extra.clamp_min(0), 0.0)
+        beyond = (torch.exp(others - unit) - (number - 1) * u_low) * uncertain.slope
+        beyond = torch.where(far, share.uncertainty * beyond.clamp_min(0), 0.0)
+        least = torch.where(far, uncertain.equal, uncertain.scale(torch.zeros_like(top)))
+        alpha = share.similarity * similar.scale(torch.zeros_like(top)) + share.uncertainty * least
     swept = weighted_pass(
         query,
         bank,
         count,
         alpha=alpha,
         beta=share.similarity * similar.slope,
-        gamma=share.uncertainty * uncertain.slope,
+        gamma=torch.where(far, 0.0, share.uncertainty * uncertain.slope),
         top=top,
         cap=u_most.clamp_max(1),
         rho=share.representativeness * _representativeness(bank, count, exclude, backend),
@@ -216,10 +227,7 @@ def _bank_negatives(
     label = bank_rows(bank, ranges.index[:, :1], query.dtype)[:, 0]  # (B, D)
     apart = (query * label).sum(1) / temperature + extra.log()
     log_sum = common.log_sum(swept.log_sum, apart)
-    number = count
-    if exclude.ids is not None:
-        number = count - sum(hidden(exclude, count))  # (B,)
-    weight = (swept.weight + extra) / number.clamp_min(1)  # mean of w
+    weight = (swept.weight + extra + beyond) / number.clamp_min(1)  # mean of w
     return torch.where(empty, -torch.inf, log_sum - torch.where(empty, 1.0, weight).log())
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import operator
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -11,13 +11,11 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import backends, functional
+from psm_kernels._autograd import refuse_recompute
 from psm_kernels.distributed import ShardedBank, agree, gather, rank_and_world
 from psm_kernels.memory_bank import MemoryBank
 from psm_kernels.ops import check_backend
 from psm_kernels.state import HeldState
-
-if TYPE_CHECKING:
-    pass  # Python 3.11
 
 
 class SharedOptions(TypedDict, total=False):
@@ -120,21 +118,21 @@ class BankLoss(HeldState):
     def _make_bank(
         self, memory_bank_size: tuple[int, int] | int, shard_bank: bool, options: dict[str, Any]
     ) -> MemoryBank | None:
-        plain = isinstance(memory_bank_size, int)
-        if plain and memory_bank_size == 0 and self._has_in_batch_form:
+        none = not isinstance(memory_bank_size, Sequence) and memory_bank_size == 0
+        if none and self._has_in_batch_form:
             if self.collective or options["indexed"]:
                 raise ValueError(
                     "memory_bank_size: got 0 with gather_distributed, shard_bank or indexed_bank, "
                     "wanted (rows, columns): negatives within the batch are this rank's own"
                 )
             return None
-        try:
-            size, dim = memory_bank_size  # of numbers such as numpy's as well
-            size, dim = (operator.index(x) if hasattr(x, "__index__") else x for x in (size, dim))
-        except (TypeError, ValueError):
-            rows = memory_bank_size if plain and memory_bank_size > 0 else 16384
+        pair = isinstance(memory_bank_size, Sequence) and not isinstance(memory_bank_size, str)
+        if not pair or len(memory_bank_size) != 2:
+            rows = checks.as_int(memory_bank_size)
+            rows = rows if isinstance(rows, int) and rows > 1 else 16384
             got = f"{memory_bank_size!r}, wanted (rows, columns), such as ({rows}, 128)"
-            raise ValueError(f"memory_bank_size: got {got}") from None
+            raise ValueError(f"memory_bank_size: got {got}")
+        size, dim = map(checks.as_int, memory_bank_size)
         checks.check_int("memory_bank_size[0]", size, 1)
         checks.check_int("memory_bank_size[1]", dim, 1)
         if shard_bank:
@@ -263,10 +261,13 @@ class BankLoss(HeldState):
         """Before a forward: check, together with the other ranks where they will exchange rows.
         Returns whether to enqueue afterwards, and what the functional twin gets of the state."""
         bank, process_group = self.memory_bank, self.process_group
+        noise = self._noise(0)
+        if bank is not None or noise:  # what moves a state on cannot be run again
+            refuse_recompute(self.rng_state)
         if bank is None:
             if update:
                 raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
-            return False, {"ids": ids} | self._noise(0)
+            return False, {"ids": ids} | noise
         update = self._learns() if update is None else update
 
         def facts() -> dict[str, object]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import backends
+from psm_kernels._autograd import once, refuse_transforms
 
 SELECTIONS = ("bernoulli", "expected", "all")
 MAX_EXCLUDE = 64  # slots per row: kernels look them up in a short list
@@ -16,7 +17,8 @@ EMPTY = -2  # in `bank_ids`: the slot holds nothing, no row sees it
 
 
 class BankPass(NamedTuple):
-    """What a pass over the bank gives, per query. Only `neg_lse` carries a gradient, to `query`."""
+    """What a pass over the bank gives, per query. Only `neg_lse` carries a gradient, to `query`:
+    once, or in eager mode on backend "reference" as often as one likes."""
 
     neg_lse: Tensor  # (B,) log sum_j keep exp(s/tau), -inf when nothing is kept
     neg_mean: Tensor  # (B, D) softmax-weighted mean of the kept rows, 0 when none
@@ -106,7 +108,9 @@ def bank_pass(
 
     Raises:
         ValueError: an argument is wrong, or the named backend cannot run here.
+        RuntimeError: under torch.jit.trace, torch.func or forward-mode AD.
     """
+    refuse_transforms(query, key, bank, s_pos)
     checks.check_bank(bank)
     _check_queries("query", query, bank)
     batch = query.shape[0]
@@ -146,9 +150,32 @@ def bank_pass(
     if torch.compiler.is_compiling():
         neg_lse, *rest = torch.ops.psm_kernels.bank_pass(*args)
         return BankPass(neg_lse, *(t.detach() for t in rest))
-    if query.requires_grad and torch.is_grad_enabled():
-        return BankPass(*_BankPassFunction.apply(*args))
-    return BankPass(*_run_bank_pass(*args))
+    swept = BankPass(*_run_bank_pass(*args))
+    if swept.neg_lse.requires_grad:  # by autograd itself
+        return swept
+    return swept._replace(neg_lse=with_gradient(swept.neg_lse, swept.neg_mean, query, temperature))
+
+
+def differentiable(backend: str, bank: Tensor) -> bool:
+    """Whether autograd itself differentiates this backend's passes over `bank`."""
+    return getattr(backends.choose(backend, bank), "DIFFERENTIABLE", False)
+
+
+def seen_query(query: Tensor, bank: Tensor, backend: str) -> Tensor:
+    """`query` as a pass reads it: rounded to the bank's dtype, contiguous, and without a gradient
+    unless autograd differentiates the pass."""
+    rounded = query.detach().to(bank.dtype).contiguous()
+    if not (query.requires_grad and torch.is_grad_enabled() and differentiable(backend, bank)):
+        return rounded
+    wide = torch.promote_types(bank.dtype, torch.float32)
+    return rounded.to(wide) + (query - query.detach())  # zero, whose gradient is not rounded
+
+
+def with_gradient(neg_lse: Tensor, neg_mean: Tensor, query: Tensor, temperature: float) -> Tensor:
+    """neg_lse as a function of the query, whose gradient neg_mean / tau came with the pass."""
+    if not (query.requires_grad and torch.is_grad_enabled()):
+        return neg_lse
+    return _Lse.apply(query, neg_lse, neg_mean, temperature)
 
 
 def check_backend(backend: str, bank: Tensor) -> None:
@@ -185,6 +212,7 @@ def bank_topk(
     Raises:
         ValueError: an argument is wrong, or the named backend cannot run here.
     """
+    refuse_transforms(query, bank)
     checks.check_bank(bank)
     _check_queries("query", query, bank)
     checks.check_int("k", k, 0)
@@ -272,8 +300,8 @@ def _run_bank_pass(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     implementation = backends.choose(backend, bank)
     sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
-    with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
-        query = query.detach().to(bank.dtype).contiguous()
+    with torch.autocast(bank.device.type, enabled=False):
+        query = seen_query(query, bank, backend)
         key = None if key is None else key.to(bank.dtype).contiguous()
         s_pos, exclude = s_pos.to(sums).contiguous(), _contiguous(exclude, ids, bank_ids)
         return tuple(
@@ -307,25 +335,19 @@ def _query_gradient(grad_lse: Tensor, neg_mean: Tensor, temperature: float, dtyp
     return (grad_lse[:, None] * neg_mean / temperature).to(dtype)
 
 
-class _BankPassFunction(torch.autograd.Function):
+class _Lse(torch.autograd.Function):
     """Eager path: the dispatcher of a registered op costs more than a small pass."""
 
     @staticmethod
-    def forward(ctx, query, *args):
-        outputs = _run_bank_pass(query, *args)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)  # else each backward fills a tensor with zeros for each
-        ctx.save_for_backward(outputs[1])
-        ctx.temperature, ctx.dtype = args[4], query.dtype
-        return outputs
+    def forward(ctx, query, neg_lse, neg_mean, temperature):
+        ctx.save_for_backward(neg_mean)
+        ctx.query, ctx.temperature = query, temperature  # its values are not needed: not saved
+        return neg_lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_lse, *unused):
-        (neg_mean,) = ctx.saved_tensors
-        if grad_lse is None:
-            return (None,) * 18
-        return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.dtype), *[None] * 17
+    def backward(ctx, grad_lse):
+        neg_mean = once(*ctx.saved_tensors, ctx.query)
+        return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.query.dtype), *[None] * 3
 
 
 _bank_pass_op = torch.library.custom_op(
@@ -388,12 +410,12 @@ def _(query, bank, k, *unused):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[1])
-    ctx.temperature, ctx.dtype = inputs[5], inputs[0].dtype
+    ctx.query, ctx.temperature = inputs[0], inputs[5]
 
 
 def _op_backward(ctx, grad_lse, *unused):
-    (neg_mean,) = ctx.saved_tensors
-    return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.dtype), *[None] * 17
+    neg_mean = once(*ctx.saved_tensors, ctx.query)
+    return _query_gradient(grad_lse, neg_mean, ctx.temperature, ctx.query.dtype), *[None] * 17
 
 
 _bank_pass_op.register_autograd(_op_backward, setup_context=_setup_context)

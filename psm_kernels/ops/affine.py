@@ -10,7 +10,8 @@ from torch import Tensor
 
 from psm_kernels import _checks as checks
 from psm_kernels import backends
-from psm_kernels.ops import NOTHING, Exclude, bank_pass, bank_topk
+from psm_kernels._autograd import once, refuse_transforms
+from psm_kernels.ops import NOTHING, Exclude, bank_pass, bank_topk, differentiable, seen_query
 
 _SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cache
 
@@ -18,7 +19,7 @@ _SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cach
 class RowRanges(NamedTuple):
     """All of it without gradient."""
 
-    lse: Tensor  # (B,) log sum_j exp(s/tau), -inf in an empty bank
+    rest: Tensor  # (B,) log of sum_j exp(s/tau) without the largest, -inf when there is no other
     lowest: Tensor  # (B,) the smallest similarity, +inf in an empty bank
     top: Tensor  # (B, 2) the two largest, descending; missing: -inf
     index: Tensor  # (B, 2) their slots; missing: -1
@@ -41,7 +42,11 @@ def row_ranges(
     exclude: Exclude = NOTHING,
     backend: str = "auto",
 ) -> RowRanges:
-    """Log-sum-exp and extremes of each row's similarities; arguments as in `weighted_pass`."""
+    """Log-sum-exp and extremes of each row's similarities; arguments as in `weighted_pass`.
+
+    A backend may define `row_ranges(query, bank, count, temperature, exclude)` that gives the
+    log-sum-exp and the lowest similarity in one read."""
+    refuse_transforms(query, bank)
     _check(query, bank, temperature)
     count = checks.as_count(count, bank)
     args = (query.detach(), bank.detach(), count, float(temperature), backend, *exclude)
@@ -84,6 +89,7 @@ def weighted_pass(
     Raises:
         ValueError: an argument is wrong, or the named backend cannot run here.
     """
+    refuse_transforms(query, bank, alpha, beta, gamma, top, cap, rho)
     _check(query, bank, temperature)
     rows = {"alpha": alpha, "beta": beta, "gamma": gamma, "top": top, "cap": cap}
     for name, value in (*rows.items(), ("rho", rho)):
@@ -99,7 +105,10 @@ def weighted_pass(
         backend,
         *exclude,
     )
-    log_sum, mean, weight = torch.ops.psm_kernels.weighted_pass(*args)
+    run = torch.ops.psm_kernels.weighted_pass
+    if not torch.compiler.is_compiling() and differentiable(backend, bank):
+        run = _run_weighted_pass
+    log_sum, mean, weight = run(*args)
     return WeightedPass(log_sum, mean.detach(), weight.detach())
 
 
@@ -122,16 +131,19 @@ def _slabs(query, bank, count, temperature, affine, rho, exclude) -> tuple[Tenso
         rows = torch.where((slots < count)[:, None], rows, 0.0)
         seen = exclude.seen(slots, count)  # (B, S) or (1, S)
         similarity = query.to(rho.dtype) @ rows.T  # (B, S)
-        pull = torch.exp((similarity - top) / temperature)
-        line = alpha + beta * similarity + rho[start : start + step]
-        w = (line + gamma * torch.minimum(pull, cap)).clamp_min(0)
+        # What is not seen may be nearer than the top: its exponential would be infinite.
+        pull = torch.exp(torch.where(seen, similarity - top, -torch.inf) / temperature)
+        line = alpha + beta * similarity.detach() + rho[start : start + step]
+        w = (line + gamma * torch.minimum(pull.detach(), cap)).clamp_min(0)
         w = torch.where(seen, w, 0.0)
         weight += w.sum(1)
         w = w * pull
-        total += w.sum(1)
-        mean.addmm_(w, rows)
-    some = torch.where(total == 0, 1.0, total)
-    return top[:, 0] / temperature + total.log(), mean / some[:, None], weight
+        total = total + w.sum(1)
+        mean.addmm_(w.detach(), rows)
+    none = total == 0
+    some = torch.where(none, 1.0, total)
+    log_sum = top[:, 0] / temperature + torch.where(none, -torch.inf, some.log())
+    return log_sum, mean / some.detach()[:, None], weight
 
 
 # --- registration --------------------------------------------------------------------------------
@@ -148,19 +160,31 @@ def _row_ranges(
     ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    exclude = Exclude(slots, ids, bank_ids)
     own = getattr(backends.choose(backend, bank), "row_ranges", None)
     with torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
+        exclude = Exclude(slots, ids, bank_ids)
+        top, index = bank_topk(query, bank, 2, count=count, exclude=exclude, backend=backend)
+        # Left out of the sum, not subtracted from it: 1 - pi of the largest is what matters.
+        nearest = index[:, :1] if slots is None else torch.cat((slots, index[:, :1]), 1)
+        exclude = exclude._replace(slots=nearest.contiguous())
         if own is not None:
-            return own(query, bank, count, temperature, exclude)
-        s_pos = query.new_zeros(len(query))
-        settings = {"exclude": exclude, "backend": backend}
-        swept = bank_pass(
-            query, -query, bank, count, s_pos, temperature=temperature, topk=1, **settings
-        )
-        nearest = bank_topk(query, bank, 2, count=count, **settings)
-        return swept.neg_lse, -swept.topk_sim[:, 0], *nearest
+            rest, lowest, *_ = own(query, bank, count, temperature, exclude)
+        else:
+            swept = bank_pass(
+                query,
+                -query,
+                bank,
+                count,
+                query.new_zeros(len(query)),
+                temperature=temperature,
+                topk=1,
+                exclude=exclude,
+                backend=backend,
+            )
+            rest, lowest = swept.neg_lse, -swept.topk_sim[:, 0]
+        lowest = torch.where(index[:, 0] < 0, torch.inf, torch.minimum(lowest, top[:, 0]))
+        return rest, lowest, top, index
 
 
 @_row_ranges.register_fake
@@ -172,8 +196,7 @@ def _(query, bank, *unused):
     return *rows, query.new_empty((batch, 2), dtype=sums), index
 
 
-@torch.library.custom_op("psm_kernels::weighted_pass", mutates_args=())
-def _weighted_pass(
+def _run_weighted_pass(
     query: Tensor,
     bank: Tensor,
     count: Tensor,
@@ -192,11 +215,16 @@ def _weighted_pass(
     run = getattr(backends.choose(backend, bank), "weighted_pass", _slabs)
     sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
     with torch.autocast(bank.device.type, enabled=False):
-        query = query.to(bank.dtype).contiguous()
+        query = seen_query(query, bank, backend)
         affine = torch.stack((alpha, beta, gamma, top, cap)).to(sums)
         rho = rho.to(sums).contiguous()
         exclude = Exclude(slots, ids, bank_ids)
         return tuple(run(query, bank, count, temperature, affine, rho, exclude))
+
+
+_weighted_pass = torch.library.custom_op(
+    "psm_kernels::weighted_pass", _run_weighted_pass, mutates_args=()
+)
 
 
 @_weighted_pass.register_fake
@@ -208,12 +236,12 @@ def _(query, bank, *unused):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[1])
-    ctx.temperature, ctx.dtype = inputs[3], inputs[0].dtype
+    ctx.query, ctx.temperature = inputs[0], inputs[3]
 
 
 def _backward(ctx, grad, *unused):
-    (mean,) = ctx.saved_tensors
-    return (grad[:, None] * mean / ctx.temperature).to(ctx.dtype), *[None] * 13
+    mean = once(*ctx.saved_tensors, ctx.query)
+    return (grad[:, None] * mean / ctx.temperature).to(ctx.query.dtype), *[None] * 13
 
 
 _weighted_pass.register_autograd(_backward, setup_context=_setup_context)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels import backends
+from psm_kernels._autograd import once, refuse_transforms
 from psm_kernels.ops import bank_pass
 from psm_kernels.rows import unit_rows, unit_rows_and_norms
 
@@ -37,6 +38,7 @@ def psm_rows(
     """
     if torch.compiler.is_compiling() or not isinstance(bank, Tensor):
         return None
+    refuse_transforms(query, key, bank)
     backend = backends.choose(sweep["backend"], bank)
     if sweep["topk"] > getattr(backend, "MAX_FINISH_TOPK", -1):
         return None
@@ -68,11 +70,10 @@ class _PSMRows(torch.autograd.Function):
         )
         through_norm = getattr(backend, "through_norm", _through_norm)
         ctx.save_for_backward(through_norm(gradient, rows, norms))
-        ctx.dtype = query.dtype
+        ctx.query = query
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        (gradient,) = ctx.saved_tensors
-        return (grad_loss[:, None] * gradient).to(ctx.dtype), None, None, None, None, None
+        gradient = once(*ctx.saved_tensors, ctx.query)
+        return (grad_loss[:, None] * gradient).to(ctx.query.dtype), *[None] * 5

@@ -9,6 +9,8 @@ from torch import Tensor
 from psm_kernels import noise as canonical
 from psm_kernels.ops import NOTHING, Exclude
 
+DIFFERENTIABLE = True  # autograd differentiates neg_lse by the query, as often as one likes
+
 
 def unavailable() -> str | None:
     return None
@@ -40,30 +42,35 @@ def bank_pass(
     rows = _valid_rows(bank, count)
     similarity = query.to(rows.dtype) @ rows.T  # (B, K)
     topk_sim, topk_index = bank_topk(
-        query if key is None else key, bank, topk, count, exclude, exact_ties=exact_ties
+        query.detach() if key is None else key, bank, topk, count, exclude, exact_ties=exact_ties
     )
     if exclude_mined:
         exclude = exclude.naming(topk_index)
     seen = exclude.seen(torch.arange(bank.shape[0], device=bank.device), count)  # (B, K)
+    given = similarity.detach()  # by the choice: no gradient flows through the draws
     if selection == "bernoulli" and noise == "torch":
-        p = canonical.keep_probability(similarity, s_pos[:, None], a, b)
+        p = canonical.keep_probability(given, s_pos[:, None], a, b)
         weight = (torch.rand_like(p) < p).to(p.dtype)
     else:
         words = None
         if selection == "bernoulli":
             words = canonical.philox_block(row_offset, *similarity.shape, col_offset, rng_state)
-        weight = canonical.keep_weight(similarity, s_pos[:, None], words, selection, a, b)
+        weight = canonical.keep_weight(given, s_pos[:, None], words, selection, a, b)
     weight = weight * seen
 
-    logits = torch.where(weight > 0, similarity / temperature + weight.log(), -torch.inf)
-    logits = torch.where(seen & similarity.isnan(), torch.nan, logits)
-    neg_lse = torch.logsumexp(logits, 1)
-    empty = neg_lse == -torch.inf
-    softmax = torch.exp(logits - torch.where(empty, 0.0, neg_lse)[:, None])  # (B, K)
-    neg_mean = softmax @ rows
-    neg_sq_lse = torch.logsumexp(logits + similarity / temperature, 1)
-    neg_count = weight.sum(1)
-    return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+    bad = seen & similarity.isnan()
+    kept = (weight > 0) | bad  # what is not a number stays one, in the gradient too
+    log_weight = torch.where(bad, 0.0, weight).log()
+    logits = torch.where(kept, similarity / temperature + log_weight, -torch.inf)
+    empty = ~kept.any(1)
+    # The inner zeros: all of a row at -inf would have NaN for a second derivative.
+    neg_lse = torch.logsumexp(torch.where(empty[:, None], 0.0, logits), 1)
+    neg_lse = torch.where(empty, -torch.inf, neg_lse)
+    with torch.no_grad():
+        softmax = torch.exp(logits - torch.where(empty, 0.0, neg_lse)[:, None])  # (B, K)
+        neg_mean = softmax @ rows
+        neg_sq_lse = torch.logsumexp(logits + similarity / temperature, 1)
+    return neg_lse, neg_mean, neg_sq_lse, weight.sum(1), topk_sim, topk_index
 
 
 def bank_topk(
