@@ -185,10 +185,10 @@ def test_registered_operators_refuse_the_second_derivative():
     """As a graph holds them: without the eager path that autograd sees through."""
     query, _, bank, s_pos = problem(4, 24, 6)
     query.requires_grad_()
-    count, none = torch.tensor(20), [None] * 3
+    count = torch.tensor(20)
     refused(
         torch.ops.psm_kernels.bank_pass(
-            query, None, bank, count, s_pos, 0.3, "all", 0.5, 0.0, 0, *none, False, None, 0, 0,
+            query, None, bank, count, s_pos, 0.3, "all", 0.5, 0.0, 0, None, 0, 0,
             "reference",
         )[0],
         query,
@@ -196,7 +196,7 @@ def test_registered_operators_refuse_the_second_derivative():
     five = [torch.ones(4)] * 5
     refused(
         torch.ops.psm_kernels.weighted_pass(
-            query, bank, count, 0.3, *five, torch.ones(24), *none, "reference"
+            query, bank, count, 0.3, *five, torch.ones(24), "reference"
         )[0],
         query,
     )

@@ -525,13 +525,9 @@ def test_unremix_passes_pass_opcheck():
     query.requires_grad_()
     count = torch.tensor(7)
     ops = torch.ops.psm_kernels
-    torch.library.opcheck(
-        ops.row_ranges.default, (query.detach(), bank, count, 0.2, *[None] * 3, "reference")
-    )
+    torch.library.opcheck(ops.row_ranges.default, (query.detach(), bank, count, 0.2, "reference"))
     rows.append(torch.rand(9))
-    torch.library.opcheck(
-        ops.weighted_pass.default, (query, bank, count, 0.2, *rows, *[None] * 3, "reference")
-    )
+    torch.library.opcheck(ops.weighted_pass.default, (query, bank, count, 0.2, *rows, "reference"))
 
 
 # --- bad input -----------------------------------------------------------------------------------
