@@ -55,6 +55,19 @@ def test_unit_rows_of_zero_and_tiny_rows_have_finite_gradients():
     assert y[2].tolist() == pytest.approx([0.6, 0.8])
 
 
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e30, 1e37])
+def test_rows_of_any_length_become_unit_rows(scale):
+    rows = torch.tensor([[3.0, 4.0, 0.0], [0.0, -1.0, 0.0]])
+    x = (rows * scale).requires_grad_()
+    unit = unit_rows(x)
+    torch.testing.assert_close(unit, torch.tensor([[0.6, 0.8, 0.0], [0.0, -1.0, 0.0]]))
+    unit[:, 0].sum().backward()
+    torch.testing.assert_close(x.grad[0] * scale, torch.tensor([0.128, -0.096, 0.0]))
+    bank = MemoryBank(2, 3)
+    bank.enqueue(x)
+    torch.testing.assert_close(bank.bank, unit.detach())
+
+
 def test_resumes_bit_for_bit():
     torch.manual_seed(0)
     first, second = MemoryBank(10, 4), MemoryBank(10, 4)
