@@ -18,11 +18,16 @@ struct Request {
     const int64_t* rng_state;  // (2,) or null
     int64_t slots;             // K
     bool sums;                 // false: bank_topk, with `key` alone
+    const int64_t* exclude;    // (B, excluded) or null: slots that a row must not see
+    int excluded;
+    const int64_t *ids, *bank_ids;  // (B,), (K,) or null: nor those that hold its id or none
+    bool exclude_mined;        // what is mined is not summed
     bool null_epilogue;        // products without epilogue, for benchmarks; outputs mean nothing
     bool force_sm80;           // for benchmarks and tests on a Hopper GPU
     int cell_log2;             // for benchmarks and tests: at least so large, see PassArgs
     int device;
     void* stream;
+    bool hides() const { return excluded > 0 || ids != nullptr; }
 };
 
 struct EnqueueRequest {

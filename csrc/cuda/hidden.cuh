@@ -1,0 +1,182 @@
+// Slots that a row must not see: those that its list names, and those that hold its id. Both are
+// found before the pass by mark_rows, which leaves a bit for each 16 rows (those of a warp) by 64
+// slots in which there is one. The pass looks at one word per tile; where the bit is set, it turns
+// what is hidden to -inf, so that nothing of it is mined, summed or counted.
+#pragma once
+
+#include "pass.cuh"
+
+namespace psm::cuda {
+
+constexpr int kFlagRows = 16, kFlagSlots = 64;
+constexpr int kNoSlot = -16;    // in a list: `lead` is less, so that no tile holds it
+constexpr int64_t kEmpty = -2;  // in `bank_ids`: hidden from every row
+
+// `at` is a slot counted with `lead`.
+PSM_DEVICE uint32_t& flag_word(const Hidden& hidden, int row, int at) {
+    return hidden.flags[int64_t(row / kFlagRows) * hidden.words + at / (32 * kFlagSlots)];
+}
+PSM_DEVICE uint32_t flag_bit(int at) { return 1u << (at / kFlagSlots % 32); }
+PSM_DEVICE void set_flag(const Hidden& hidden, int row, int at) {
+    atomic_or(&flag_word(hidden, row, at), flag_bit(at));
+}
+
+// The words of a warp's rows.
+struct Flags {
+    const uint32_t* words;  // null: nothing is hidden
+    PSM_DEVICE Flags(const Hidden& hidden, int row)
+        : words(hidden.flags == nullptr ? nullptr : &flag_word(hidden, row, 0)) {}
+
+    // The bits of a tile, the lowest for its first slots.
+    template <int kTileSlots>
+    PSM_DEVICE uint32_t of(const Walk& walk, int tile) const {
+        constexpr int kUnits = kTileSlots < kFlagSlots ? 1 : kTileSlots / kFlagSlots;
+        const unsigned at = walk.first_tile + tile, per_word = 32 * kFlagSlots / kTileSlots;
+        const uint32_t word = words == nullptr ? 0 : words[at / per_word];
+        return word >> at * kTileSlots / kFlagSlots % 32 & ((1u << kUnits) - 1);
+    }
+};
+
+// Slots that are not there become -inf; for tiles that are not whole.
+template <int kTiles>
+PSM_DEVICE void mask_slots(float (&s)[kTiles][4], const Walk& walk, int tile) {
+    const int own = walk.start(tile) + 2 * (thread_index() % 4);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int slot = own + 8 * n + i % 2;
+            if (slot < walk.lead || slot >= walk.end) s[n][i] = -INFINITY;
+        }
+}
+
+// Which of the next 64 columns from `start` on a thread must hide in its row, among those that it
+// owns: bit 8 n + i for its column i of n8 tile n. All threads of a quad come with the same row.
+PSM_DEVICE uint64_t hidden_columns(const PassArgs& args, int row, const Walk& walk, int start,
+                                   int columns) {
+    const Hidden& hidden = args.hidden;
+    const int c = thread_index() % 4, first = start - walk.lead;
+    const int64_t inside = row < args.batch ? row : args.batch - 1;
+    uint64_t mask = 0;
+    const int* list = hidden.list + inside * hidden.listed;
+#pragma unroll 1
+    for (int i = 0; i < hidden.listed; i += 4) {
+        const int slot = i + c < hidden.listed ? list[i + c] : kNoSlot;
+        const unsigned at = unsigned(slot) - unsigned(first);
+        mask |= uint64_t(at < unsigned(columns)) << at % 64;
+    }
+    mask |= shuffle_xor(mask, 1);
+    mask |= shuffle_xor(mask, 2);
+    mask = mask >> 2 * c & 0x0303030303030303;
+    if (hidden.ids == nullptr) return mask;
+    const int64_t id = hidden.ids[inside];
+#pragma unroll 1
+    for (int i = 0; i < columns / 4; ++i) {
+        const int column = i / 2 * 8 + i % 2, slot = first + 2 * c + column;
+        const bool there = slot >= 0 && slot < walk.end - walk.lead;
+        const int64_t held = hidden.bank_ids[there ? slot : 0];
+        mask |= uint64_t(there && (held == id || held == kEmpty)) << column;
+    }
+    return mask;
+}
+
+// The cold path of a tile: what is hidden from a thread's two rows becomes -inf, `gone` counts it.
+template <int kTiles>
+PSM_DEVICE void hide_slots(float (&s)[kTiles][4], uint32_t units, const PassArgs& args,
+                           const int (&row)[2], const Walk& walk, int tile, int (&gone)[2]) {
+    constexpr int kUnitTiles = kTiles < 8 ? kTiles : 8;
+#pragma unroll
+    for (int unit = 0; unit < kTiles; unit += kUnitTiles) {
+        if (!warp_any(units >> unit / kUnitTiles & 1)) continue;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint64_t mask = hidden_columns(args, row[r], walk, walk.start(tile) + 8 * unit,
+                                                 8 * kUnitTiles);
+            gone[r] += bits_set(mask);
+#pragma unroll
+            for (int n = 0; n < kUnitTiles; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    if (mask >> (8 * n + i) & 1) s[unit + n][2 * r + i] = -INFINITY;
+        }
+    }
+}
+
+// One slot, for those few that are looked at again.
+PSM_DEVICE bool is_hidden(const PassArgs& args, int row, int slot) {
+    const Hidden& hidden = args.hidden;
+    const int at = slot + lead_slots(args.col_offset);
+    if (hidden.flags == nullptr || !(flag_word(hidden, row, at) & flag_bit(at))) return false;
+    bool found = false;
+    for (int i = 0; i < hidden.listed; ++i)
+        found |= hidden.list[int64_t(row) * hidden.listed + i] == slot;
+    if (hidden.ids == nullptr) return found;
+    const int64_t held = hidden.bank_ids[slot];
+    return found || held == hidden.ids[row] || held == kEmpty;
+}
+
+// --- before the pass ---
+
+constexpr int kMarkThreads = 256, kMarkRows = 1024, kBuckets = 1024;
+
+struct MarkArgs {
+    PassArgs pass;         // `hidden` is what is written
+    const int64_t* slots;  // (B, excluded) or null
+    int excluded;
+};
+
+struct MarkShared {  // a hash table of the ids of some rows: the first row of a bucket, and the next
+    int first[kBuckets], next[kMarkRows];
+    int64_t id[kMarkRows];
+};
+
+PSM_DEVICE int bucket_of(int64_t id) {
+    return int((uint32_t(id) ^ uint32_t(id >> 32)) * 0x9E3779B1u >> 22);
+}
+
+// Lists as 32-bit slots, kNoSlot for what names none and for places that mining fills later.
+PSM_DEVICE void mark_lists(const MarkArgs& args) {
+    const Hidden& hidden = args.pass.hidden;
+    const int count = valid_slots(args.pass), lead = lead_slots(args.pass.col_offset);
+    const int64_t all = int64_t(args.pass.batch) * hidden.listed;
+    for (int64_t at = int64_t(block_index()) * kMarkThreads + thread_index(); at < all;
+         at += int64_t(grid_size()) * kMarkThreads) {
+        const int64_t row = at / hidden.listed, i = at % hidden.listed;
+        const int64_t slot = i < args.excluded ? args.slots[row * args.excluded + i] : -1;
+        const bool inside = slot >= 0 && slot < count;
+        hidden.list[at] = inside ? int(slot) : kNoSlot;
+        if (inside) set_flag(hidden, int(row), int(slot) + lead);
+    }
+}
+
+// Each CTA looks its slots up in a table of the rows' ids: K B / 1024 look-ups in all.
+PSM_DEVICE void mark_ids(const MarkArgs& args, MarkShared& shared) {
+    const Hidden& hidden = args.pass.hidden;
+    const int thread = thread_index(), lead = lead_slots(args.pass.col_offset);
+    const int end = valid_slots(args.pass) + lead;
+    for (int row = 0; row < args.pass.batch; row += kMarkRows) {
+        const int rows = args.pass.batch - row < kMarkRows ? args.pass.batch - row : kMarkRows;
+        for (int i = thread; i < kBuckets; i += kMarkThreads) shared.first[i] = -1;
+        block_sync();
+        for (int i = thread; i < rows; i += kMarkThreads) {
+            const int64_t id = shared.id[i] = hidden.ids[row + i];
+            if (id != kEmpty)  // unknown rows see all but empty slots
+                shared.next[i] = atomic_exchange(&shared.first[bucket_of(id)], i);
+        }
+        block_sync();
+        for (int start = block_index() * kMarkThreads; start < end;
+             start += grid_size() * kMarkThreads) {
+            const int at = start + thread;
+            const bool inside = at >= lead && at < end;
+            const int64_t held = inside ? hidden.bank_ids[at - lead] : 0;
+            for (int i = inside ? shared.first[bucket_of(held)] : -1; i >= 0; i = shared.next[i])
+                if (shared.id[i] == held) set_flag(hidden, row + i, at);
+            if (warp_any(inside && held == kEmpty))  // a warp's 32 slots share their flags
+                for (int i = thread % 32 * kFlagRows; i < rows; i += 32 * kFlagRows)
+                    set_flag(hidden, row + i, at);
+        }
+        block_sync();  // the next rows overwrite the table
+    }
+}
+
+}  // namespace psm::cuda
