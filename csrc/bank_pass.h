@@ -14,6 +14,14 @@ enum class SoftWeights : int { kAttention = 0, kUniform = 1, kBinary = 2 };
 constexpr int64_t kMaxDim = 4096;
 constexpr int64_t kMaxCount = 0xFFFFFFFFll;  // a slot is 32 bits in the mining heaps
 
+// Slots that a row must not see: neither mined, nor summed, nor counted. See psm_kernels/ops.
+struct Exclude {
+    const int64_t* slots;  // (B, listed) in any order; what lies outside the bank names nothing
+    int64_t listed;
+    const int64_t *ids, *bank_ids;  // (B,), (K,), or both null: equal ones, and kEmpty, are hidden
+};
+constexpr int64_t kEmpty = -2;  // in `bank_ids`: the slot holds nothing
+
 struct BankPassArgs {
     const void* query;   // (B, D) in `dtype`
     const void* key;     // (B, D) in `dtype`, null when topk = 0
@@ -29,6 +37,8 @@ struct BankPassArgs {
     // Of kAffine alone: w = max(alpha + beta s + gamma min(e, cap) + rho, 0), e = exp((s - top)/tau).
     const float* affine;  // (5, B): alpha, beta, gamma, top, cap
     const float* rho;     // (K,)
+    Exclude exclude;
+    bool exclude_mined;  // what this call mines is not summed either
 
     float* neg_lse;       // (B,)
     float* neg_mean;      // (B, D), or null: not wanted, which saves the second product
@@ -45,6 +55,7 @@ struct BankTopkArgs {
     int64_t batch, count, dim;
     Dtype dtype;
     int64_t topk;
+    Exclude exclude;
     float* topk_sim;      // (B, topk)
     int64_t* topk_index;  // (B, topk)
 };

@@ -69,6 +69,14 @@ Sizes check_sizes(int64_t batch, int64_t count, int64_t dim, int64_t topk, int d
     return {psm::Dtype(dtype), dtype == 0 ? 4u : 2u};
 }
 
+psm::Exclude check_exclude(uintptr_t slots, int64_t listed, uintptr_t ids, uintptr_t bank_ids,
+                           int64_t batch, int64_t count) {
+    check_size("listed", listed, 0, kMaxSize / std::max<int64_t>(batch, 1));
+    return {pointer<int64_t>("exclude", slots, batch * listed), listed,
+            pointer<int64_t>("ids", ids, bank_ids ? batch : 0),
+            pointer<int64_t>("bank_ids", bank_ids, ids ? count : 0)};
+}
+
 template <class Args>
 void run(const Args& args, const std::string& isa, int threads, const py::function& allocate) {
     const size_t bytes = psm::cpu::workspace_bytes(args, isa, threads);
@@ -80,8 +88,9 @@ void run(const Args& args, const std::string& isa, int threads, const py::functi
 void bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t s_pos, int64_t batch,
                int64_t count, int64_t dim, int dtype, int selection, double temperature, double a,
                double b, int64_t topk, int64_t seed, int64_t offset, int64_t row_offset,
-               int64_t col_offset, uintptr_t affine, uintptr_t rho, uintptr_t neg_lse,
-               uintptr_t neg_mean, uintptr_t neg_sq_lse, uintptr_t neg_count, uintptr_t topk_sim,
+               int64_t col_offset, uintptr_t affine, uintptr_t rho, uintptr_t exclude,
+               int64_t listed, uintptr_t ids, uintptr_t bank_ids, bool exclude_mined,
+               uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse, uintptr_t neg_count, uintptr_t topk_sim,
                uintptr_t topk_index, const std::string& isa, int threads,
                const py::function& allocate) {
     const Sizes sizes = check_sizes(batch, count, dim, topk, dtype, threads);
@@ -100,6 +109,8 @@ void bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t s_pos, 
     const bool weighs = args.selection == psm::Selection::kAffine;
     args.affine = pointer<float>("affine", affine, weighs ? batch : 0);
     args.rho = pointer<float>("rho", rho, weighs ? count : 0);
+    args.exclude = check_exclude(exclude, listed, ids, bank_ids, batch, count);
+    args.exclude_mined = exclude_mined;
     args.neg_lse = pointer<float>("neg_lse", neg_lse, batch);
     args.neg_mean = pointer<float>("neg_mean", neg_mean, 0);  // null: not wanted
     args.neg_sq_lse = pointer<float>("neg_sq_lse", neg_sq_lse, batch);
@@ -110,7 +121,8 @@ void bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t s_pos, 
 }
 
 void bank_topk(uintptr_t query, uintptr_t bank, int64_t batch, int64_t count, int64_t dim,
-               int dtype, int64_t topk, uintptr_t topk_sim, uintptr_t topk_index,
+               int dtype, int64_t topk, uintptr_t exclude, int64_t listed, uintptr_t ids,
+               uintptr_t bank_ids, uintptr_t topk_sim, uintptr_t topk_index,
                const std::string& isa, int threads, const py::function& allocate) {
     const Sizes sizes = check_sizes(batch, count, dim, topk, dtype, threads);
     psm::BankTopkArgs args{};
@@ -118,41 +130,36 @@ void bank_topk(uintptr_t query, uintptr_t bank, int64_t batch, int64_t count, in
     args.bank = pointer<void>("bank", bank, count, sizes.element);
     args.batch = batch, args.count = count, args.dim = dim;
     args.dtype = sizes.dtype, args.topk = topk;
+    args.exclude = check_exclude(exclude, listed, ids, bank_ids, batch, count);
     args.topk_sim = pointer<float>("topk_sim", topk_sim, batch * topk);
     args.topk_index = pointer<int64_t>("topk_index", topk_index, batch * topk);
     run(args, isa, threads, allocate);
 }
 
-void psm_finish(uintptr_t query, uintptr_t key, uintptr_t seen, uintptr_t bank, uintptr_t s_pos,
-                uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse, uintptr_t neg_count,
-                uintptr_t topk_index, int64_t batch, int64_t slots, int64_t dim, int dtype,
-                int selection, double temperature, double a, double b, int64_t topk, int64_t seed,
-                int64_t offset, int64_t row_offset, int soft_weights, double weight_temperature,
-                double hard_weight, uintptr_t loss, uintptr_t grad_query, uintptr_t stats,
-                const std::string& isa, int threads) {
+void psm_finish(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t s_pos, uintptr_t neg_lse,
+                uintptr_t neg_mean, uintptr_t neg_sq_lse, uintptr_t neg_count, uintptr_t topk_index,
+                int64_t batch, int64_t slots, int64_t dim, int dtype, double temperature,
+                int64_t topk, int soft_weights, double weight_temperature, double hard_weight,
+                uintptr_t loss, uintptr_t grad_query, uintptr_t stats, const std::string& isa,
+                int threads) {
     const Sizes sizes = check_sizes(batch, slots, dim, topk, dtype, threads);
-    check_size("selection", selection, 0, 2);
     check_size("soft_weights", soft_weights, 0, 2);
     check_temperature("temperature", temperature);
     check_temperature("weight_temperature", weight_temperature);
     psm::cpu::FinishArgs args{};
-    args.pass.query = pointer<void>("seen", seen, batch, sizes.element);
-    args.pass.bank = pointer<void>("bank", bank, slots, sizes.element);
-    args.pass.s_pos = pointer<float>("s_pos", s_pos, batch);
-    args.pass.batch = batch, args.pass.count = slots, args.pass.dim = dim;
-    args.pass.dtype = sizes.dtype, args.pass.selection = psm::Selection(selection);
-    args.pass.temperature = float(temperature), args.pass.a = float(a), args.pass.b = float(b);
-    args.pass.topk = topk, args.pass.seed = uint64_t(seed), args.pass.offset = uint64_t(offset);
-    args.pass.row_offset = row_offset;
-    args.pass.neg_lse = pointer<float>("neg_lse", neg_lse, batch);
-    args.pass.neg_mean = pointer<float>("neg_mean", neg_mean, batch);
-    args.pass.neg_sq_lse = pointer<float>("neg_sq_lse", neg_sq_lse, batch);
-    args.pass.neg_count = pointer<float>("neg_count", neg_count, batch);
-    args.pass.topk_index = pointer<int64_t>("topk_index", topk_index, batch * topk);
-    for (int64_t i = 0; i < batch * topk; ++i)
-        check_size("topk_index", args.pass.topk_index[i], -1, slots - 1);
     args.query = pointer<float>("query", query, batch);
     args.key = pointer<float>("key", key, batch);
+    args.bank = pointer<void>("bank", bank, slots, sizes.element);
+    args.s_pos = pointer<float>("s_pos", s_pos, batch);
+    args.neg_lse = pointer<float>("neg_lse", neg_lse, batch);
+    args.neg_mean = pointer<float>("neg_mean", neg_mean, batch);
+    args.neg_sq_lse = pointer<float>("neg_sq_lse", neg_sq_lse, batch);
+    args.neg_count = pointer<float>("neg_count", neg_count, batch);
+    args.topk_index = pointer<int64_t>("topk_index", topk_index, batch * topk);
+    for (int64_t i = 0; i < batch * topk; ++i)
+        check_size("topk_index", args.topk_index[i], -1, slots - 1);
+    args.batch = batch, args.dim = dim, args.topk = topk, args.dtype = sizes.dtype;
+    args.temperature = float(temperature);
     args.soft_weights = psm::SoftWeights(soft_weights);
     args.weight_temperature = float(weight_temperature), args.hard_weight = float(hard_weight);
     args.loss = pointer<float>("loss", loss, batch);
@@ -197,19 +204,19 @@ PYBIND11_MODULE(_C, m) {
     m.def("bank_pass", &bank_pass, py::kw_only(), arg("query"), arg("key"), arg("bank"),
           arg("s_pos"), arg("batch"), arg("count"), arg("dim"), arg("dtype"), arg("selection"),
           arg("temperature"), arg("a"), arg("b"), arg("topk"), arg("seed"), arg("offset"),
-          arg("row_offset"), arg("col_offset"), arg("affine"), arg("rho"), arg("neg_lse"),
+          arg("row_offset"), arg("col_offset"), arg("affine"), arg("rho"), arg("exclude"),
+          arg("listed"), arg("ids"), arg("bank_ids"), arg("exclude_mined"), arg("neg_lse"),
           arg("neg_mean"), arg("neg_sq_lse"), arg("neg_count"), arg("topk_sim"),
           arg("topk_index"), arg("isa"), arg("threads"), arg("allocate"));
     m.def("bank_topk", &bank_topk, py::kw_only(), arg("query"), arg("bank"), arg("batch"),
-          arg("count"), arg("dim"), arg("dtype"), arg("topk"), arg("topk_sim"),
-          arg("topk_index"), arg("isa"), arg("threads"), arg("allocate"));
-    m.def("psm_finish", &psm_finish, py::kw_only(), arg("query"), arg("key"), arg("seen"),
-          arg("bank"), arg("s_pos"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"),
-          arg("neg_count"), arg("topk_index"), arg("batch"), arg("slots"), arg("dim"),
-          arg("dtype"), arg("selection"), arg("temperature"), arg("a"), arg("b"), arg("topk"),
-          arg("seed"), arg("offset"), arg("row_offset"), arg("soft_weights"),
-          arg("weight_temperature"), arg("hard_weight"), arg("loss"), arg("grad_query"),
-          arg("stats"), arg("isa"), arg("threads"));
+          arg("count"), arg("dim"), arg("dtype"), arg("topk"), arg("exclude"), arg("listed"),
+          arg("ids"), arg("bank_ids"), arg("topk_sim"), arg("topk_index"), arg("isa"), arg("threads"), arg("allocate"));
+    m.def("psm_finish", &psm_finish, py::kw_only(), arg("query"), arg("key"), arg("bank"),
+          arg("s_pos"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"), arg("neg_count"),
+          arg("topk_index"), arg("batch"), arg("slots"), arg("dim"), arg("dtype"),
+          arg("temperature"), arg("topk"), arg("soft_weights"), arg("weight_temperature"),
+          arg("hard_weight"), arg("loss"), arg("grad_query"), arg("stats"), arg("isa"),
+          arg("threads"));
     m.def("unit_pair", &unit_pair, py::kw_only(), arg("query"), arg("key"), arg("unit_query"),
           arg("unit_key"), arg("norms"), arg("s_pos"), arg("batch"), arg("dim"));
     m.def("through_norm", &through_norm, py::kw_only(), arg("unit"), arg("norms"), arg("batch"),

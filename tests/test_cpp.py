@@ -16,7 +16,8 @@ from test_ops import LOW, MEAN_ATOL, assert_agree, run, truth
 
 from psm_kernels import __version__
 from psm_kernels.memory_bank import unit_rows
-from psm_kernels.ops import bank_topk, cpp
+from psm_kernels.ops import bank_topk, cpp, excluded
+from psm_kernels.ops.affine import row_ranges, weighted_pass
 
 if cpp.unavailable() is not None:
     pytest.skip(f"cpp: {cpp.unavailable()}", allow_module_level=True)
@@ -90,6 +91,64 @@ def test_rare_selection_keeps_its_precision(isa):
             assert_agree(got, truth(*args, selection=selection, **settings), atol=2e-5)
 
 
+def exclusions(batch, size, count) -> list[dict]:
+    """Lists with repetitions, at the edges of tiles and outside the bank; copies of ids within and
+    across tiles, unknown ids, empty slots; all of it; a row that sees nothing."""
+    g = torch.Generator().manual_seed(3)
+    lists = torch.randint(-2, size + 3, (batch, 64), generator=g)
+    lists[:, :8] = torch.tensor([0, 0, 63, 64, 255, 256, count - 1, count])
+    lists[0] = -1
+    bank_ids = torch.randint(-2, 9, (size,), generator=g)
+    ids = torch.randint(-1, 12, (batch,), generator=g)
+    named = {"ids": ids, "bank_ids": bank_ids}
+    alone = {"ids": torch.full((batch,), 7), "bank_ids": torch.full((size,), 7)}
+    alone["ids"][1:] = 8
+    empty = {"bank_ids": torch.where(torch.arange(size) < 300, -2, bank_ids)}
+    return [{"exclude": lists}, named, named | {"exclude": lists[:, :9].clone()}, alone, empty]
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
+def test_what_a_row_must_not_see_is_left_out(isa, selection, dtype):
+    batch, size, count = 13, 1700, 1500
+    query, key, bank, s_pos = problem(batch, size, 64, dtype=dtype, few_bits=True)
+    settings = {"selection": selection, "col_offset": 37, "row_offset": 1000, "count": count}
+    for hidden in exclusions(batch, size, count):
+        for topk, exclude_mined in ((0, False), (7, True), (90, True), (7, False)):
+            settings |= {"topk": topk, "exclude_mined": exclude_mined, **hidden}
+            got = run(query, key, bank, s_pos, backend="cpp", **settings)
+            want = truth(query, key, bank, s_pos, **settings)
+            assert torch.equal(got.topk_index, want.topk_index)
+            assert torch.equal(got.topk_sim, want.topk_sim.float())
+            if selection != "expected":
+                assert torch.equal(got.neg_count, want.neg_count.float())
+            assert_agree(got, want, mean_atol=MEAN_ATOL[dtype])
+            found = bank_topk(key, bank, 7, count=count, backend="cpp", **hidden)
+            want = bank_topk(key, bank, 7, count=count, backend="reference", **hidden)
+            assert torch.equal(found[1], want[1])
+        for name in hidden:
+            del settings[name]
+
+
+def test_the_passes_of_unremix_leave_it_out_too(isa):
+    batch, size, count = 13, 1700, 1500
+    query, _, bank, _ = problem(batch, size, 64)
+    affine, rho = torch.rand(5, batch), torch.rand(size)
+    for hidden in exclusions(batch, size, count):
+        exclude = excluded(hidden.get("exclude"), hidden.get("ids"), hidden.get("bank_ids"),
+                           bank, batch)  # fmt: skip
+        settings = {"temperature": 0.2, "exclude": exclude}
+        got = row_ranges(query, bank, count, backend="cpp", **settings)
+        want = row_ranges(query, bank, count, backend="reference", **settings)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+        settings |= dict(zip(("alpha", "beta", "gamma", "top", "cap"), affine, strict=True))
+        got = weighted_pass(query, bank, count, rho=rho, backend="cpp", **settings)
+        want = weighted_pass(query, bank, count, rho=rho, backend="reference", **settings)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
 def exact_topk(query, bank, k):
     scores = query.double() @ bank.double().T
     return scores.nan_to_num(-torch.inf).sort(dim=1, descending=True, stable=True)[0][:, :k]
@@ -143,36 +202,18 @@ def test_views_that_are_aligned_to_elements_only(isa):
 
 # --- finish --------------------------------------------------------------------------------------
 
-FINISH = {"temperature": 0.2, "selection": "bernoulli", "b": 0.0, "row_offset": 2**31}
-WEIGHTING = {"soft_weights": "attention", "weight_temperature": 0.3, "hard_weight": 0.7}
-
-
-def finished(query, key, bank, s_pos, topk, a):
-    draw = FINISH | {"a": a, "rng_state": torch.tensor([3, 9])}
-    swept = run(query, key, bank, s_pos, topk=topk, backend="cpp", **draw)
-    return swept, cpp.psm_finish(query, key, bank, s_pos, swept, **draw, **WEIGHTING)
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("dim", [20, 128, 301])
-def test_finish_draws_what_the_pass_drew(isa, dim, dtype):
-    """All slots are mined, so that all the kept ones have to be found again. All are one row, so
-    near s_pos on the scale of the density that the last bit of its similarity moves p by 1 %."""
-    query, _, bank, _ = problem(200, 1, dim, dtype=dtype)
-    s_pos = (query.to(dtype).float() @ bank.float().T)[:, 0] + 2e-6
-    swept, (_, _, stats) = finished(
-        query, query, bank.repeat(40, 1), s_pos, topk=40, a=0.7 / 2e-6**2
-    )
-    assert 0.3 < swept.neg_count.mean() / 40 < 0.7
-    assert not stats[0].any()
-
 
 def test_finish_does_not_depend_on_the_number_of_threads(isa, threads):
-    tensors = problem(3000, 500, 60)
-    threads(1)
-    want = finished(*tensors, topk=20, a=2.0)[1]
-    threads(3)  # above the work from which threads are started
-    got = finished(*tensors, topk=20, a=2.0)[1]
+    query, key, bank, s_pos = problem(3000, 500, 60)
+    swept = run(query, key, bank, s_pos, topk=20, exclude_mined=True, backend="cpp")
+    weighting = {"soft_weights": "attention", "weight_temperature": 0.3, "hard_weight": 0.7}
+
+    def finished(count):
+        threads(count)
+        return cpp.psm_finish(query, key, bank, s_pos, swept, temperature=0.2, **weighting)
+
+    want = finished(1)
+    got = finished(3)  # above the work from which threads are started
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -183,11 +224,13 @@ def test_finish_does_not_depend_on_the_number_of_threads(isa, threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_number_of_threads_does_not_change_a_bit(isa, threads, selection, dtype):
     query, key, bank, s_pos = problem(70, 12000, 64, dtype=dtype)
+    settings = {"selection": selection, "topk": 10, "exclude_mined": True, "backend": "cpp"}
+    settings |= exclusions(70, 12000, 12000)[2]
     threads(1)
-    want = run(query, key, bank, s_pos, selection=selection, topk=10, backend="cpp")
+    want = run(query, key, bank, s_pos, **settings)
     for count in (2, 3, 8, 8):
         threads(count)
-        got = run(query, key, bank, s_pos, selection=selection, topk=10, backend="cpp")
+        got = run(query, key, bank, s_pos, **settings)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -271,13 +314,13 @@ def workspace(batch, count, dim, topk) -> int:
 
 def call(batch=4, count=10, dim=8, topk=2) -> dict:
     """Arguments of _C.bank_pass with addresses that pass its checks and are never used."""
-    names = (
-        "query key bank s_pos affine rho neg_lse neg_mean neg_sq_lse neg_count topk_sim topk_index"
-    )
+    names = "query key bank s_pos affine rho exclude ids bank_ids"
+    names += " neg_lse neg_mean neg_sq_lse neg_count topk_sim topk_index"
     arguments = dict.fromkeys(names.split(), 4096)
     arguments |= {"batch": batch, "count": count, "dim": dim, "topk": topk, "dtype": 0}
     arguments |= {"selection": 0, "temperature": 0.5, "a": 0.5, "b": 0.0, "seed": 0, "offset": 0}
     arguments |= {"row_offset": 0, "col_offset": 0, "isa": ISAS[0], "threads": 2}
+    arguments |= {"listed": 3, "exclude_mined": True}
     return arguments | {"allocate": lambda size: 0}
 
 
@@ -312,6 +355,11 @@ def test_extra_memory_does_not_grow_with_the_bank():
         ({"selection": 4}, "selection: got 4"),
         ({"selection": 3, "rho": 0}, "rho: got a null pointer"),
         ({"selection": 3, "affine": 0}, "affine: got a null pointer"),
+        ({"exclude": 0}, "exclude: got a null pointer"),
+        ({"exclude": 4100}, "exclude: got address 4100, wanted a multiple of 8"),
+        ({"listed": -1}, "listed: got -1"),
+        ({"ids": 0}, "ids: got a null pointer"),
+        ({"bank_ids": 0}, "bank_ids: got a null pointer"),
         ({"temperature": 0.0}, "temperature: got 0"),
         ({"temperature": float("nan")}, "temperature: got"),
         ({"threads": 0}, "threads: got 0"),
@@ -327,10 +375,9 @@ def test_bindings_refuse_bad_arguments(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seen": 0}, "seen: got a null pointer"),
+        ({"key": 0}, "key: got a null pointer"),
         ({"query": 4097}, "query: got address 4097, wanted a multiple of 4"),
         ({"stats": 0}, "stats: got a null pointer"),
-        ({"selection": 3}, "selection: got 3"),
         ({"soft_weights": 3}, "soft_weights: got 3"),
         ({"weight_temperature": 0.0}, "weight_temperature: got 0"),
         ({"slots": 2}, "topk_index: got 2"),
@@ -339,11 +386,10 @@ def test_bindings_refuse_bad_arguments(change, message):
 )
 def test_finish_refuses_bad_arguments(change, message):
     index = torch.tensor([-1, 2])
-    names = "query key seen bank s_pos neg_lse neg_mean neg_sq_lse neg_count loss grad_query stats"
+    names = "query key bank s_pos neg_lse neg_mean neg_sq_lse neg_count loss grad_query stats"
     arguments = dict.fromkeys(names.split(), 4096) | {"topk_index": index.data_ptr()}
     arguments |= {"batch": 1, "slots": 3, "dim": 8, "dtype": 0, "topk": 2, "threads": 2}
-    arguments |= {"selection": 0, "temperature": 0.5, "a": 0.5, "b": 0.0, "seed": 0, "offset": 0}
-    arguments |= {"row_offset": 0, "soft_weights": 0, "weight_temperature": 1.0}
+    arguments |= {"temperature": 0.5, "soft_weights": 0, "weight_temperature": 1.0}
     arguments |= {"hard_weight": 1.0, "isa": ISAS[0]}
     with pytest.raises(ValueError, match=f"^{message}"):
         _C.psm_finish(**arguments | change)

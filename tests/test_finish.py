@@ -91,16 +91,15 @@ def test_loss_and_gradient(place, selection, topk, count, soft_weights, dtype):
 def test_statistics(place, selection):
     name, device = place
     query, key, bank, s_pos = (t.to(device) for t in problem(4, 150, 20))
-    draw = {"temperature": 0.2, "selection": selection, "a": 2.0, "b": -0.1, "row_offset": 3}
-    draw["rng_state"] = torch.tensor([11, 5], device=device)
+    draw = {"selection": selection, "a": 2.0, "b": -0.1, "row_offset": 3, "temperature": 0.2}
+    draw |= {"rng_state": torch.tensor([11, 5], device=device), "topk": 5, "backend": name}
     weighting = {"soft_weights": "uniform", "weight_temperature": 0.3, "hard_weight": 0.7}
-    swept = bank_pass(query, key, bank, None, s_pos, topk=5, backend=name, **draw)
+    swept = bank_pass(query, key, bank, None, s_pos, exclude_mined=True, **draw)
     finish = backends.choose(name, bank).psm_finish
-    loss, _, (kept, mean, var) = finish(query, key, bank, s_pos, swept, **draw, **weighting)
-    want = psm_loss(
-        query, key, bank, topk=5, reduction="none", return_stats=True, backend=name,
-        **draw, **weighting,
-    )  # fmt: skip
+    loss, _, (kept, mean, var) = finish(
+        query, key, bank, s_pos, swept, temperature=0.2, **weighting
+    )
+    want = psm_loss(query, key, bank, reduction="none", return_stats=True, **draw, **weighting)
     torch.testing.assert_close(loss, want.loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(kept, want.stats.kept_count, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean, want.stats.grad_mean, rtol=1e-4, atol=1e-6)

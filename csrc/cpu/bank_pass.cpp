@@ -111,14 +111,14 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
                              &t.part_count})
             arena.take(*part, t.chunks * t.rows);
         arena.take(t.part_mean, t.mean ? t.chunks * t.rows * t.padded : 0);
-    }
-    if (t.topk) {
-        arena.take(t.key_rows, t.rows * t.padded);
+        arena.take(t.hidden, t.rows * t.most_hidden);
+    } else {
+        arena.take(t.query_rows, t.rows * t.padded);
         if (kernels.quads)
-            arena.take(t.key_quads, panel_rows * t.padded / 4);
+            arena.take(t.query_quads, panel_rows * t.padded / 4);
         else
-            arena.take(t.key_panel, panel_rows * t.dim);
-        for (float** row : {&t.key_inverse, &t.key_norm, &t.key_residual}) arena.take(*row, t.rows);
+            arena.take(t.query_panel, panel_rows * t.dim);
+        for (float** row : {&t.inverse, &t.norm, &t.residual}) arena.take(*row, t.rows);
         arena.take(t.heaps, t.heap_sets * t.rows * t.topk);
         arena.take(t.bars, t.heap_sets * t.rows);
     }
@@ -126,26 +126,28 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
 
 void lay_out(Worker& w, const Task& t, const Kernels& kernels, Arena& arena) {
     const int64_t group_rows = t.group_blocks * kBlock;
-    arena.take(w.rows, t.tile * t.padded);
+    arena.take(w.rows, (t.query_quads ? 1 : t.tile) * t.padded);
     if (t.query_pairs) {
         arena.take(w.pairs, t.tile * t.padded / 2);
         arena.take(w.row_pairs, t.tile / 2 * t.padded);
         arena.take(w.weight_pairs, kBlock * kTile / 2);
-    } else if (t.sums || !kernels.quads) {
+    } else if (t.query_panel) {
         arena.take(w.panel, t.tile * t.dim);
-    }
-    if (kernels.quads && t.topk) {
+    } else {
         arena.take(w.quads, t.tile * t.padded / 4);
         arena.take(w.bytes, t.tile * t.padded);
         arena.take(w.slot_step, kTile);
         arena.take(w.slot_bias, kTile);
     }
     arena.take(w.scores, kGang * kBlock * kTile);
+    arena.take(w.ids, kTile);
     if (t.sums) {
         arena.take(w.scratch, 2 * kTile);
         arena.take(w.words, kTile);
         arena.take(w.kept, kGang * kBlock * kTile / kSub);
         arena.take(w.rho, kTile);
+        arena.take(w.hidden, kTile / kSub);
+        arena.take(w.next, group_rows);
         arena.take(w.columns, 4 * kBatches);
         arena.take(w.state, group_rows * 3 * kLanes);
         arena.take(w.shift, group_rows);
@@ -237,11 +239,28 @@ void merge_heaps(const Task& t, int64_t i, const Outputs& out, std::vector<uint6
     }
 }
 
+// The slots that the sums of each row leave out, those that were mined among them.
+void list_hidden(const Task& t) {
+    const int64_t mined = t.most_hidden - 1 - t.exclude.listed;
+    for (int64_t i = 0; i < t.rows; ++i) {
+        int64_t *list = t.hidden + i * t.most_hidden, *end = list;
+        const auto add = [&](const int64_t* slots, int64_t count) {
+            end = std::copy_if(slots, slots + count, end,
+                               [&](int64_t slot) { return slot >= 0 && slot < t.count; });
+        };
+        add(t.exclude.slots + i * t.exclude.listed, t.exclude.listed);
+        add(t.mined + i * mined, mined);
+        std::sort(list, end);
+        *end = kNoSlot;
+    }
+}
+
 void run_task(Task problem, const Kernels& kernels, int threads, void* workspace,
               const Outputs& out) {
     Layout layout = lay_out(problem, kernels, threads, workspace);
     const Task& t = layout.task;
     if (t.rows == 0) return;
+    if (t.sums) list_hidden(t);
     if (t.topk) std::memset(t.heaps, 0, size_t(t.heap_sets * t.rows * t.topk) * sizeof(uint64_t));
     kernels.prepare(t);
 
@@ -263,28 +282,36 @@ void run_task(Task problem, const Kernels& kernels, int threads, void* workspace
     });
 }
 
-}  // namespace
-
 Task make_task(const BankPassArgs& args) {
     Task t{};
-    t.query = args.query, t.key = args.key, t.bank = args.bank, t.s_pos = args.s_pos;
+    t.query = args.query, t.bank = args.bank, t.s_pos = args.s_pos;
     t.rows = args.batch, t.count = args.count, t.dim = args.dim;
     t.dtype = args.dtype, t.selection = args.selection, t.sums = true;
     t.mean = args.neg_mean != nullptr;
     t.scale = float(kLog2e / args.temperature), t.slope = float(-args.a * kLog2e), t.b = args.b;
-    t.topk = args.topk, t.seed = args.seed, t.offset = args.offset;
+    t.seed = args.seed, t.offset = args.offset;
     t.row_offset = args.row_offset, t.col_offset = args.col_offset;
     t.affine = args.affine, t.rho = args.rho;
+    t.exclude = args.exclude, t.mined = args.topk_index;
+    t.most_hidden = args.exclude.listed + (args.exclude_mined ? args.topk : 0) + 1;
     return t;
 }
 
 Task make_task(const BankTopkArgs& args) {
     Task t{};
-    t.key = args.query, t.bank = args.bank;
+    t.query = args.query, t.bank = args.bank;
     t.rows = args.batch, t.count = args.count, t.dim = args.dim;
-    t.dtype = args.dtype, t.selection = Selection::kAll, t.topk = args.topk;
+    t.dtype = args.dtype, t.topk = args.topk, t.exclude = args.exclude;
     return t;
 }
+
+// What a pass mines before it sums.
+BankTopkArgs mining_of(const BankPassArgs& args) {
+    return {args.key,  args.bank,    args.batch,    args.count,     args.dim, args.dtype,
+            args.topk, args.exclude, args.topk_sim, args.topk_index};
+}
+
+}  // namespace
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
@@ -293,15 +320,16 @@ std::vector<std::string> instruction_sets() {
 }
 
 size_t workspace_bytes(const BankPassArgs& args, const std::string& isa, int threads) {
-    return lay_out(make_task(args), choose(isa, args.dtype), threads, nullptr).bytes;
+    const size_t mining = args.topk ? workspace_bytes(mining_of(args), isa, threads) : 0;
+    return std::max(mining, lay_out(make_task(args), choose(isa, args.dtype), threads, nullptr).bytes);
 }
 size_t workspace_bytes(const BankTopkArgs& args, const std::string& isa, int threads) {
     return lay_out(make_task(args), choose(isa, args.dtype), threads, nullptr).bytes;
 }
 
 void run(const BankPassArgs& args, const std::string& isa, int threads, void* workspace) {
-    const Outputs out{args.neg_lse,   args.neg_mean, args.neg_sq_lse,
-                      args.neg_count, args.topk_sim, args.topk_index};
+    if (args.topk) run(mining_of(args), isa, threads, workspace);
+    const Outputs out{args.neg_lse, args.neg_mean, args.neg_sq_lse, args.neg_count, {}, {}};
     run_task(make_task(args), choose(isa, args.dtype), threads, workspace, out);
 }
 void run(const BankTopkArgs& args, const std::string& isa, int threads, void* workspace) {

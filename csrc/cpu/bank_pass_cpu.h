@@ -19,8 +19,15 @@ void run(const BankTopkArgs& args, const std::string& isa, int threads, void* wo
 
 // PSM's finish: what a loss makes of a pass, per row.
 struct FinishArgs {
-    BankPassArgs pass;          // the pass that was run: its outputs are read here
-    const float *query, *key;   // (B, D) unit rows
+    const float *query, *key;  // (B, D) unit rows
+    const void* bank;          // (K, D) in `dtype`
+    const float* s_pos;        // (B,)
+    // Of a pass that left out what it mined
+    const float *neg_lse, *neg_mean, *neg_sq_lse, *neg_count;
+    const int64_t* topk_index;  // (B, topk)
+    int64_t batch, dim, topk;
+    Dtype dtype;
+    float temperature;
     SoftWeights soft_weights;
     float weight_temperature, hard_weight;
     float* loss;        // (B,)

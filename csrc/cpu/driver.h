@@ -9,7 +9,6 @@
 namespace psm::cpu {
 
 const Kernels& choose(const std::string& isa, Dtype dtype);
-Task make_task(const BankPassArgs& args);
 
 // Runs job(worker) on `count` threads, this one included, and returns when all are done. Jobs take
 // items from a shared counter, so that it does not matter how many threads the system grants.

@@ -8,7 +8,6 @@
 #include <limits>
 #include <vector>
 
-#include "../philox.h"
 #include "driver.h"
 
 namespace psm::cpu {
@@ -16,27 +15,24 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
 // The memory behind a MinedRow and what else finish_row needs per mined row.
 struct Buffers {
+    std::vector<const float*> rows;
     std::vector<float> floats;
-    std::vector<uint32_t> words;
-    // (topk,) s / tau; shares of the pass's sum and of Z; soft weight
-    std::vector<double> logit, taken, share, weight;
+    std::vector<double> logit, share, weight;  // (topk,) s / tau; share of Z; soft weight
     MinedRow mined{};
 
     explicit Buffers(const Task& t)
-        : words(size_t(round_up(t.topk, kMinedPad))), logit(words.size()), taken(words.size()),
-          share(words.size()), weight(words.size()) {
-        const size_t k = words.size(), columns = size_t(t.padded);
-        floats.resize((k + 2) * columns + 4 * k);
+        : rows(size_t(t.topk)), logit(rows.size()), share(rows.size()), weight(rows.size()) {
+        const size_t k = rows.size(), columns = size_t(t.padded);
+        floats.resize((k + 2) * columns + 2 * k);
         float* next = floats.data();
-        for (float** row : {&mined.query, &mined.seen}) *row = next, next += columns;
-        mined.rows = next, next += k * columns;
-        for (float** value : {&mined.similarity, &mined.score, &mined.weight, &mined.to_mined})
-            *value = next, next += k;
-        mined.words = words.data();
+        mined.query = next, next += columns;
+        mined.scratch = next, next += columns;
+        mined.copies = next, next += k * columns;
+        mined.similarity = next, next += k;
+        mined.to_mined = next;
+        mined.rows = rows.data();
     }
 };
 
@@ -45,59 +41,29 @@ double log_add(double x, double y) {
     return top == -kInfinity ? top : top + std::log1p(std::exp(-std::abs(x - y)));
 }
 
-// The mined rows of row i: their slots and noise, then what the kernels compute of them.
-void look_up(const FinishArgs& args, const Kernels& kernels, const Task& t, int64_t i,
-             MinedRow& m) {
-    m.slots = args.pass.topk_index + i * t.topk;
-    m.found = std::find(m.slots, m.slots + t.topk, -1) - m.slots;
-    if (t.selection == Selection::kBernoulli)
-        for (int64_t c = 0; c < m.found; ++c)
-            m.words[c] =
-                philox_word(t.row_offset + i, t.col_offset + m.slots[c], t.seed, t.offset);
-    kernels.read_mined(t, m, args.query, i);
-}
-
 void finish_row(const FinishArgs& args, const Kernels& kernels, const Task& t, int64_t i,
                 Buffers& buffers) {
-    const BankPassArgs& pass = args.pass;
     MinedRow& m = buffers.mined;
-    double *logit = buffers.logit.data(), *taken = buffers.taken.data();
-    double *share = buffers.share.data(), *weight = buffers.weight.data();
-    look_up(args, kernels, t, i, m);
-    const double tau = pass.temperature, plus = pass.s_pos[i] / tau;
-    const double lse = pass.neg_lse[i], sq_lse = pass.neg_sq_lse[i];
-
-    // The pass summed over the mined rows too: take out those that were kept. What rounding leaves
-    // of nothing is nothing.
-    double left = pass.neg_count[i], taken_sum = 0, taken_square = 0;
-    for (int64_t c = 0; c < m.found; ++c) {
-        logit[c] = m.similarity[c] / tau;
-        const double keep = m.weight[c], part = keep > 0 ? std::exp(logit[c] - lse) : 0;
-        taken[c] = keep * part;
-        taken_sum += taken[c];
-        taken_square += taken[c] * part;
-        left -= keep;
-    }
-    taken_square *= std::exp(2 * lse - sq_lse);
-    const bool none = lse == -kInfinity || taken_sum >= 1 ||
-                      (left <= 0 && t.selection != Selection::kExpected);
-    const double rest = none ? 1 : 1 - taken_sum;
-    const double log_n = none ? -kInfinity : lse + std::log(rest);
-    const double log_sq =
-        none || taken_square >= 1 ? -kInfinity : sq_lse + std::log(1 - taken_square);
+    double *logit = buffers.logit.data(), *share = buffers.share.data();
+    double* weight = buffers.weight.data();
+    m.slots = args.topk_index + i * t.topk;
+    m.found = std::find(m.slots, m.slots + t.topk, -1) - m.slots;
+    kernels.read_mined(t, m, args.query, i);
+    const double tau = args.temperature, plus = args.s_pos[i] / tau, log_n = args.neg_lse[i];
 
     const double log_h = log_add(plus, log_n);
     double top = log_h, best = -kInfinity;
     for (int64_t c = 0; c < m.found; ++c) {
+        logit[c] = m.similarity[c] / tau;
         top = std::max(top, logit[c]);
-        best = std::max(best, double(m.score[c]));
+        best = std::max(best, double(m.similarity[c]));
     }
     const bool attention = args.soft_weights == SoftWeights::kAttention;
     double z = std::exp(log_h - top), weights = 0;
     for (int64_t c = 0; c < m.found; ++c) {
         share[c] = std::exp(logit[c] - top);
         z += share[c];
-        weight[c] = attention ? std::exp((m.score[c] - best) / args.weight_temperature) : 1;
+        weight[c] = attention ? std::exp((m.similarity[c] - best) / args.weight_temperature) : 1;
         weights += weight[c];
     }
     const double log_z = top + std::log(z);
@@ -113,34 +79,34 @@ void finish_row(const FinishArgs& args, const Kernels& kernels, const Task& t, i
 
     // d loss / d s of the key, of all kept negatives together, and of each mined row
     const double force = pull * std::exp(log_h - log_z) + args.hard_weight;  // times exp(s/tau) / H
-    const double to_mean = force * std::exp(log_n - log_h) / (rest * tau);
-    m.to_mean = float(to_mean);
+    m.to_mean = float(force * std::exp(log_n - log_h) / tau);
     m.to_key = float((pull * std::exp(plus - log_z) - 1 +
                       args.hard_weight * (std::exp(plus - log_h) - 1)) / tau);
     for (int64_t c = 0; c < m.found; ++c) {
         double slope = (pull * share[c] - weight[c]) / tau;
-        if (!none) slope -= to_mean * taken[c];
         if (attention)
             slope += weight[c] * (log_z - logit[c] - pulled) / args.weight_temperature;
         m.to_mined[c] = float(slope);
     }
-    kernels.combine(t, m, args.key, pass.neg_mean, i, args.grad_query);
+    kernels.combine(t, m, args.key, args.neg_mean, i, args.grad_query);
 
     // g = exp(s/tau) force / (tau H): its mean and variance over the kept negatives
-    const double log_g = std::log(force) - log_h - std::log(tau), kept = std::max(left, 1.0);
-    const double mean = std::exp(log_n + log_g) / kept;
-    args.stats[i] = float(std::max(left, 0.0));
+    const double log_g = std::log(force) - log_h - std::log(tau);
+    const double kept = std::max(args.neg_count[i], 1.0f), mean = std::exp(log_n + log_g) / kept;
+    args.stats[i] = args.neg_count[i];
     args.stats[t.rows + i] = float(mean);
     args.stats[2 * t.rows + i] =
-        float(std::max(std::exp(log_sq + 2 * log_g) / kept - mean * mean, 0.0));
+        float(std::max(std::exp(args.neg_sq_lse[i] + 2 * log_g) / kept - mean * mean, 0.0));
 }
 
 }  // namespace
 
 void finish(const FinishArgs& args, const std::string& isa, int threads) {
-    const Kernels& kernels = choose(isa, args.pass.dtype);
-    Task t = make_task(args.pass);
-    t.padded = round_up(t.dim, kPad);
+    const Kernels& kernels = choose(isa, args.dtype);
+    Task t{};  // as much of it as the loops over columns read
+    t.bank = args.bank, t.dtype = args.dtype;
+    t.rows = args.batch, t.topk = args.topk, t.dim = args.dim;
+    t.padded = (t.dim + kPad - 1) / kPad * kPad;
     // A thread takes some 30 us to start, a row of five mined ones of 128 columns half a us.
     constexpr double kThreadElements = 1e6;
     const double elements = double(t.rows) * double(t.topk + 4) * double(t.padded);

@@ -32,8 +32,7 @@ INLINE void prefetch(const Upcoming& next, int64_t block) {
 template <int kRows>
 void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, int64_t first_row,
                    int64_t place, float* mean) {
-    if (t.topk) mine<kRows>(t, w, tile, block);
-    if (!t.sums) return;
+    if (!t.sums) return mine<kRows>(t, w, tile, block);
     for (int panel = 0; panel < tile.width / kSub; ++panel) {
         float* scores = w.scores + place * kTile + panel * kSub;
 #if PSM_PAIRS
@@ -53,7 +52,8 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
         float* state = w.state + local * 3 * kLanes;
         const RowSums row{state,           state + kLanes,      state + 2 * kLanes,
                           w.shift + local, w.sq_shift + local, mean + r * t.padded,
-                          w.kept + (place + r) * kTile / kSub};
+                          w.kept + (place + r) * kTile / kSub,
+                          w.next + local};
         float* scores = w.scores + (place + r) * kTile;
         if (t.selection == Selection::kBernoulli)
             weigh<Selection::kBernoulli>(t, w, tile, i, row, scores);
@@ -89,7 +89,10 @@ void process(const Task& t, Worker& w, int64_t item) {
             __builtin_memset(mean + first_row * t.padded, 0,
                              size_t(rows * t.padded) * sizeof(float));
         __builtin_memset(w.state, 0, size_t(rows * 3 * kLanes) * sizeof(float));
-        for (int64_t r = 0; r < rows; ++r) w.shift[r] = w.sq_shift[r] = -kInfinity;
+        for (int64_t r = 0; r < rows; ++r) {
+            w.shift[r] = w.sq_shift[r] = -kInfinity;
+            w.next[r] = t.hidden + (first_row + r) * t.most_hidden;
+        }
     }
     const int64_t last_tile = (chunk + 1) * t.tiles / t.chunks;
     for (int64_t index = chunk * t.tiles / t.chunks; index < last_tile; ++index) {

@@ -38,13 +38,13 @@ void screen(const Task& t, const Worker& w, int64_t block, int panel, const floa
         for (int r = 0; r < kRows; ++r)
             acc[r][n] = load_i(w.slot_bias + panel * kSub + n * kWidth);
     const int64_t quads = t.padded / 4;
-    const uint32_t* key = t.key_quads + block * quads * kBlock;
+    const uint32_t* query = t.query_quads + block * quads * kBlock;
     const uint32_t* m = w.quads + panel * quads * kSub;
-    for (int64_t d = 0; d < quads; ++d, key += kBlock, m += kSub) {
+    for (int64_t d = 0; d < quads; ++d, query += kBlock, m += kSub) {
         I bank[kPanels];
         for (int n = 0; n < kPanels; ++n) bank[n] = load_i(m + n * kWidth);
         for (int r = 0; r < kRows; ++r) {
-            const I x = set1_i(key[r]);
+            const I x = set1_i(query[r]);
             for (int n = 0; n < kPanels; ++n) acc[r][n] = dot_bytes(acc[r][n], x, bank[n]);
         }
     }
@@ -52,7 +52,7 @@ void screen(const Task& t, const Worker& w, int64_t block, int panel, const floa
         return mul(to_float(acc[r][n]), load(w.slot_step + panel * kSub + n * kWidth));
     };
 #else
-    product<kRows>(t.key_panel + block * t.dim * kBlock, w.panel + panel * t.dim * kSub, t.dim,
+    product<kRows>(t.query_panel + block * t.dim * kBlock, w.panel + panel * t.dim * kSub, t.dim,
                    w.scores);
     const auto similarity = [&](int r, int n) { return load(w.scores + r * kTile + n * kWidth); };
 #endif
@@ -74,6 +74,13 @@ INLINE float dot(const float* x, const float* y, int64_t padded) {
     return sum(acc[0]);
 }
 
+bool is_hidden(const Task& t, int64_t i, int64_t slot) {
+    const Exclude& x = t.exclude;
+    bool hidden = x.ids && x.bank_ids[slot] == x.ids[i];
+    for (int64_t e = 0; e < x.listed; ++e) hidden |= x.slots[i * x.listed + e] == slot;
+    return hidden;
+}
+
 template <int kRows>
 void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
     const int64_t first_row = block * kBlock;
@@ -87,31 +94,29 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
         uint64_t masks[kRows];
         for (int r = 0; r < kRows; ++r) {
             const int64_t i = first_row + r;
-            // |k.m - k'.m'| <= |k| |m - m'| + |k - k'| |m'|
-            const float error = t.key_norm[i] * from_norm + t.key_residual[i] * from_residual;
+            // |q.m - q'.m'| <= |q| |m - m'| + |q - q'| |m'|
+            const float error = t.norm[i] * from_norm + t.residual[i] * from_residual;
             floor[r] = w.bars[i] - error;
         }
         screen<kRows>(t, w, block, panel, floor, masks);
-        const float* rows = w.rows + panel * kSub * t.padded;
-        const int low = tile.low - panel * kSub, high = tile.high - panel * kSub;
-        uint64_t valid = high >= kSub ? ~0ull : high <= 0 ? 0 : (1ull << high) - 1;
-        if (low > 0) valid &= low >= kSub ? 0 : ~0ull << low;
+        const int64_t slot = tile.slot + panel * kSub;
         for (int r = 0; r < kRows; ++r) {
             uint64_t* heap = w.heaps + (first_row + r) * t.topk;
-            const float* key = t.key_rows + (first_row + r) * t.padded;
+            const float* query = t.query_rows + (first_row + r) * t.padded;
+            const uint64_t found = masks[r] & tile.seen[panel];
             // All products first: a branch on one waits for it, 4 % of bank_topk at k = 200.
             float exact[kSub];
-            for (uint64_t mask = masks[r] & valid; mask; mask &= mask - 1) {
+            for (uint64_t mask = found; mask; mask &= mask - 1) {
                 const int j = __builtin_ctzll(mask);
-                exact[j] = dot(key, rows + j * t.padded, t.padded);
+                exact[j] = dot(query, bank_row(t, slot + j, w.rows), t.padded);
             }
-            for (uint64_t mask = masks[r] & valid; mask; mask &= mask - 1) {
+            for (uint64_t mask = found; mask; mask &= mask - 1) {
                 const int j = __builtin_ctzll(mask);
                 if (exact[j] != exact[j]) continue;
-                const uint64_t entry = heap_entry(exact[j], tile.slot + panel * kSub + j);
-                if (entry <= heap[0]) continue;
+                const uint64_t entry = heap_entry(exact[j], slot + j);
+                if (entry <= heap[0] || is_hidden(t, first_row + r, slot + j)) continue;
                 heap_replace_root(heap, t.topk, entry);
-                w.bars[first_row + r] = heap_similarity(heap[0]) * t.key_inverse[first_row + r];
+                w.bars[first_row + r] = heap_similarity(heap[0]) * t.inverse[first_row + r];
             }
         }
     }

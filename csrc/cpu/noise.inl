@@ -54,6 +54,4 @@ void philox_row(const Task& t, const Tile& tile, const uint64_t* columns, int64_
         for (int f = 0; f < kFlight; ++f)
             store_words(words, i + f * kStep, join_w(c0[f], c1[f]), join_w(c2[f], c3[f]));
     }
-    for (int j = 0; j < tile.low; ++j) words[j] = 0xFFFFFFFFu;  // above every threshold
-    for (int j = tile.high; j < tile.width; ++j) words[j] = 0xFFFFFFFFu;
 }

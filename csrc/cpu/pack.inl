@@ -29,6 +29,15 @@ void convert(const Task& t, const void* src, int64_t row, float* dst) {
     if (t.dtype == Dtype::kFloat16) convert_row<Dtype::kFloat16>(src, first, t.dim, t.padded, dst);
 }
 
+// Whether rows of the bank can be read where they lie, in fp32 and padded.
+bool in_place(const Task& t) { return t.dtype == Dtype::kFloat32 && t.dim == t.padded; }
+
+INLINE const float* bank_row(const Task& t, int64_t slot, float* buffer) {
+    if (in_place(t)) return (const float*)t.bank + slot * t.dim;
+    convert(t, t.bank, slot, buffer);
+    return buffer;
+}
+
 // One row as signed bytes times `step`, with what the bound on the error of a product needs.
 // A row that holds NaN or inf has residual inf: no bound.
 struct Quantized {
@@ -69,9 +78,9 @@ INLINE float norm_of(const float* row, int64_t padded) {
 void set_bound(const Task& t, int64_t i, float inverse, float norm, float residual) {
     const bool finite = norm < kInfinity;
     const float slack = 1.0001f * inverse;  // the norms are rounded as well
-    t.key_inverse[i] = inverse;
-    t.key_norm[i] = finite ? larger(slack * norm, 1e-30f) : 0.0f;  // not 0: 0 * inf is NaN
-    t.key_residual[i] = finite ? larger(slack * residual, 1e-30f) : 0.0f;
+    t.inverse[i] = inverse;
+    t.norm[i] = finite ? larger(slack * norm, 1e-30f) : 0.0f;  // not 0: 0 * inf is NaN
+    t.residual[i] = finite ? larger(slack * residual, 1e-30f) : 0.0f;
     for (int64_t set = 0; set < t.heap_sets; ++set)  // NaN or inf in a key: it finds nothing
         t.bars[set * t.rows + i] = finite ? -kInfinity : kInfinity;
 }
@@ -79,10 +88,25 @@ void set_bound(const Task& t, int64_t i, float inverse, float norm, float residu
 uint32_t bf16_bits(float x) { return float_to_bits(x) >> 16; }  // x is a bf16 already
 
 void prepare(const Task& t) {
-    float* row = (float*)__builtin_alloca(size_t(t.padded) * sizeof(float));
-    for (int64_t i = 0; t.sums && i < t.rows; ++i) {
+    float* scratch = (float*)__builtin_alloca(size_t(t.padded) * sizeof(float));
+    for (int64_t i = 0; i < t.rows; ++i) {
+        float* row = t.sums ? scratch : t.query_rows + i * t.padded;
         convert(t, t.query, i, row);
         const int64_t block = i / kBlock, r = i % kBlock;
+#if PSM_QUADS
+        if (!t.sums) {
+            int8_t* bytes = (int8_t*)scratch;
+            const Quantized q = quantize_row(row, t.padded, bytes);
+            uint32_t* panel = t.query_quads + block * (t.padded / 4) * kBlock + r;
+            for (int64_t d = 0; d < t.padded / 4; ++d) {
+                uint32_t quad;
+                __builtin_memcpy(&quad, bytes + 4 * d, 4);
+                panel[d * kBlock] = quad ^ 0x80808080u;  // byte + 128 as an unsigned byte
+            }
+            set_bound(t, i, 1.0f / q.step, q.norm, q.residual);
+            continue;
+        }
+#endif
         if (t.query_pairs) {
             uint32_t* panel = t.query_pairs + block * (t.padded / 2) * kBlock + r;
             for (int64_t d = 0; d < t.padded / 2; ++d)
@@ -90,27 +114,8 @@ void prepare(const Task& t) {
         } else {
             float* panel = t.query_panel + block * t.dim * kBlock + r;
             for (int64_t d = 0; d < t.dim; ++d) panel[d * kBlock] = row[d];
+            if (!t.sums) set_bound(t, i, 1.0f, norm_of(row, t.padded), 0.0f);
         }
-    }
-    for (int64_t i = 0; t.topk && i < t.rows; ++i) {
-        float* key = t.key_rows + i * t.padded;
-        convert(t, t.key, i, key);
-        const int64_t block = i / kBlock, r = i % kBlock;
-#if PSM_QUADS
-        int8_t* bytes = (int8_t*)row;
-        const Quantized q = quantize_row(key, t.padded, bytes);
-        uint32_t* panel = t.key_quads + block * (t.padded / 4) * kBlock + r;
-        for (int64_t d = 0; d < t.padded / 4; ++d) {
-            uint32_t quad;
-            __builtin_memcpy(&quad, bytes + 4 * d, 4);
-            panel[d * kBlock] = quad ^ 0x80808080u;  // byte + 128 as an unsigned byte
-        }
-        set_bound(t, i, 1.0f / q.step, q.norm, q.residual);
-#else
-        float* panel = t.key_panel + block * t.dim * kBlock + r;
-        for (int64_t d = 0; d < t.dim; ++d) panel[d * kBlock] = key[d];
-        set_bound(t, i, 1.0f, norm_of(key, t.padded), 0.0f);
-#endif
     }
 }
 
@@ -119,7 +124,10 @@ struct Tile {
     int64_t slot;         // bank slot of the tile's slot 0, may be negative in the first tile
     int low, high;        // valid slots of the tile
     int width;            // `high` rounded up to whole panels
+    const float* rows;    // (width, padded) in fp32, zeros where there is no slot
     float norm, residual; // the largest of its slots
+    uint64_t seen[kTile / kSub];  // a bit per slot that rows may see: valid and not empty
+    bool whole;                   // they may see every slot
 };
 
 // (slots, columns) -> (slots / kSub, columns, kSub)
@@ -130,32 +138,45 @@ void transpose_panels(const uint32_t* src, int64_t ld, int64_t columns, int widt
                       dst + (j / kSub) * columns * kSub + c * kSub + j % kSub, kSub);
 }
 
+// Which slots rows may see, and the ids to compare theirs with.
+void mark_slots(const Task& t, Worker& w, Tile& tile) {
+    uint64_t unseen = 0;
+    for (int j = 0; j < tile.width; j += kSub) {
+        const int low = tile.low - j, high = tile.high - j;
+        uint64_t seen = high >= kSub ? ~0ull : (1ull << high) - 1;
+        if (low > 0) seen &= low >= kSub ? 0 : ~0ull << low;
+        if (t.exclude.bank_ids)
+            for (int n = 0; n < kSub; ++n) {
+                const bool valid = seen >> n & 1;
+                const int64_t id = valid ? t.exclude.bank_ids[tile.slot + j + n] : kEmpty;
+                seen &= ~(uint64_t(id == kEmpty) << n);
+                w.ids[j + n] = id;
+            }
+        tile.seen[j / kSub] = seen;
+        unseen |= ~seen;
+    }
+    tile.whole = unseen == 0;
+}
+
 Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     Tile tile{};
     tile.slot = index * t.tile - t.lead;
     tile.low = tile.slot < 0 ? int(-tile.slot) : 0;
     tile.high = int(smaller(t.count - tile.slot, t.tile));
     tile.width = (tile.high + kSub - 1) / kSub * kSub;
+    mark_slots(t, w, tile);
     const int64_t ld = t.padded;
-    for (int j = 0; j < tile.width; ++j) {
-        float* row = w.rows + j * ld;
-        if (j < tile.low || j >= tile.high)
-            __builtin_memset(row, 0, size_t(ld) * sizeof(float));
-        else
-            convert(t, t.bank, tile.slot + j, row);
-    }
-    if (t.topk) {
-        for (int j = 0; j < tile.width; ++j) {
 #if PSM_QUADS
-            const Quantized q = quantize_row(w.rows + j * ld, ld, w.bytes + j * ld);
+    if (!t.sums) {
+        for (int j = 0; j < tile.high; ++j) {
+            const float* row = bank_row(t, tile.slot + j, w.rows);
+            const Quantized q = quantize_row(row, ld, w.bytes + j * ld);
             w.slot_step[j] = q.step;
             tile.residual = larger(tile.residual, q.residual);
             tile.norm = larger(tile.norm, q.norm);
-#else
-            tile.norm = larger(tile.norm, norm_of(w.rows + j * ld, ld));
-#endif
         }
-#if PSM_QUADS
+        __builtin_memset(w.bytes + tile.high * ld, 0, size_t((tile.width - tile.high) * ld));
+        for (int j = tile.high; j < tile.width; ++j) w.slot_step[j] = 1.0f;
         transpose_panels((const uint32_t*)w.bytes, ld / 4, ld / 4, tile.width, w.quads);
         for (int j = 0; j < tile.width; j += kWidth) {
             const uint32_t* quads = w.quads + j / kSub * (ld / 4) * kSub + j % kSub;
@@ -164,25 +185,41 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
                 biased = dot_bytes(biased, set1_i(0x80808080u), load_i(quads + d * kSub));
             store_i(w.slot_bias + j, -biased);
         }
-#endif
+        return tile;
     }
+#endif
+    if (in_place(t) && tile.low == 0 && tile.high == tile.width) {
+        tile.rows = bank_row(t, tile.slot, nullptr);
+    } else {
+        tile.rows = w.rows;
+        for (int j = 0; j < tile.width; ++j) {
+            float* row = w.rows + j * ld;
+            if (j < tile.low || j >= tile.high)
+                __builtin_memset(row, 0, size_t(ld) * sizeof(float));
+            else
+                convert(t, t.bank, tile.slot + j, row);
+        }
+    }
+    if (!t.sums)
+        for (int j = 0; j < tile.width; ++j)
+            tile.norm = larger(tile.norm, norm_of(tile.rows + j * ld, ld));
     if (t.query_pairs) {
 #if PSM_PAIRS
         uint32_t* pairs = w.row_pairs;  // first as pairs along D, then as pairs along slots
         for (int j = 0; j < tile.width; ++j)
             for (int64_t d = 0; d < ld; d += 2 * kWidth)
-                store_pairs(pairs + (j * ld + d) / 2, load(w.rows + j * ld + d),
-                            load(w.rows + j * ld + d + kWidth));
+                store_pairs(pairs + (j * ld + d) / 2, load(tile.rows + j * ld + d),
+                            load(tile.rows + j * ld + d + kWidth));
         transpose_panels(pairs, ld / 2, ld / 2, tile.width, w.pairs);
         for (int j = 0; j < tile.width; j += 2)
             for (int64_t d = 0; d < ld; d += kWidth)
-                store_interleaved(pairs + j / 2 * ld + d, load(w.rows + j * ld + d),
-                                  load(w.rows + (j + 1) * ld + d));
+                store_interleaved(pairs + j / 2 * ld + d, load(tile.rows + j * ld + d),
+                                  load(tile.rows + (j + 1) * ld + d));
 #endif
-    } else if (t.sums || !PSM_QUADS) {
+    } else {
         // The panel holds D columns, not `padded`: the last four of a row may be partly padding.
         const int64_t whole = t.dim / 4 * 4;
-        const auto* rows = (const uint32_t*)w.rows;
+        const auto* rows = (const uint32_t*)tile.rows;
         for (int p = 0; p < tile.width / kSub; ++p) {
             uint32_t* panel = (uint32_t*)w.panel + p * t.dim * kSub;
             for (int64_t c = 0; c < whole; c += 4)

@@ -86,7 +86,7 @@ INLINE void accumulate_at(const Worker& w, const Tile& tile, int64_t d, int64_t 
         return;
     }
 #endif
-    accumulate<kRows, kColumns>(w.scores, w.rows + d, tile.high, ld, mean + d);
+    accumulate<kRows, kColumns>(w.scores, tile.rows + d, tile.high, ld, mean + d);
 }
 
 template <int kRows>
@@ -164,7 +164,7 @@ void accumulate_kept_rows(const Task& t, const Worker& w, const Tile& tile, int6
                 const uint32_t kept0 = uint32_t(kept[0] >> j % kSub);
                 const uint32_t kept1 = pair ? uint32_t(kept[kTile / kSub] >> j % kSub) : 0;
                 float* mean0 = mean + r * ld + d;
-                run(w.scores + r * kTile + j, kept0, kept1, w.rows + j * ld + d, ld, mean0,
+                run(w.scores + r * kTile + j, kept0, kept1, tile.rows + j * ld + d, ld, mean0,
                     pair ? mean0 + ld : w.scratch);
             }
     }

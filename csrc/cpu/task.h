@@ -13,18 +13,21 @@ constexpr int kBlock = 6;      // query rows per register block: 6 x 64 are 24 a
 constexpr int kPad = 32;       // rows are padded to this many elements: 32 bf16 pairs a register
 constexpr int kGang = 4;       // row blocks that share the loads of a second product with gaps
 constexpr int kLanes = 16;     // partial sums kept per row
+constexpr int64_t kNoSlot = INT64_MAX;
 constexpr int kBatches = kTile / 4;  // Philox counters per row and tile
 
+// Either mines or sums: what is mined may have to be left out of the sums.
 struct Task {
-    const void *query, *key, *bank;
+    const void *query, *bank;
     const float* s_pos;
     const float *affine, *rho;
     int64_t rows, count, dim, padded;  // B, valid slots, D, D rounded up to kPad
     Dtype dtype;
     Selection selection;
-    bool sums, mean;  // without sums: mining only; without mean: no second product
+    bool sums, mean;  // without sums: mining; without mean: no second product
     float scale, slope, b;  // log2(e) / tau, -a log2(e), b
-    int64_t topk;
+    int64_t topk;  // 0 where it sums
+    Exclude exclude;
     uint64_t seed, offset;
     int64_t row_offset, col_offset;
     int64_t lead;  // tiles start at multiples of 16 global slots: empty slots before the first
@@ -32,13 +35,16 @@ struct Task {
     int64_t tile;  // slots of a tile, at most kTile, a multiple of kSub
     int64_t tiles, chunks, blocks, group_blocks, groups;
 
-    // Packed queries and keys, written by `prepare`. Blocks of kBlock rows, interleaved.
+    // Packed queries, written by `prepare`: one of three forms. Blocks of kBlock rows, interleaved.
     float* query_panel;     // (blocks, D, kBlock)
     uint32_t* query_pairs;  // (blocks, padded / 2, kBlock) bf16 pairs
-    float* key_rows;        // (B, padded)
-    float* key_panel;       // (blocks, D, kBlock)
-    uint32_t* key_quads;    // (blocks, padded / 4, kBlock) four bytes, biased by 128
-    float *key_inverse, *key_norm, *key_residual;  // (B,) 1 / step; norms of key and error, / step
+    uint32_t* query_quads;  // (blocks, padded / 4, kBlock) four bytes, biased by 128
+    float* query_rows;      // (B, padded)
+    float *inverse, *norm, *residual;  // (B,) 1 / step; norms of a query and its error, / step
+
+    const int64_t* mined; // (B, topk) of the task before
+    int64_t* hidden;      // (B, most_hidden) a row's slots that it must not sum, ascending, kNoSlot
+    int64_t most_hidden;  // counts the kNoSlot that ends each list
 
     // Partial results of chunk c, merged in the order of c.
     float *part_shift, *part_sq_shift;       // (chunks, B) exponents are relative to 2^shift
@@ -51,7 +57,7 @@ struct Task {
 
 // Buffers of one thread.
 struct Worker {
-    float* rows;          // (tile, padded) the tile in fp32, zeros where there is no slot
+    float* rows;          // (tile, padded) the tile in fp32, or of mining by bytes one row of it
     float* panel;         // (tile / kSub, D, kSub)
     uint32_t* pairs;      // (tile / kSub, padded / 2, kSub) bf16 pairs along D
     uint32_t* row_pairs;  // (tile / 2, padded) bf16 pairs along slots
@@ -65,6 +71,9 @@ struct Worker {
     uint32_t* words;         // (kTile,)
     uint64_t* kept;          // (kGang * kBlock, kTile / kSub) a bit per slot
     float* rho;              // (kTile,)
+    int64_t* ids;            // (kTile,) of the slots
+    uint64_t* hidden;        // (kTile / kSub,) a bit per slot that a row must not see
+    const int64_t** next;    // (rows of a group,) the first of a row's hidden slots from here on
     uint64_t* columns;       // (4, kBatches) what Philox knows of a column before it sees a row
     float* state;            // (rows of a group, 3, kLanes) sum, sum of squares, count
     float *shift, *sq_shift; // (rows of a group,)
@@ -75,17 +84,14 @@ struct Worker {
 // One query with its mined rows, of which the first `found` are there. Buffers of one thread.
 struct MinedRow {
     int64_t found;
-    const int64_t* slots;  // (topk,)
-    uint32_t* words;       // (topk,) noise
-    float *query, *seen;   // (padded,) the unit query and what its rounding left of it
-    float* rows;           // (topk, padded)
-    float* similarity;     // (topk,) to the query as the pass saw it
-    float* score;          // (topk,) to the unit query
-    float* weight;         // (topk,) of the slot in the sums of the pass
-    float* to_mined;       // (topk,) how much of each vector is in the query's gradient
+    const int64_t* slots;    // (topk,)
+    const float** rows;      // (topk,) in fp32
+    float* copies;           // (topk, padded) those of `rows` that are not in the bank as they are
+    float *query, *scratch;  // (padded,)
+    float* similarity;       // (topk,)
+    float* to_mined;         // (topk,) how much of each vector is in the query's gradient
     float to_key, to_mean;
 };
-constexpr int kMinedPad = 16;  // MinedRow's buffers have room for a multiple of this
 
 struct Kernels {
     const char* name;

@@ -35,7 +35,43 @@ struct RowSums {
     float *shift, *sq_shift;
     float* mean;     // (padded,)
     uint64_t* kept;  // (kTile / kSub,)
+    const int64_t** next;
 };
+
+INLINE bool holds(const int64_t* ids, int width, int64_t id) {
+    int64_t found = 0;
+    for (int j = 0; j < width; ++j) found |= -int64_t(ids[j] == id);
+    return found != 0;
+}
+
+// Whether there are slots of the tile that row i must not see; their bits are then in w.hidden.
+// Tiles of an item come in ascending order, so a list that ends with kNoSlot takes one comparison.
+INLINE bool hide(const Task& t, const Worker& w, const Tile& tile, int64_t i, const int64_t*& next) {
+    const int64_t end = tile.slot + tile.width;
+    const int64_t id = t.exclude.ids ? t.exclude.ids[i] : kEmpty;
+    const bool own = id != kEmpty && holds(w.ids, tile.width, id);
+    if (tile.whole && *next >= end && !own) return false;
+    for (int panel = 0; panel < tile.width / kSub; ++panel) w.hidden[panel] = ~tile.seen[panel];
+    for (; *next < end; ++next) {
+        const int64_t j = *next - tile.slot;
+        if (j >= 0) w.hidden[j / kSub] |= 1ull << j % kSub;
+    }
+    for (int j = 0; own && j < tile.width; ++j)
+        w.hidden[j / kSub] |= uint64_t(w.ids[j] == id) << j % kSub;
+    return true;
+}
+
+// Calls set(j) for each hidden slot; returns how many there are.
+template <class Set>
+INLINE int each_hidden(const Worker& w, const Tile& tile, Set set) {
+    int count = 0;
+    for (int panel = 0; panel < tile.width / kSub; ++panel) {
+        count += __builtin_popcountll(w.hidden[panel]);
+        for (uint64_t mask = w.hidden[panel]; mask; mask &= mask - 1)
+            set(panel * kSub + __builtin_ctzll(mask));
+    }
+    return count;
+}
 
 INLINE void scale_lanes(float* x, int64_t n, float factor) {
     for (int64_t i = 0; i < n; i += kWidth) store(x + i, mul(load(x + i), set1(factor)));
@@ -54,9 +90,12 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
            float* scores) {
     const V scale = set1(t.scale), slope = set1(t.slope);
     V top = set1(-kInfinity);
-    int kept = tile.high - tile.low;
+    const bool hides = hide(t, w, tile, i, *row.next);
+    int kept = tile.width;
     if constexpr (kSelection == Selection::kBernoulli) {
         philox_row(t, tile, w.columns, i, w.words);
+        if (hides)  // above every threshold
+            each_hidden(w, tile, [&](int j) { w.words[j] = 0xFFFFFFFFu; });
         const V center = set1(t.s_pos[i] + t.b);
         kept = 0;
         for (int panel = 0; panel < tile.width / kSub; ++panel) row.kept[panel] = 0;
@@ -75,14 +114,13 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
             row.kept[j / kSub] |= mask << j % kSub;
             kept += __builtin_popcountll(mask);
         }
-        if (kept == 0) {
-            __builtin_memset(scores, 0, size_t(tile.width) * sizeof(float));
-            return;
-        }
     } else {
-        for (int j = 0; j < tile.low; ++j) scores[j] = -kInfinity;
-        for (int j = tile.high; j < tile.width; ++j) scores[j] = -kInfinity;
+        if (hides) kept -= each_hidden(w, tile, [&](int j) { scores[j] = -kInfinity; });
         for (int j = 0; j < tile.width; j += kWidth) top = max(top, load(scores + j));
+    }
+    if (kept == 0) {
+        __builtin_memset(scores, 0, size_t(tile.width) * sizeof(float));
+        return;
     }
     row.count[0] += float(kept);
     top = mul(top, scale);
@@ -118,8 +156,8 @@ void weigh<Selection::kExpected>(const Task& t, const Worker& w, const Tile& til
         store(scores + j, weight);
         store(squares + j, fma(s, scale, weight));
     }
-    for (int j = 0; j < tile.width; ++j)
-        if (j < tile.low || j >= tile.high) scores[j] = squares[j] = chance[j] = -kInfinity;
+    if (hide(t, w, tile, i, *row.next))
+        each_hidden(w, tile, [&](int j) { scores[j] = squares[j] = chance[j] = -kInfinity; });
     V top = set1(-kInfinity), sq_top = top;
     for (int j = 0; j < tile.width; j += kWidth) {
         top = max(top, load(scores + j));
@@ -166,8 +204,8 @@ void weigh<Selection::kAffine>(const Task& t, const Worker& w, const Tile& tile,
         store(weights + j, weight);
         store(scores + j, mul(weight, e[0]));
     }
-    for (int j = 0; j < tile.width; ++j)
-        if (j < tile.low || j >= tile.high) scores[j] = weights[j] = 0.0f;
+    if (hide(t, w, tile, i, *row.next))
+        each_hidden(w, tile, [&](int j) { scores[j] = weights[j] = 0.0f; });
     V total = load(row.sum), count = load(row.count);
     for (int j = 0; j < tile.width; j += kWidth) {
         total = add(total, load(scores + j));

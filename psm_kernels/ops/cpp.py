@@ -11,6 +11,7 @@ from torch import Tensor
 
 from psm_kernels import __version__
 from psm_kernels._csrc import source_id
+from psm_kernels.ops import NOTHING, Exclude
 
 MAX_FINISH_TOPK = 1024  # a thread of psm_finish holds (topk, D) in fp32
 
@@ -80,6 +81,8 @@ def bank_pass(
     rng_state: Tensor | None,  # (2,)
     row_offset: int,
     col_offset: int,
+    exclude: Exclude = NOTHING,
+    exclude_mined: bool = False,
     *,
     mean: bool = True,
     affine: Tensor | None = None,  # (5, B)
@@ -115,6 +118,8 @@ def bank_pass(
         col_offset=col_offset,
         affine=0 if affine is None else affine.data_ptr(),
         rho=0 if rho is None else rho.data_ptr(),
+        **_excluded(exclude),
+        exclude_mined=exclude_mined,
         neg_lse=neg_lse.data_ptr(),
         neg_mean=neg_mean.data_ptr() if mean else 0,
         neg_sq_lse=neg_sq_lse.data_ptr(),
@@ -170,22 +175,15 @@ def psm_finish(
     bank: Tensor,  # (K, D)
     s_pos: Tensor,  # (B,)
     swept: tuple[Tensor, ...],
-    *,
-    rng_state: Tensor | None,  # (2,)
     **settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `psm_kernels.ops.fused.psm_rows`."""
     from psm_kernels import _C
 
     outputs, arguments = finish_arguments(query, key, bank, s_pos, swept, **settings)
-    seen = query.to(bank.dtype)
-    seed, offset = _noise(rng_state)
     _C.psm_finish(
         **arguments,
-        seen=seen.data_ptr(),
         slots=len(bank),
-        seed=seed,
-        offset=offset,
         isa=instruction_set(),
         threads=torch.get_num_threads(),
     )
@@ -200,10 +198,6 @@ def finish_arguments(
     swept: tuple[Tensor, ...],
     *,
     temperature: float,
-    selection: str,
-    a: float,
-    b: float,
-    row_offset: int,
     soft_weights: str,
     weight_temperature: float,
     hard_weight: float,
@@ -226,12 +220,8 @@ def finish_arguments(
         "batch": batch,
         "dim": dim,
         "dtype": DTYPES[bank.dtype],
-        "selection": SELECTIONS[selection],
         "temperature": temperature,
-        "a": a,
-        "b": b,
         "topk": topk_index.shape[1],
-        "row_offset": row_offset,
         "soft_weights": SOFT_WEIGHTS[soft_weights],
         "weight_temperature": weight_temperature,
         "hard_weight": hard_weight,
@@ -247,13 +237,14 @@ def row_ranges(
     bank: Tensor,  # (K, D)
     count: Tensor,  # ()
     temperature: float,
+    exclude: Exclude = NOTHING,
 ) -> tuple[Tensor, ...]:
     """See `psm_kernels.ops.affine.row_ranges`."""
     lse, *_, lowest, _ = bank_pass(
         query, -query, bank, count, query.new_zeros(len(query), dtype=torch.float32), temperature,
-        "all", 0.0, 0.0, 1, None, 0, 0, mean=False,
+        "all", 0.0, 0.0, 1, None, 0, 0, exclude, mean=False,
     )  # fmt: skip
-    return lse, -lowest[:, 0], *bank_topk(query, bank, 2, count)
+    return lse, -lowest[:, 0], *bank_topk(query, bank, 2, count, exclude)
 
 
 def weighted_pass(
@@ -263,16 +254,23 @@ def weighted_pass(
     temperature: float,
     affine: Tensor,  # (5, B)
     rho: Tensor,  # (K,)
+    exclude: Exclude = NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `psm_kernels.ops.affine.weighted_pass`."""
     log_sum, mean, _, weight, *_ = bank_pass(
         query, None, bank, count, affine[0], temperature, "affine", 0.0, 0.0, 0, None, 0, 0,
-        affine=affine, rho=rho,
+        exclude, affine=affine, rho=rho,
     )  # fmt: skip
     return log_sum, mean, weight
 
 
-def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:
+def bank_topk(
+    query: Tensor,  # (B, D)
+    bank: Tensor,  # (K, D)
+    k: int,
+    count: Tensor,  # ()
+    exclude: Exclude = NOTHING,
+) -> tuple[Tensor, Tensor]:
     """See `psm_kernels.ops.bank_topk`."""
     from psm_kernels import _C
 
@@ -286,6 +284,7 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
         dim=dim,
         dtype=DTYPES[bank.dtype],
         topk=k,
+        **_excluded(exclude),
         topk_sim=topk_sim.data_ptr(),
         topk_index=topk_index.data_ptr(),
         isa=instruction_set(),
@@ -293,6 +292,12 @@ def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tenso
         allocate=_Workspace(),
     )
     return topk_sim, topk_index
+
+
+def _excluded(exclude: Exclude) -> dict[str, int]:
+    slots, ids, bank_ids = (0 if value is None else value.data_ptr() for value in exclude)
+    listed = 0 if exclude.slots is None else exclude.slots.shape[1]
+    return {"exclude": slots, "listed": listed, "ids": ids, "bank_ids": bank_ids}
 
 
 def _topk_outputs(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
