@@ -46,9 +46,4 @@ PSM_HD Philox4 philox_counter(uint32_t column, int64_t row, uint64_t offset) {
     return {{column, uint32_t(row), uint32_t(offset), uint32_t(offset >> 32)}};
 }
 
-PSM_HD uint32_t philox_word(int64_t row, int64_t slot, uint64_t seed, uint64_t offset) {
-    const Philox4 out = philox4x32(philox_counter(philox_column(slot), row, offset), seed);
-    return out.word[philox_lane(slot)];
-}
-
 }  // namespace psm

@@ -10,7 +10,6 @@ namespace psm::cuda {
 
 constexpr int kFlagRows = 16, kFlagSlots = 64;
 constexpr int kNoSlot = -16;    // in a list: `lead` is less, so that no tile holds it
-constexpr int64_t kEmpty = -2;  // in `bank_ids`: hidden from every row
 
 // `at` is a slot counted with `lead`.
 PSM_DEVICE uint32_t& flag_word(const Hidden& hidden, int row, int at) {
@@ -120,9 +119,8 @@ PSM_DEVICE bool is_hidden(const PassArgs& args, int row, int slot) {
 constexpr int kMarkThreads = 256, kMarkRows = 1024, kBuckets = 1024;
 
 struct MarkArgs {
-    PassArgs pass;         // `hidden` is what is written
-    const int64_t* slots;  // (B, excluded) or null
-    int excluded;
+    PassArgs pass;  // its `hidden` is written
+    Exclude exclude;
 };
 
 struct MarkShared {  // a hash table of the ids of some rows: the first row of a bucket, and the next
@@ -142,7 +140,8 @@ PSM_DEVICE void mark_lists(const MarkArgs& args) {
     for (int64_t at = int64_t(block_index()) * kMarkThreads + thread_index(); at < all;
          at += int64_t(grid_size()) * kMarkThreads) {
         const int64_t row = at / hidden.listed, i = at % hidden.listed;
-        const int64_t slot = i < args.excluded ? args.slots[row * args.excluded + i] : -1;
+        const int64_t given = args.exclude.listed;
+        const int64_t slot = i < given ? args.exclude.slots[row * given + i] : -1;
         const bool inside = slot >= 0 && slot < count;
         hidden.list[at] = inside ? int(slot) : kNoSlot;
         if (inside) set_flag(hidden, int(row), int(slot) + lead);

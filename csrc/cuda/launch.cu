@@ -191,6 +191,12 @@ PassArgs common(const Request& request) {
 
 // --- what is hidden ---
 
+// Has the caller hidden anything?
+bool hides(const Request& request) {
+    const Exclude& exclude = request.pass.exclude;
+    return exclude.listed > 0 || exclude.ids != nullptr;
+}
+
 size_t lay_out(Hidden& hidden, const Request& request, void* workspace) {
     Cutter cutter(workspace);
     const int64_t slots = request.slots + lead_slots(request.pass.col_offset);
@@ -206,8 +212,8 @@ void mark(const Request& request, const Hidden& hidden) {
     const size_t bytes = reinterpret_cast<char*>(hidden.list) - reinterpret_cast<char*>(hidden.flags);
     check(cudaMemsetAsync(hidden.flags, 0, bytes, static_cast<cudaStream_t>(request.stream)),
           "cudaMemsetAsync");
-    if (!request.hides()) return;
-    MarkArgs args = {common(request), request.exclude, request.excluded};
+    if (!hides(request)) return;
+    MarkArgs args = {common(request), request.pass.exclude};
     args.pass.hidden = hidden;
     const int64_t work = std::max(request.slots, request.pass.batch * hidden.listed);
     void* arguments[] = {&args};
@@ -294,27 +300,26 @@ void bank_pass(const Request& request, const Allocate& allocate) {
     const BankPassArgs& in = request.pass;
     if (in.batch == 0) return;
     const DeviceGuard guard(request.device);
-    const bool mines = in.topk > 0, hides_mined = request.sums && request.exclude_mined && mines;
+    const bool mines = in.topk > 0, hides_mined = request.sums && in.exclude_mined && mines;
     const Hidden nothing = {};
     Hidden hidden = {};
-    hidden.ids = request.ids, hidden.bank_ids = request.bank_ids;
-    hidden.listed = request.excluded + (hides_mined ? int(in.topk) : 0);
-    const bool hides = request.hides() || hides_mined;
+    hidden.ids = in.exclude.ids, hidden.bank_ids = in.exclude.bank_ids;
+    hidden.listed = int(in.exclude.listed + (hides_mined ? in.topk : 0));
+    const bool given = hides(request), any = given || hides_mined;
 
     // Mining is done before the sums begin: they have the same memory.
-    const size_t marks = hides ? lay_out(hidden, request, nullptr) : 0;
+    const size_t marks = any ? lay_out(hidden, request, nullptr) : 0;
     const size_t mining = mines ? mine(request, nothing, nothing, nullptr) : 0;
     const size_t summing = request.sums ? sum(request, nothing, nullptr) : 0;
     char* workspace = static_cast<char*>(allocate(marks + std::max(mining, summing)));
-    if (hides) {
+    if (any) {
         lay_out(hidden, request, workspace);
         mark(request, hidden);
     }
     workspace += marks;
     if (mines)
-        mine(request, request.hides() ? hidden : nothing, hides_mined ? hidden : nothing,
-             workspace);
-    if (request.sums) sum(request, hides ? hidden : nothing, workspace);
+        mine(request, given ? hidden : nothing, hides_mined ? hidden : nothing, workspace);
+    if (request.sums) sum(request, any ? hidden : nothing, workspace);
 }
 
 std::string unavailable(int device) {
