@@ -38,7 +38,7 @@ struct Rows {
     NoiseRow noise[2];
     float shift[2] = {kLowest, kLowest}, square_shift[2] = {kLowest, kLowest};
     float sum[2] = {}, square[2] = {}, count[2] = {};
-    int kept[2] = {};  // "all": minus those that are hidden
+    int kept[2] = {};
 };
 
 PSM_DEVICE float quad_max(float x) {
@@ -249,17 +249,6 @@ PSM_DEVICE void start_rows(const PassArgs& args, const int (&row)[2], Rows& rows
     }
 }
 
-// What a tile has not, or must not show, becomes -inf.
-template <Selection kSelection, int kTiles>
-PSM_DEVICE void mask(float (&s)[kTiles][4], uint32_t hidden, const PassArgs& args,
-                     const int (&row)[2], const Walk& walk, int tile, Rows& rows) {
-    if (!walk.whole(tile)) mask_slots(s, walk, tile);
-    if (!warp_any(hidden)) return;
-    int gone[2] = {};
-    hide_slots(s, hidden, args, row, walk, tile, gone);
-    for (int r = 0; r < 2 && kSelection == Selection::kAll; ++r) rows.kept[r] -= gone[r];
-}
-
 // Similarities in, weights of P out, sums and `out` kept up to date.
 template <Selection kSelection, Work kWork, class T, int kTiles, int kOut>
 PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const PassArgs& args,
@@ -284,12 +273,13 @@ PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const Pas
 // Writes what a thread holds of one (row block, split): sums by the first lane of each quad, means
 // by all. Rows of means are padded to no more than D columns.
 template <Selection kSelection, int kOut>
-PSM_DEVICE void write_partial(const PassArgs& args, const Rows& rows, const float (&out)[kOut][4],
-                              const int (&row)[2], int split) {
+PSM_DEVICE void write_partial(const PassArgs& args, const Rows& rows, const int (&gone)[2],
+                              const float (&out)[kOut][4], const int (&row)[2], int split) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float sum = quad_sum(rows.sum[r]), square = quad_sum(rows.square[r]);
-        const float count = quad_sum(rows.count[r] + float(rows.kept[r]));
+        const int kept = kSelection == Selection::kAll ? -gone[r] : rows.kept[r];  // of all slots
+        const float count = quad_sum(rows.count[r] + float(kept));
         if (row[r] >= args.batch) continue;
         const int64_t at = int64_t(split) * args.batch + row[r];
         const int c = thread_index() % 4;

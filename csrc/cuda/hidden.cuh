@@ -1,7 +1,7 @@
 // Slots that a row must not see: those that its list names, and those that hold its id. Both are
 // found before the pass by mark_rows, which leaves a bit for each 16 rows (those of a warp) by 64
-// slots in which there is one. The pass looks at one word per tile; where the bit is set, it turns
-// what is hidden to -inf, so that nothing of it is mined, summed or counted.
+// slots in which there is one. In a tile with such a bit what is hidden becomes -inf, so that nothing
+// of it is mined, summed or counted; the other tiles pay nothing.
 #pragma once
 
 #include "pass.cuh"
@@ -19,22 +19,6 @@ PSM_DEVICE uint32_t flag_bit(int at) { return 1u << (at / kFlagSlots % 32); }
 PSM_DEVICE void set_flag(const Hidden& hidden, int row, int at) {
     atomic_or(&flag_word(hidden, row, at), flag_bit(at));
 }
-
-// The words of a warp's rows.
-struct Flags {
-    const uint32_t* words;  // null: nothing is hidden
-    PSM_DEVICE Flags(const Hidden& hidden, int row)
-        : words(hidden.flags == nullptr ? nullptr : &flag_word(hidden, row, 0)) {}
-
-    // The bits of a tile, the lowest for its first slots.
-    template <int kTileSlots>
-    PSM_DEVICE uint32_t of(const Walk& walk, int tile) const {
-        constexpr int kUnits = kTileSlots < kFlagSlots ? 1 : kTileSlots / kFlagSlots;
-        const unsigned at = walk.first_tile + tile, per_word = 32 * kFlagSlots / kTileSlots;
-        const uint32_t word = words == nullptr ? 0 : words[at / per_word];
-        return word >> at * kTileSlots / kFlagSlots % 32 & ((1u << kUnits) - 1);
-    }
-};
 
 // Slots that are not there become -inf; for tiles that are not whole.
 template <int kTiles>
@@ -79,27 +63,59 @@ PSM_DEVICE uint64_t hidden_columns(const PassArgs& args, int row, const Walk& wa
     return mask;
 }
 
-// The cold path of a tile: what is hidden from a thread's two rows becomes -inf, `gone` counts it.
-template <int kTiles>
-PSM_DEVICE void hide_slots(float (&s)[kTiles][4], uint32_t units, const PassArgs& args,
-                           const int (&row)[2], const Walk& walk, int tile, int (&gone)[2]) {
-    constexpr int kUnitTiles = kTiles < 8 ? kTiles : 8;
+// The tiles of a walk in which something must become -inf: one comparison for those between them.
+template <int kTileSlots>
+struct Masks {
+    const uint32_t* words;  // of the warp's rows, if any
+    int next;               // tile
+
+    PSM_DEVICE Masks(const PassArgs& args, const int (&row)[2], const Walk& walk)
+        : words(&flag_word(args.hidden, row[0], 0)),
+          next(find(args, walk, 0)) {}
+
+    // From `tile` on; lanes look at a word each. Tiles that are not whole come first and last.
+    PSM_DEVICE int find(const PassArgs& args, const Walk& walk, int tile) const {
+        constexpr int kWordSlots = 32 * kFlagSlots;
+        if (!walk.whole(tile)) return tile;
+        const int last = walk.first_whole + int(walk.wholes), lane = thread_index() % 32;
+        if (args.hidden.flags == nullptr) return last;  // `words` would say it of a thread alone
+        const int start = walk.start(tile), end = (walk.start(last) - 1) / kWordSlots + 1;
+        for (int first = start / kWordSlots; first < end; first += 32) {
+            uint32_t word = first + lane < end ? words[first + lane] : 0;
+            if (first + lane == start / kWordSlots) word &= ~0u << start % kWordSlots / kFlagSlots;
+            if (!warp_any(word != 0)) continue;
+            const int found = first_bit(warp_ballot(word != 0)), bit = first_bit(shuffle_from(word, found));
+            const int marked = ((first + found) * (kWordSlots / kFlagSlots) + bit) * kFlagSlots /
+                               kTileSlots - walk.first_tile;
+            return int(warp_uniform(marked < tile ? tile : marked < last ? marked : last));
+        }
+        return last;
+    }
+
+    // `gone` counts what is hidden from the thread's two rows, among its own columns.
+    template <int kTiles>
+    PSM_DEVICE void apply(float (&s)[kTiles][4], const PassArgs& args, const int (&row)[2],
+                          const Walk& walk, int tile, int (&gone)[2]) {
+        if (!walk.whole(tile)) mask_slots(s, walk, tile);
+        next = find(args, walk, tile + 1);
+        constexpr int kUnitTiles = kTiles < 8 ? kTiles : 8;
 #pragma unroll
-    for (int unit = 0; unit < kTiles; unit += kUnitTiles) {
-        if (!warp_any(units >> unit / kUnitTiles & 1)) continue;
+        for (int unit = 0; args.hidden.flags != nullptr && unit < kTiles; unit += kUnitTiles) {
+            const int start = walk.start(tile) + 8 * unit;
+            if (!warp_any(words[start / (32 * kFlagSlots)] & flag_bit(start))) continue;
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const uint64_t mask = hidden_columns(args, row[r], walk, walk.start(tile) + 8 * unit,
-                                                 8 * kUnitTiles);
-            gone[r] += bits_set(mask);
+            for (int r = 0; r < 2; ++r) {
+                const uint64_t mask = hidden_columns(args, row[r], walk, start, 8 * kUnitTiles);
+                gone[r] += bits_set(mask);
 #pragma unroll
-            for (int n = 0; n < kUnitTiles; ++n)
+                for (int n = 0; n < kUnitTiles; ++n)
 #pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    if (mask >> (8 * n + i) & 1) s[unit + n][2 * r + i] = -INFINITY;
+                    for (int i = 0; i < 2; ++i)
+                        if (mask >> (8 * n + i) & 1) s[unit + n][2 * r + i] = -INFINITY;
+            }
         }
     }
-}
+};
 
 // One slot, for those few that are looked at again.
 PSM_DEVICE bool is_hidden(const PassArgs& args, int row, int slot) {

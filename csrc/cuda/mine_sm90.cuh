@@ -84,15 +84,15 @@ struct MineSm90 {
             const int first_row = item % args.row_blocks * kRows + thread_index() / 32 * 16 - 64;
             const int row[2] = {first_row + lane / 4, first_row + lane / 4 + 8};
             const Walk walk = walk_of(args, kTileSlots, item / args.row_blocks);
-            const Flags flags(args.hidden, row[0]);
+            Masks<kTileSlots> masks(args, row, walk);
+            int gone[2] = {};
             QuadCells best(args, row, walk);
             mbarrier_wait(barriers.rows_full(), rows_phase);
             rows_phase ^= 1;
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 float s[kTiles][4];
-                const uint32_t hidden = flags.of<kTileSlots>(walk, tile);
                 uint32_t held = barriers.nobody();  // of the stage that products may still read
-                for (int panel = 0; panel < panels; ++panel) {
+                const auto multiply = [&](int panel, auto first) {
                     Descriptor a = rows.moved(panel * (kRowPanelBytes / kUnit));
                     Descriptor b = slots.moved(ring.full * units);
                     mbarrier_wait(ring.full, ring.phase);
@@ -101,20 +101,20 @@ struct MineSm90 {
                     wgmma_fence();
 #pragma unroll
                     for (int step = 0; step < kSteps; ++step)
-                        wgmma<T>(s, a.at(step * 32), b.at(step * 32), panel + step > 0);
+                        wgmma<T>(s, a.at(step * 32), b.at(step * 32), !first.value || step > 0);
                     wgmma_commit();
                     wgmma_wait<1>();
                     hold_accumulators(s);
                     if (lane == 0) mbarrier_arrive(held);
                     held = ring.empty();
                     ring.advance();
-                }
+                };
+                multiply(0, std::true_type{});
+                for (int panel = 1; panel < panels; ++panel) multiply(panel, std::false_type{});
                 wgmma_wait<0>();
                 hold_accumulators(s);
                 if (lane == 0) mbarrier_arrive(held);
-                if (!walk.whole(tile)) mask_slots(s, walk, tile);
-                int gone[2] = {};
-                if (warp_any(hidden)) hide_slots(s, hidden, args, row, walk, tile, gone);
+                if (warp_any(tile == masks.next)) masks.apply(s, args, row, walk, tile, gone);
                 best.take(s);
             }
             best.finish();

@@ -95,17 +95,17 @@ struct PassSm80 {
         uint32_t column = 0;
         if constexpr (kWork != Work::kMine) start_rows<kSelection>(args, row, rows, noise, column);
         float out[kOut][4] = {};
-        const Flags flags(args.hidden, row[0]);
+        Masks<kTileSlots> masks(args, row, walk);
+        int gone[2] = {};
         CellMax best(args, row, walk);
         for (int tile = 0; tile < walk.tiles; ++tile) {
             copy_wait<kStages - 2>();
             block_sync();  // the tile is there for all, and all are done with the one before
             load_stage(tile + kStages - 1);
             const uint32_t bank = ring + tile % kStages * kStageBytes;
-            const uint32_t hidden = flags.of<kTileSlots>(walk, tile);
             float s[kTiles][4];
             similarities(s, query, bank, warp, lane);
-            mask<kSelection>(s, hidden, args, row, walk, tile, rows);
+            if (warp_any(tile == masks.next)) masks.apply(s, args, row, walk, tile, gone);
             if constexpr (kWork == Work::kMine) {
                 best.take(s);
             } else {
@@ -119,7 +119,7 @@ struct PassSm80 {
         if constexpr (kWork == Work::kMine)
             best.finish();
         else
-            write_partial<kSelection>(args, rows, out, row, split);
+            write_partial<kSelection>(args, rows, gone, out, row, split);
     }
 };
 

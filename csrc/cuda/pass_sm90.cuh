@@ -132,7 +132,8 @@ struct PassSm90 {
             start_rows<kSelection>(args, row, rows, noise, column);
             column += uint32_t(walk.start(0) / 4);
             float out[kOut][4] = {};
-            const Flags flags(args.hidden, row[0]);
+            Masks<kTileSlots> masks(args, row, walk);
+            int gone[2] = {};
             Weights<T, kTiles> weights;
             uint32_t held = barriers.nobody();  // of the stage that P . M may still read
             const auto release = [&] {          // after a wait for products: they end in order
@@ -143,12 +144,11 @@ struct PassSm90 {
             rows_phase ^= 1;
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 const uint32_t stage = ring.full * units;
-                const uint32_t hidden = flags.of<kTileSlots>(walk, tile);
                 float s[kTiles][4];
                 mbarrier_wait(ring.full, ring.phase);
                 similarities(s, query, slots.moved(stage));
                 release();
-                mask<kSelection>(s, hidden, args, row, walk, tile, rows);
+                if (warp_any(tile == masks.next)) masks.apply(s, args, row, walk, tile, gone);
                 hold_accumulators(out);
                 held = ring.empty();
                 epilogue<kSelection, kWork>(s, out, args, rows, noise, column, weights);
@@ -160,7 +160,7 @@ struct PassSm90 {
             hold_accumulators(out);
             release();
             if (lane == 0) mbarrier_arrive(barriers.rows_empty());
-            write_partial<kSelection>(args, rows, out, row, split);
+            write_partial<kSelection>(args, rows, gone, out, row, split);
         }
     }
 };
