@@ -70,7 +70,7 @@ struct Masks {
     int next;               // tile
 
     PSM_DEVICE Masks(const PassArgs& args, const int (&row)[2], const Walk& walk)
-        : words(&flag_word(args.hidden, row[0], 0)),
+        : words(args.hidden.flags ? &flag_word(args.hidden, row[0], 0) : nullptr),
           next(find(args, walk, 0)) {}
 
     // From `tile` on; lanes look at a word each. Tiles that are not whole come first and last.

@@ -114,7 +114,7 @@ struct MineSm90 {
                 wgmma_wait<0>();
                 hold_accumulators(s);
                 if (lane == 0) mbarrier_arrive(held);
-                if (warp_any(tile == masks.next)) masks.apply(s, args, row, walk, tile, gone);
+                if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
                 best.take(s);
             }
             best.finish();

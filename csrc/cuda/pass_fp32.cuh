@@ -143,7 +143,7 @@ struct PassFp32 {
                 reinterpret_cast<const float*>(shared + tile % kStages * kStageBytes);
             float s[kTiles][4];
             similarities(s, row, args, bank, lane);
-            if (warp_any(tile == masks.next)) masks.apply(s, args, row, walk, tile, gone);
+            if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
             if constexpr (kWork == Work::kMine) {
                 best.take(s);
             } else {

@@ -105,7 +105,7 @@ struct PassSm80 {
             const uint32_t bank = ring + tile % kStages * kStageBytes;
             float s[kTiles][4];
             similarities(s, query, bank, warp, lane);
-            if (warp_any(tile == masks.next)) masks.apply(s, args, row, walk, tile, gone);
+            if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
             if constexpr (kWork == Work::kMine) {
                 best.take(s);
             } else {

@@ -148,7 +148,7 @@ struct PassSm90 {
                 mbarrier_wait(ring.full, ring.phase);
                 similarities(s, query, slots.moved(stage));
                 release();
-                if (warp_any(tile == masks.next)) masks.apply(s, args, row, walk, tile, gone);
+                if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
                 hold_accumulators(out);
                 held = ring.empty();
                 epilogue<kSelection, kWork>(s, out, args, rows, noise, column, weights);
