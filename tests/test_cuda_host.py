@@ -311,7 +311,7 @@ def test_the_size_of_cells(gpu, slots, dim, k, group, log2):
         sums=False, null_epilogue=False, force_sm80=False, cell_log2=0, device=0, stream=0,
         allocate=lambda size: 4096, **dict.fromkeys(outputs, 0),
     )  # fmt: skip
-    planned_log2, planned_group, room = struct.unpack_from("3i", gpu.values[0], 112)  # PassArgs
+    planned_log2, planned_group, room = struct.unpack_from("3i", gpu.values[0], 116)  # PassArgs
     assert (planned_log2, planned_group) == (log2, group)
     assert room << log2 >= slots
     assert room % group == 0

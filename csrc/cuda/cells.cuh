@@ -71,7 +71,7 @@ struct CellMax {
 // Running maxima of the open cells of a thread's two rows. A cell is the thread's own slots in a
 // group, so that no thread waits for another.
 struct QuadCells {
-    float* cell[2];  // open
+    float* cell[2];  // the last ones written
     int group, open;  // slots of a group, and those that the open one has left
     float top[2] = {-INFINITY, -INFINITY};
 
@@ -80,7 +80,7 @@ struct QuadCells {
         for (int r = 0; r < 2; ++r)
             cell[r] = args.cell_max +
                       int64_t(row[r] < args.batch ? row[r] : args.batch) * args.cells +
-                      walk.start(0) / group * 4 + thread_index() % 4;
+                      walk.start(0) / group * 4 + thread_index() % 4 - 4;
     }
     template <int kTiles>
     PSM_DEVICE void take(const float (&s)[kTiles][4]) {
@@ -107,8 +107,7 @@ struct QuadCells {
     }
     PSM_DEVICE void write() {
         for (int r = 0; r < 2; ++r) {
-            *cell[r] = top[r];
-            cell[r] += 4;
+            *(cell[r] += 4) = top[r];
             top[r] = -INFINITY;
         }
         open = group;

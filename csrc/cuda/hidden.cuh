@@ -9,7 +9,7 @@
 namespace psm::cuda {
 
 constexpr int kFlagRows = 16, kFlagSlots = 64;
-constexpr int kNoSlot = -16;    // in a list: `lead` is less, so that no tile holds it
+constexpr int kNoSlot = -16;  // in a list: `lead` is less, so that no tile holds it
 
 // `at` is a slot counted with `lead`.
 PSM_DEVICE uint32_t& flag_word(const Hidden& hidden, int row, int at) {
@@ -77,16 +77,17 @@ struct Masks {
     PSM_DEVICE int find(const PassArgs& args, const Walk& walk, int tile) const {
         constexpr int kWordSlots = 32 * kFlagSlots;
         if (!walk.whole(tile)) return tile;
-        const int last = walk.first_whole + int(walk.wholes), lane = thread_index() % 32;
+        const int wholes = walk.first_whole + int(walk.wholes), lane = thread_index() % 32;
+        const int last = wholes < walk.tiles ? wholes : walk.tiles;
         if (args.hidden.flags == nullptr) return last;  // `words` would say it of a thread alone
         const int start = walk.start(tile), end = (walk.start(last) - 1) / kWordSlots + 1;
         for (int first = start / kWordSlots; first < end; first += 32) {
             uint32_t word = first + lane < end ? words[first + lane] : 0;
             if (first + lane == start / kWordSlots) word &= ~0u << start % kWordSlots / kFlagSlots;
             if (!warp_any(word != 0)) continue;
-            const int found = first_bit(warp_ballot(word != 0)), bit = first_bit(shuffle_from(word, found));
-            const int marked = ((first + found) * (kWordSlots / kFlagSlots) + bit) * kFlagSlots /
-                               kTileSlots - walk.first_tile;
+            const int found = first_bit(warp_ballot(word != 0));
+            const int at = 32 * (first + found) + first_bit(shuffle_from(word, found));
+            const int marked = at * kFlagSlots / kTileSlots - walk.first_tile;
             return int(warp_uniform(marked < tile ? tile : marked < last ? marked : last));
         }
         return last;
