@@ -405,7 +405,7 @@ def test_flags_of_a_long_bank(gpu, path):
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 def test_cold_temperatures_keep_what_is_far_below_the_mined(gpu, path, dtype):
     """exp(0.4/0.02) = 5e8 times what is left: no sum may hold it."""
-    query, key, bank, s_pos = problem(6, 600, 64, dtype=dtype, few_bits=True)
+    query, _, bank, s_pos = problem(6, 600, 64, dtype=dtype, few_bits=True)
     for row in range(6):
         for i in range(5):
             bank[100 * row + i] = query[row].to(dtype)

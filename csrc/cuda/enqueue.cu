@@ -15,13 +15,6 @@ __global__ void __launch_bounds__(kEnqueueThreads)
     enqueue_rows<Key, Bank>(args);
 }
 
-template <class Visit>
-auto visit_dtype(Dtype dtype, Visit visit) {
-    if (dtype == Dtype::kFloat32) return visit(Type<float>{});
-    if (dtype == Dtype::kBFloat16) return visit(Type<BFloat16>{});
-    return visit(Type<Float16>{});
-}
-
 }  // namespace
 
 void enqueue(const EnqueueRequest& request) {

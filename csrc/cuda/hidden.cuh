@@ -1,7 +1,7 @@
-// Slots that a row must not see: those that its list names, and those that hold its id. Both are
-// found before the pass by mark_rows, which leaves a bit for each 16 rows (those of a warp) by 64
-// slots in which there is one. In a tile with such a bit what is hidden becomes -inf, so that nothing
-// of it is mined, summed or counted; the other tiles pay nothing.
+// Slots that a row must not see: those that its list names, and those that hold its id. Before the
+// pass both leave a bit for each 16 rows (those of a warp) by 64 slots in which there is one. In a
+// tile with such a bit what is hidden becomes -inf, so that nothing of it is mined, summed or
+// counted; the other tiles pay nothing.
 #pragma once
 
 #include "pass.cuh"
@@ -140,7 +140,7 @@ struct MarkArgs {
     Exclude exclude;
 };
 
-struct MarkShared {  // a hash table of the ids of some rows: the first row of a bucket, and the next
+struct MarkShared {  // a hash table of some rows' ids: the first row of a bucket, and the next ones
     int first[kBuckets], next[kMarkRows];
     int64_t id[kMarkRows];
 };

@@ -1,6 +1,5 @@
-// Plans a pass over the bank, gets workspace, starts the kernels: what is hidden is marked, the mined
-// slots are found and, where wanted, marked too, and then the rest is summed. Nothing is summed that
-// would have to be subtracted again.
+// Plans a pass over the bank, gets workspace, starts the kernels: what is hidden is marked, slots
+// are mined and, where wanted, marked too, and then the rest is summed.
 #include "launch.h"
 
 #include "sweep.h"
@@ -29,19 +28,13 @@ __global__ void __launch_bounds__(kMarkThreads) mark_kernel(const __grid_constan
     if (args.pass.hidden.ids != nullptr) mark_ids(args, shared);
 }
 
-template <class Visit>
-const void* by_dtype(Dtype dtype, Visit visit) {
-    if (dtype == Dtype::kFloat32) return visit(Type<float>{});
-    if (dtype == Dtype::kBFloat16) return visit(Type<BFloat16>{});
-    return visit(Type<Float16>{});
-}
 const void* find_mined(Dtype dtype) {
-    return by_dtype(dtype, [](auto type) {
+    return visit_dtype(dtype, [](auto type) {
         return reinterpret_cast<const void*>(mined_kernel<typename decltype(type)::type>);
     });
 }
 const void* find_merge(Dtype dtype) {
-    return by_dtype(dtype, [](auto type) {
+    return visit_dtype(dtype, [](auto type) {
         return reinterpret_cast<const void*>(merge_kernel<typename decltype(type)::type>);
     });
 }
@@ -98,19 +91,22 @@ bool hides(const Request& request) {
     return exclude.listed > 0 || exclude.ids != nullptr;
 }
 
+int64_t flag_words(const Request& request, const Hidden& hidden) {
+    return (request.pass.batch + 127) / 128 * (128 / kFlagRows) * hidden.words;  // whole blocks
+}
+
 size_t lay_out(Hidden& hidden, const Request& request, void* workspace) {
     Cutter cutter(workspace);
     const int64_t slots = request.slots + lead_slots(request.pass.col_offset);
-    const int64_t groups = (request.pass.batch + 127) / 128 * 8;  // of whole blocks of rows
     hidden.words = int((slots + 32 * kFlagSlots - 1) / (32 * kFlagSlots));
-    hidden.flags = cutter.take<uint32_t>(groups * hidden.words);
+    hidden.flags = cutter.take<uint32_t>(flag_words(request, hidden));
     hidden.list = cutter.take<int>(request.pass.batch * hidden.listed);
     return cutter.bytes();
 }
 
 // Clears the flags and marks what the caller hides.
 void mark(const Request& request, const Hidden& hidden) {
-    const size_t bytes = reinterpret_cast<char*>(hidden.list) - reinterpret_cast<char*>(hidden.flags);
+    const size_t bytes = flag_words(request, hidden) * sizeof(uint32_t);
     check(cudaMemsetAsync(hidden.flags, 0, bytes, static_cast<cudaStream_t>(request.stream)),
           "cudaMemsetAsync");
     if (!hides(request)) return;
@@ -119,7 +115,8 @@ void mark(const Request& request, const Hidden& hidden) {
     const int64_t work = std::max(request.slots, request.pass.batch * hidden.listed);
     void* arguments[] = {&args};
     launch(reinterpret_cast<const void*>(mark_kernel), "mark",
-           small_grid(request, work / kMarkThreads + 1), kMarkThreads, 0, request.stream, arguments);
+           small_grid(request, work / kMarkThreads + 1), kMarkThreads, 0, request.stream,
+           arguments);
 }
 
 // --- mining ---

@@ -1,5 +1,5 @@
-// Mining alone for sm_90a (bank_topk): cell maxima of query . M for any D up to 512. Its rows stay in
-// shared memory; the bank comes in panels of 64 columns by 256 slots, whose products add up.
+// Mining for sm_90a: cell maxima of query . M for any D up to 512. Its rows stay in shared memory;
+// the bank comes in panels of 64 columns by 256 slots, whose products add up.
 #pragma once
 
 #include "cells.cuh"

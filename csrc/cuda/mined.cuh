@@ -1,7 +1,7 @@
-// After mining, one CTA per row: the exact top-k. The k best slots lie in the k cells with the largest
-// maxima (a slot outside has k better ones, ties going to the smaller slot), so those cells are
-// looked at again, in fp32. Where four cells share a group, three of them may tie with a fourth and
-// hold later slots: k + 3 cells. The maxima know nothing of hidden slots, and neither does this.
+// After mining, one CTA per row: the exact top-k. The k best slots lie in the k cells with the
+// largest maxima (a slot outside has k better ones, ties going to the smaller slot), so those cells
+// are looked at again, in fp32. Where four cells share a group, three of them may tie with a fourth
+// and hold later slots: k + 3 cells. Hidden slots are in no maximum, and are not looked at here.
 #pragma once
 
 #include "hidden.cuh"

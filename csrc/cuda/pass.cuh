@@ -115,5 +115,11 @@ template <class T>
 struct Type {
     using type = T;
 };
+template <class Visit>
+auto visit_dtype(Dtype dtype, Visit visit) {
+    if (dtype == Dtype::kFloat32) return visit(Type<float>{});
+    if (dtype == Dtype::kBFloat16) return visit(Type<BFloat16>{});
+    return visit(Type<Float16>{});
+}
 
 }  // namespace psm::cuda
