@@ -8,11 +8,11 @@ import functools
 import pytest
 import torch
 from conftest import problem
-from test_cuda_host import LOW, MEAN_ATOL, arguments, assert_agree, widened
+from test_cuda_host import LOW, MEAN_ATOL, arguments, assert_agree, hidden, widened
 
 from psm_kernels import backends, functional, noise
 from psm_kernels.memory_bank import MemoryBank
-from psm_kernels.ops import BankPass, bank_pass, cuda, reference
+from psm_kernels.ops import NOTHING, BankPass, Exclude, bank_pass, cuda, reference
 from psm_kernels.ops.affine import weighted_pass
 
 pytestmark = [
@@ -32,7 +32,12 @@ each_path = pytest.mark.parametrize("force_sm80", [True, False], ids=["sm80", "n
 
 
 def on_device(args, device="cuda"):
-    return [x.to(device) if torch.is_tensor(x) else x for x in args]
+    def moved(x):
+        if isinstance(x, Exclude):
+            return Exclude(*(None if part is None else part.to(device) for part in x))
+        return x.to(device) if torch.is_tensor(x) else x
+
+    return [moved(x) for x in args]
 
 
 def run(args, device="cuda", **flags) -> BankPass:
@@ -47,7 +52,7 @@ def truth(args) -> BankPass:
 def rows_of_sure_draws(args) -> torch.Tensor:
     """(B,) whether no draw of the row lies so close to its p that rounding decides it: one of some
     10 million does, and this file makes 30 million."""
-    query, _, bank, count, s_pos, _, selection, a, b, _, rng_state, row, col = on_device(args)
+    query, _, bank, count, s_pos, _, selection, a, b, _, rng_state, row, col = on_device(args)[:13]
     if selection != "bernoulli":
         return torch.ones(len(query), dtype=torch.bool)
     similarity = query.double() @ bank[:count].double().T
@@ -69,6 +74,26 @@ def test_odd_sizes(batch, size, dim, topk, selection, dtype, force_sm80):
     args = arguments(query, key, bank, s_pos, selection=selection, topk=topk, count=count)
     got, sure = run(args, force_sm80=force_sm80), rows_of_sure_draws(args)
     assert sure.float().mean() > 0.9
+    assert_agree(*(BankPass(*(x[sure] for x in out)) for out in (got, truth(args))), dtype)
+    again = run(args, force_sm80=force_sm80)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@each_path
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
+@pytest.mark.parametrize("exclude_mined", [False, True])
+@pytest.mark.parametrize(("lists", "ids"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("dim", [20, 64, 128, 256])
+def test_what_is_hidden(dim, lists, ids, exclude_mined, selection, dtype, force_sm80):
+    batch, size, count = 300, 70_000, 69_000
+    query, key, bank, s_pos = problem(batch, size, dim, dtype=dtype)
+    bank[count:] = torch.nan
+    exclude = hidden(batch, size, count, lists=lists, ids=ids)
+    settings = {"exclude": exclude, "exclude_mined": exclude_mined, "col_offset": 21}
+    args = arguments(query, key, bank, s_pos, selection=selection, count=count, **settings)
+    got, sure = run(args, force_sm80=force_sm80), rows_of_sure_draws(args)
+    assert sure.float().mean() > 0.5
     assert_agree(*(BankPass(*(x[sure] for x in out)) for out in (got, truth(args))), dtype)
     again = run(args, force_sm80=force_sm80)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
@@ -116,16 +141,18 @@ def test_bank_topk_takes_many_rows_in_chunks(force_sm80):
 @pytest.mark.parametrize(
     ("batch", "size", "dim", "count"), [(3, 63, 24, 40), (70, 5000, 128, 5000), (2, 130, 250, 0)]
 )
-def test_weighted_pass(batch, size, dim, count, dtype):
+@pytest.mark.parametrize("hides", [False, True])
+def test_weighted_pass(hides, batch, size, dim, count, dtype):
     query, _, bank, _ = problem(batch, size, dim, dtype=dtype)
     draw = torch.Generator().manual_seed(1)
     affine, rho = torch.rand(5, batch, generator=draw) - 0.3, torch.rand(size, generator=draw)
     affine[3] = (query.to(dtype).float() @ bank.float().T).max(1).values
-    args = (query.to(dtype), bank, torch.tensor(count), 0.3, affine, rho)
+    exclude = hidden(batch, size, count) if hides else NOTHING
+    args = (query.to(dtype), bank, torch.tensor(count), 0.3, affine, rho, exclude)
     names = ("alpha", "beta", "gamma", "top", "cap")
     want = weighted_pass(
         args[0].double(), bank.double(), count, temperature=0.3, rho=rho.double(),
-        **dict(zip(names, affine.double(), strict=True)), backend="reference",
+        exclude=exclude, **dict(zip(names, affine.double(), strict=True)), backend="reference",
     )  # fmt: skip
     got = [x.cpu().double() for x in cuda.weighted_pass(*on_device(args))]
     mean = MEAN_ATOL[dtype]
@@ -136,7 +163,8 @@ def test_weighted_pass(batch, size, dim, count, dtype):
 @each_path
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_streams_and_graphs_see_current_inputs(dtype, force_sm80):
-    args = on_device(arguments(*problem(70, 3000, 128, dtype=dtype)))
+    settings = {"exclude": hidden(70, 3000, 3000), "exclude_mined": True}
+    args = on_device(arguments(*problem(70, 3000, 128, dtype=dtype), **settings))
     sweep = functools.partial(cuda.bank_pass, *args, force_sm80=force_sm80)
     want = sweep()
     stream = torch.cuda.Stream()
@@ -195,8 +223,12 @@ def test_finish_is_the_loss_and_its_gradient(soft_weights, selection, dtype):
     draw = {"temperature": 0.3, "selection": selection, "a": 2.0, "b": -0.1, "row_offset": 7}
     draw["rng_state"] = rng_state if selection == "bernoulli" else None
     rest = {"soft_weights": soft_weights, "weight_temperature": 0.7, "hard_weight": 0.6}
-    swept = bank_pass(query, key, bank, count, s_pos, topk=5, backend="reference", **draw)
-    loss, grad, (kept, mean, var) = cuda.psm_finish(query, key, bank, s_pos, swept, **draw, **rest)
+    swept = bank_pass(
+        query, key, bank, count, s_pos, topk=5, exclude_mined=True, backend="reference", **draw
+    )
+    loss, grad, (kept, mean, var) = cuda.psm_finish(
+        query, key, bank, s_pos, swept, temperature=0.3, **rest
+    )
     leaf = query.clone().requires_grad_()
     want = functional.psm_loss(
         leaf, key, bank, count=count, topk=5, reduction="none", return_stats=True,
@@ -215,7 +247,8 @@ def test_finish_is_the_loss_and_its_gradient(soft_weights, selection, dtype):
 
 @each_path
 def test_memory_does_not_grow_with_batch_times_bank(force_sm80):
-    args = on_device(arguments(*problem(256, 1 << 20, 64, dtype=torch.bfloat16)))
+    settings = {"exclude": hidden(256, 1 << 20, 1 << 20), "exclude_mined": True}
+    args = on_device(arguments(*problem(256, 1 << 20, 64, dtype=torch.bfloat16), **settings))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     cuda.bank_pass(*args, force_sm80=force_sm80)

@@ -17,7 +17,7 @@ from ptx import machine, runtime, text
 
 from psm_kernels import functional, noise
 from psm_kernels.memory_bank import MemoryBank
-from psm_kernels.ops import BankPass, bank_pass, cuda, reference
+from psm_kernels.ops import EMPTY, NOTHING, BankPass, Exclude, bank_pass, cuda, reference
 from psm_kernels.ops.affine import weighted_pass
 
 pytestmark = pytest.mark.skipif(
@@ -53,6 +53,8 @@ def arguments(query, key, bank, s_pos, **settings):
         "rng_state": torch.tensor([SEED, OFFSET]),
         "row_offset": 0,
         "col_offset": 0,
+        "exclude": NOTHING,
+        "exclude_mined": False,
         **settings,
     }
     settings["count"] = torch.tensor(settings["count"])
@@ -309,7 +311,7 @@ def test_the_size_of_cells(gpu, slots, dim, k, group, log2):
         sums=False, null_epilogue=False, force_sm80=False, cell_log2=0, device=0, stream=0,
         allocate=lambda size: 4096, **dict.fromkeys(outputs, 0),
     )  # fmt: skip
-    planned_log2, planned_group, room = struct.unpack_from("3i", gpu.values[0], 124)  # PassArgs
+    planned_log2, planned_group, room = struct.unpack_from("3i", gpu.values[0], 116)  # PassArgs
     assert (planned_log2, planned_group) == (log2, group)
     assert room << log2 >= slots
     assert room % group == 0
@@ -327,11 +329,102 @@ def test_a_bad_slot_hides_no_other(gpu, path, dtype):
         assert torch.isin(good, row).all()
 
 
+def hidden(batch: int, size: int, count: int, *, lists=True, ids=True) -> Exclude:
+    """Slots twice, behind `count`, outside the bank; any number of copies of an id; empty slots."""
+    draw = torch.Generator().manual_seed(batch)
+    slots = torch.randint(-3, size + 3, (batch, 7), generator=draw)
+    slots[:, 3] = slots[:, 5]
+    slots[0] = 2**40
+    bank_ids = torch.randint(-1, 2 * batch, (size,), generator=draw)
+    bank_ids[size // 3 : size // 2] = torch.arange(size // 3, size // 2) % 2  # copies of 0 and 1
+    bank_ids[::17] = EMPTY
+    named = torch.arange(batch) // 2  # two rows of one id
+    named[1::4] = EMPTY
+    return Exclude(slots if lists else None, *((named, bank_ids) if ids else (None, None)))
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
+@pytest.mark.parametrize("kind", ["lists", "ids", "both", "mined", "both and mined"])
+def test_what_is_hidden_is_neither_mined_nor_summed(gpu, path, dtype, selection, kind):
+    batch, size, count = 19, 700, 680
+    query, key, bank, s_pos = problem(batch, size, 64, dtype=dtype)
+    bank[count:] = torch.nan
+    exclude = hidden(batch, size, count, lists=kind != "ids", ids=kind != "lists")
+    settings = {
+        "count": count,
+        "selection": selection,
+        "exclude": NOTHING if kind == "mined" else exclude,
+        "exclude_mined": "mined" in kind,
+        "col_offset": 21,
+    }
+    got, want = both(gpu, (query, key, bank, s_pos), path, 2, **settings)
+    assert_agree(got, want, dtype)
+    assert torch.equal(got.topk_index, want.topk_index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [20, 128, 256])
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+def test_hidden_slots_at_every_width(gpu, dtype, dim, path):
+    exclude = hidden(70, 300, 290)
+    settings = {"count": 290, "exclude": exclude, "exclude_mined": True, "topk": 20}
+    got, want = both(gpu, problem(70, 300, dim, dtype=dtype), path, **settings)
+    assert_agree(got, want, dtype)
+    assert (got.topk_index == want.topk_index).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+def test_rows_that_see_nothing(gpu, path, dtype):
+    """All slots hold their id, or none."""
+    query, key, bank, s_pos = problem(5, 150, 20, dtype=dtype)
+    bank_ids = torch.full((150,), 3)
+    bank_ids[::2] = EMPTY
+    exclude = Exclude(None, torch.tensor([3, EMPTY, 3, 4, 3]), bank_ids)
+    got, want = both(gpu, (query, key, bank, s_pos), path, exclude=exclude, selection="all")
+    assert got.neg_count.tolist() == [0, 75, 0, 75, 0]
+    assert (got.neg_lse[[0, 2, 4]] == -math.inf).all()
+    assert (got.topk_index[[0, 2, 4]] == -1).all()
+    assert torch.equal(got.topk_index, want.topk_index)
+
+
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+def test_flags_of_a_long_bank(gpu, path):
+    """Words of flags are looked for by 32 lanes, each 2,048 slots on."""
+    query, key, bank, s_pos = problem(2, 70_000, 8, dtype=torch.bfloat16)
+    slots = torch.tensor([[5, 69_999, 40_000], [2_047, 2_048, 66_000]])
+    nearest = key[1].bfloat16().float() @ bank.float().T
+    slots[1, 2] = nearest.argmax()
+    settings = {"exclude": Exclude(slots), "selection": "all", "topk": 3, "exclude_mined": True}
+    got, want = both(gpu, (query, key, bank, s_pos), path, **settings)
+    assert_agree(got, want, torch.bfloat16)
+    assert torch.equal(got.topk_index, want.topk_index)
+    assert got.neg_count.tolist() == [70_000 - 6] * 2
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+def test_cold_temperatures_keep_what_is_far_below_the_mined(gpu, path, dtype):
+    """exp(0.4/0.02) = 5e8 times what is left: no sum may hold it."""
+    query, _, bank, s_pos = problem(6, 600, 64, dtype=dtype, few_bits=True)
+    for row in range(6):
+        for i in range(5):
+            bank[100 * row + i] = query[row].to(dtype)
+            bank[100 * row + i, : 4 + 3 * i] *= -1  # 1/8 of the square in 64: similarity 1 - n/32
+    settings = {"temperature": 0.02, "topk": 5, "exclude_mined": True, "selection": "all"}
+    got, want = both(gpu, (query, query, bank, s_pos), path, **settings)
+    assert torch.equal(got.topk_index, want.topk_index)
+    torch.testing.assert_close(got.neg_lse.double(), want.neg_lse, atol=0, rtol=1e-6)
+    torch.testing.assert_close(
+        got.neg_mean.double(), want.neg_mean, atol=MEAN_ATOL[dtype], rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize(
     ("batch", "size", "dim", "count"), [(3, 63, 24, 40), (70, 300, 128, 300), (2, 130, 250, 0)]
 )
-def test_weighted_pass(gpu, batch, size, dim, count, dtype):
+@pytest.mark.parametrize("hides", [False, True])
+def test_weighted_pass(gpu, hides, batch, size, dim, count, dtype):
     query, _, bank, _ = problem(batch, size, dim, dtype=dtype)
     draw = torch.Generator().manual_seed(1)
     rows = {name: torch.rand(batch, generator=draw) - 0.3 for name in ("alpha", "beta", "gamma")}
@@ -339,6 +432,7 @@ def test_weighted_pass(gpu, batch, size, dim, count, dtype):
     rows["top"] = (query @ bank.float().T).max(1).values
     rows["cap"] = torch.full((batch,), 0.2)
     rho = torch.rand(size, generator=draw) - 0.5
+    exclude = hidden(batch, size, count) if hides else NOTHING
     want = weighted_pass(
         query.double(),
         bank.double(),
@@ -346,11 +440,12 @@ def test_weighted_pass(gpu, batch, size, dim, count, dtype):
         temperature=0.3,
         **{name: value.double() for name, value in rows.items()},
         rho=rho.double(),
+        exclude=exclude,
         backend="reference",
     )
     bank[count:], rho[count:] = torch.nan, torch.nan
     affine = torch.stack(tuple(rows.values()))
-    args = (query.to(dtype), bank, torch.tensor(count), 0.3, affine, rho)
+    args = (query.to(dtype), bank, torch.tensor(count), 0.3, affine, rho, exclude)
     log_sum, mean, weight = cuda.weighted_pass(*args)
     torch.testing.assert_close(log_sum.double(), want.log_sum, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(weight.double(), want.weight, atol=1e-4, rtol=1e-5)
@@ -376,13 +471,18 @@ def test_the_noise_is_the_canonical_one(gpu, path, dtype, row_offset, col_offset
 def test_enqueue(gpu, key_dtype, dtype):
     want = MemoryBank(10, 20, dtype=dtype)
     got = MemoryBank(10, 20, dtype=dtype)
+    bank_ids, named = torch.full((2, 10), -1)
     for batch in (3, 4, 1, 10, 23, 5):
         keys = torch.randn(batch, 20).to(key_dtype)
         if batch > 4:
             keys[1], keys[2, 3], keys[3, 0] = 0.0, math.nan, math.inf
         labels = torch.arange(batch) if batch != 4 else None
+        ids = labels + 100 if batch % 2 else None
+        slots = torch.arange(int(got.ptr), int(got.ptr) + batch)[-10:] % 10
+        named[slots] = -1 if ids is None else ids[-10:]
         want.enqueue(keys, labels)
-        cuda.enqueue(keys, labels, got.bank, got.labels, got.ptr, got.count)
+        cuda.enqueue(keys, labels, ids, got.bank, got.labels, bank_ids, got.ptr, got.count)
+        assert torch.equal(bank_ids, named)
         assert torch.equal(got.ptr, want.ptr)
         assert torch.equal(got.count, want.count)
         assert torch.equal(got.labels, want.labels)
@@ -394,7 +494,7 @@ def test_enqueue(gpu, key_dtype, dtype):
 @pytest.mark.parametrize("soft_weights", ["attention", "uniform", "binary"])
 @pytest.mark.parametrize(("size", "topk"), [(60, 5), (3, 3), (60, 0), (0, 5)])
 def test_finish_is_the_loss_and_its_gradient(gpu, size, topk, soft_weights, selection, dtype):
-    """Against functional.psm_loss under autograd."""
+    """Of a pass without what it mined, against functional.psm_loss under autograd."""
     query, key, bank, s_pos = problem(4, max(size, 10), 20, dtype=dtype)
     rng_state = torch.tensor([SEED, OFFSET])
     settings = {
@@ -408,10 +508,10 @@ def test_finish_is_the_loss_and_its_gradient(gpu, size, topk, soft_weights, sele
     count = torch.tensor(size)
     swept = bank_pass(
         query, key, bank, count, s_pos, **settings, topk=topk, rng_state=rng_state,
-        backend="reference",
+        exclude_mined=True, backend="reference",
     )  # fmt: skip
     loss, grad, (kept, mean, var) = cuda.psm_finish(
-        query, key, bank, s_pos, swept, rng_state=rng_state, **settings, **rest
+        query, key, bank, s_pos, swept, temperature=settings["temperature"], **rest
     )
     leaf = query.clone().requires_grad_()
     want = functional.psm_loss(

@@ -2,21 +2,31 @@
 // which element: epilogue.cuh.
 #pragma once
 
-#include "pass.cuh"
+#include "hidden.cuh"
 
 namespace psm::cuda {
 
-// Slots that are not there become -inf; for tiles that are not whole.
-template <int kTiles>
-PSM_DEVICE void mask_slots(float (&s)[kTiles][4], const Walk& walk, int tile) {
-    const int own = walk.start(tile) + 2 * (thread_index() % 4);
+// Raises the tops of the two rows by 8 x kUnit slots. Positive floats are in order as integers, and
+// sm_90 finds the largest of three integers at once. Where the result is negative, infinite or NaN,
+// it is found again as a float.
+template <int kUnit, int kTiles>
+PSM_DEVICE void raise_tops(float (&top)[2], const float (&s)[kTiles][4], int unit) {
+    int best[2] = {int(float_bits(top[0])), int(float_bits(top[1]))};
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
+    for (int n = unit; n < unit + kUnit; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int slot = own + 8 * n + i % 2;
-            if (slot < walk.lead || slot >= walk.end) s[n][i] = -INFINITY;
-        }
+        for (int r = 0; r < 2; ++r)
+            best[r] = max_of_three(best[r], int(float_bits(s[n][2 * r])),
+                                   int(float_bits(s[n][2 * r + 1])));
+    const auto plain = [](int x) { return uint32_t(x) < 0x7F800000u; };
+    if (warp_any(!plain(best[0]) || !plain(best[1]))) {
+#pragma unroll
+        for (int n = unit; n < unit + kUnit; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n][i]);
+    } else {
+        for (int r = 0; r < 2; ++r) top[r] = bits_float(best[r]);
+    }
 }
 
 // Running maximum of the open cell of each of the two rows, written when the cell is through.
@@ -40,35 +50,13 @@ struct CellMax {
         constexpr int kUnit = kTiles < 8 ? kTiles : 8;  // n8 tiles of the smallest cell
 #pragma unroll
         for (int unit = 0; unit < kTiles; unit += kUnit) {
-            join<kUnit>(s, unit);
+            raise_tops<kUnit>(top, s, unit);
             open -= 8 * kUnit;
             if (open == 0) write();
         }
     }
     PSM_DEVICE void finish() {
         if (open < cell_slots) write();
-    }
-
-    // Positive floats are in order as integers, and sm_90 finds the largest of three integers at
-    // once. Where the result is negative, infinite or NaN, it is found again as a float.
-    template <int kUnit, int kTiles>
-    PSM_DEVICE void join(const float (&s)[kTiles][4], int unit) {
-        int best[2] = {int(float_bits(top[0])), int(float_bits(top[1]))};
-#pragma unroll
-        for (int n = unit; n < unit + kUnit; ++n)
-#pragma unroll
-            for (int r = 0; r < 2; ++r)
-                best[r] = max_of_three(best[r], int(float_bits(s[n][2 * r])),
-                                       int(float_bits(s[n][2 * r + 1])));
-        const auto plain = [](int x) { return uint32_t(x) < 0x7F800000u; };
-        if (warp_any(!plain(best[0]) || !plain(best[1]))) {
-#pragma unroll
-            for (int n = unit; n < unit + kUnit; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], s[n][i]);
-        } else {
-            for (int r = 0; r < 2; ++r) top[r] = bits_float(best[r]);
-        }
     }
 
     PSM_DEVICE void write() {
@@ -83,7 +71,7 @@ struct CellMax {
 // Running maxima of the open cells of a thread's two rows. A cell is the thread's own slots in a
 // group, so that no thread waits for another.
 struct QuadCells {
-    float* cell[2];  // open
+    float* cell[2];  // the last ones written
     int group, open;  // slots of a group, and those that the open one has left
     float top[2] = {-INFINITY, -INFINITY};
 
@@ -92,10 +80,19 @@ struct QuadCells {
         for (int r = 0; r < 2; ++r)
             cell[r] = args.cell_max +
                       int64_t(row[r] < args.batch ? row[r] : args.batch) * args.cells +
-                      walk.start(0) / group * 4 + thread_index() % 4;
+                      walk.start(0) / group * 4 + thread_index() % 4 - 4;
     }
     template <int kTiles>
     PSM_DEVICE void take(const float (&s)[kTiles][4]) {
+        if (group >= 64) {
+#pragma unroll
+            for (int n = 0; n < kTiles; n += 8) {
+                raise_tops<8>(top, s, n);
+                open -= 64;
+                if (open == 0) write();
+            }
+            return;
+        }
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {  // 16 slots, the smallest group
 #pragma unroll
@@ -110,8 +107,7 @@ struct QuadCells {
     }
     PSM_DEVICE void write() {
         for (int r = 0; r < 2; ++r) {
-            *cell[r] = top[r];
-            cell[r] += 4;
+            *(cell[r] += 4) = top[r];
             top[r] = -INFINITY;
         }
         open = group;

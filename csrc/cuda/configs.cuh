@@ -14,8 +14,8 @@ namespace psm::cuda {
 template <class T>
 struct Sm80 {  // rows 16 x warps, slots of a tile, stages
     using Dim64 = PassSm80<T, 64, 8, 64, 4>;
-    using Dim128 = PassSm80<T, 128, 8, 64, 2>;
-    using Dim256 = PassSm80<T, 256, 4, 32, 2>;
+    using Dim128 = PassSm80<T, 128, 8, 64, 4>;
+    using Dim256 = PassSm80<T, 256, 4, 32, 4>;
     using Dim512 = PassSm80<T, 512, 4, 16, 2>;
 };
 template <>
@@ -29,8 +29,8 @@ struct Sm80<float> {
 template <class T>
 struct Sm90 {  // slots of a tile, stages: up to 224 KB of the 227 KB of an sm_90 block
     using Dim64 = PassSm90<T, 64, 128, 6>;
-    using Dim128 = PassSm90<T, 128, 128, 4>;
-    using Dim256 = PassSm90<T, 256, 64, 3>;
+    using Dim128 = PassSm90<T, 128, 128, 6>;
+    using Dim256 = PassSm90<T, 256, 64, 5>;
 };
 
 // Calls visit(Type<configuration>) for the smallest padded D that holds `dim`.

@@ -15,21 +15,14 @@ __global__ void __launch_bounds__(kEnqueueThreads)
     enqueue_rows<Key, Bank>(args);
 }
 
-template <class Visit>
-auto visit_dtype(Dtype dtype, Visit visit) {
-    if (dtype == Dtype::kFloat32) return visit(Type<float>{});
-    if (dtype == Dtype::kBFloat16) return visit(Type<BFloat16>{});
-    return visit(Type<Float16>{});
-}
-
 }  // namespace
 
 void enqueue(const EnqueueRequest& request) {
     if (request.batch == 0) return;
     const DeviceGuard guard(request.device);
-    EnqueueArgs args = {request.keys, request.labels, request.bank,  request.bank_labels,
-                        request.ptr,  request.count,  request.ticket, request.batch,
-                        request.slots, int(request.dim)};
+    EnqueueArgs args = {request.keys,        request.labels,   request.ids,   request.bank,
+                        request.bank_labels, request.bank_ids, request.ptr,   request.count,
+                        request.ticket,      request.batch,    request.slots, int(request.dim)};
     const void* kernel = visit_dtype(request.key_dtype, [&](auto key) {
         return visit_dtype(request.bank_dtype, [](auto bank) {
             return reinterpret_cast<const void*>(

@@ -9,9 +9,9 @@ constexpr int kEnqueueThreads = 256;
 
 struct EnqueueArgs {
     const void* keys;             // (B, D)
-    const int64_t* labels;        // (B,) or null: unknown
+    const int64_t *labels, *ids;  // (B,) or null: unknown
     void* bank;                   // (K, D)
-    int64_t* bank_labels;         // (K,)
+    int64_t *bank_labels, *bank_ids;  // (K,)
     int64_t *ptr, *count;         // ()
     int* ticket;                  // () blocks that are done; 0 between calls
     int64_t batch, slots;
@@ -46,7 +46,10 @@ PSM_DEVICE void enqueue_rows(const EnqueueArgs& args) {
         const bool drop = square == 0 || norm != norm || norm > 3.4e38f;
         for (int d = lane; d < args.dim; d += 32)
             target[d] = from_float<Bank>(drop ? 0.0f : to_float(key[d]) / norm);
-        if (lane == 0) args.bank_labels[slot] = args.labels == nullptr ? -1 : args.labels[row];
+        if (lane == 0) {
+            args.bank_labels[slot] = args.labels == nullptr ? -1 : args.labels[row];
+            args.bank_ids[slot] = args.ids == nullptr ? -1 : args.ids[row];
+        }
     }
     block_sync();  // every thread of this block has read ptr
     if (thread_index() != 0) return;

@@ -6,7 +6,7 @@
 // library; tests/test_cuda_sass.py counts them.
 #pragma once
 
-#include "cells.cuh"
+#include "hidden.cuh"
 #include "noise.cuh"
 
 namespace psm::cuda {
@@ -32,6 +32,7 @@ struct Weights<float, kTiles> {
 
 // The two rows of a thread.
 struct Rows {
+    float scale, sharpness;  // of PassArgs, kept where the inner loop wants them
     float center[2];  // -sharpness (s_pos + b); affine: alpha
     float beta[2], gamma[2], cap[2];  // affine alone
     NoiseRow noise[2];
@@ -50,8 +51,8 @@ PSM_DEVICE float quad_sum(float x) {
 }
 
 // log2 of the keep probability
-PSM_DEVICE float keep_log2(const PassArgs& args, float s, float center) {
-    const float d = fmaf(s, args.sharpness, center);
+PSM_DEVICE float keep_log2(const Rows& rows, float s, int row) {
+    const float d = fmaf(s, rows.sharpness, rows.center[row]);
     return fminf(-d * d, -0.0014434169f);  // log2 kKeepMax
 }
 
@@ -66,7 +67,7 @@ PSM_DEVICE void draw(float (&s)[kTiles][4], int n, const PassArgs& args, Rows& r
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float& x = s[n + i / 2][2 * row + i % 2];
-            const float d = fmaf(x, args.sharpness, rows.center[row]);
+            const float d = fmaf(x, rows.sharpness, rows.center[row]);
             keep_below(noise.word[i], scaled_threshold(exp2_fast(-d * d), kKeepMax), x,
                        rows.kept[row]);
         }
@@ -135,10 +136,10 @@ PSM_DEVICE void weigh(float (&s)[kTiles][4], float (&out)[kOut][4], const PassAr
     for (int n = 0; n < kTiles; n += 2) {
         if constexpr (kSelection == Selection::kBernoulli)
             draw(s, n, args, rows, key, column + 2 * n);
-        exponentiate(s, n, args.scale, rows, weights, sum, square);
+        exponentiate(s, n, rows.scale, rows, weights, sum, square);
     }
     if (warp_any(fmaxf(sum[0], sum[1]) > kWeightMax))
-        move_shift(s, out, args.scale, rows, weights, sum, square);
+        move_shift(s, out, rows.scale, rows, weights, sum, square);
     for (int row = 0; row < 2; ++row) {
         rows.sum[row] += sum[row];
         rows.square[row] += square[row];
@@ -158,13 +159,13 @@ PSM_DEVICE void weigh_expected(float (&s)[kTiles][4], float (&out)[kOut][4], con
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
             for (int i = 2 * row; i < 2 * row + 2; ++i) {
-                const float log_p = keep_log2(args, s[n][i], rows.center[row]);
+                const float log_p = keep_log2(rows, s[n][i], row);
                 const float p = exp2_subnormal(log_p);
                 rows.count[row] += p;
                 if (p == 0) s[n][i] = -INFINITY;
-                const float logit = fmaf(s[n][i], args.scale, log_p);
+                const float logit = fmaf(s[n][i], rows.scale, log_p);
                 top = fmaxf(top, logit);
-                square_top = fmaxf(square_top, fmaf(s[n][i], args.scale, logit));
+                square_top = fmaxf(square_top, fmaf(s[n][i], rows.scale, logit));
             }
         top = fmaxf(rows.shift[row], quad_max(top));
         square_top = fmaxf(rows.square_shift[row], quad_max(square_top));
@@ -182,9 +183,9 @@ PSM_DEVICE void weigh_expected(float (&s)[kTiles][4], float (&out)[kOut][4], con
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const float x = s[n][2 * row + i];
-                const float logit = fmaf(x, args.scale, keep_log2(args, x, rows.center[row]));
+                const float logit = fmaf(x, rows.scale, keep_log2(rows, x, row));
                 rows.square[row] +=
-                    exp2_fast(fmaf(x, args.scale, logit) - rows.square_shift[row]);
+                    exp2_fast(fmaf(x, rows.scale, logit) - rows.square_shift[row]);
                 e[i] = exp2_fast(logit - rows.shift[row]);
                 rows.sum[row] += e[i];
             }
@@ -207,7 +208,7 @@ PSM_DEVICE void weigh_affine(const float (&s)[kTiles][4], const PassArgs& args, 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int r = i / 2;
-            const float e = exp2_fast(fmaf(s[n][i], args.scale, -rows.shift[r]));
+            const float e = exp2_fast(fmaf(s[n][i], rows.scale, -rows.shift[r]));
             const float line = fmaf(rows.beta[r], s[n][i], rows.center[r] + rho[i % 2]);
             float w = fmaf(rows.gamma[r], fminf(e, rows.cap[r]), line);
             w = w < 0 || s[n][i] == -INFINITY ? 0.0f : w;  // NaN stays
@@ -224,6 +225,8 @@ template <Selection kSelection>
 PSM_DEVICE void start_rows(const PassArgs& args, const int (&row)[2], Rows& rows, NoiseKey& key,
                            uint32_t& column) {
     column = thread_index() % 4;
+    rows.scale = bits_float(keep_uniform(float_bits(args.scale)));
+    rows.sharpness = bits_float(keep_uniform(float_bits(args.sharpness), 2));
     for (int r = 0; r < 2; ++r) {
         const bool inside = row[r] < args.batch;
         if constexpr (kSelection == Selection::kAffine) {
@@ -270,12 +273,13 @@ PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const Pas
 // Writes what a thread holds of one (row block, split): sums by the first lane of each quad, means
 // by all. Rows of means are padded to no more than D columns.
 template <Selection kSelection, int kOut>
-PSM_DEVICE void write_partial(const PassArgs& args, const Rows& rows, const float (&out)[kOut][4],
-                              const int (&row)[2], int split) {
+PSM_DEVICE void write_partial(const PassArgs& args, const Rows& rows, const int (&gone)[2],
+                              const float (&out)[kOut][4], const int (&row)[2], int split) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float sum = quad_sum(rows.sum[r]), square = quad_sum(rows.square[r]);
-        const float count = quad_sum(rows.count[r] + float(rows.kept[r]));
+        const int kept = kSelection == Selection::kAll ? -gone[r] : rows.kept[r];  // of all slots
+        const float count = quad_sum(rows.count[r] + float(kept));
         if (row[r] >= args.batch) continue;
         const int64_t at = int64_t(split) * args.batch + row[r];
         const int c = thread_index() % 4;

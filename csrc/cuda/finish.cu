@@ -21,10 +21,9 @@ __global__ void __launch_bounds__(kFinishThreads)
 void finish(const FinishArgs& request, Dtype dtype, int device, void* stream) {
     if (request.batch == 0) return;
     const DeviceGuard guard(device);
-    const void* kernel =
-        dtype == Dtype::kFloat32    ? reinterpret_cast<const void*>(finish_kernel<float>)
-        : dtype == Dtype::kBFloat16 ? reinterpret_cast<const void*>(finish_kernel<BFloat16>)
-                                    : reinterpret_cast<const void*>(finish_kernel<Float16>);
+    const void* kernel = visit_dtype(dtype, [](auto type) {
+        return reinterpret_cast<const void*>(finish_kernel<typename decltype(type)::type>);
+    });
     FinishArgs args = request;
     void* arguments[] = {&args};
     launch(kernel, "finish", std::min(args.batch, 1 << 16), kFinishThreads, 0, stream, arguments);

@@ -3,33 +3,22 @@
 // the attention is the query's own.
 #pragma once
 
-#include "enqueue.cuh"
 #include "launch.h"
+#include "pass.cuh"
 
 namespace psm::cuda {
 
 constexpr int kFinishThreads = 128;
 
 struct FinishShared {
-    float similarity[kMaxFinishTopk], score[kMaxFinishTopk];  // query by mined row; for the attention
-    float logit[kMaxFinishTopk], keep[kMaxFinishTopk], weight[kMaxFinishTopk];
+    float logit[kMaxFinishTopk], score[kMaxFinishTopk];  // query by mined row; for the attention
+    float weight[kMaxFinishTopk];
     float of_mined[kMaxFinishTopk], of_key, of_mean;  // what the gradient holds of each vector
 };
 
 PSM_DEVICE float log_add(float x, float y) {
     const float top = fmaxf(x, y);
     return top == -INFINITY ? top : top + log1pf(expf(-fabsf(x - y)));
-}
-
-// The weight that the pass gave a mined slot.
-PSM_DEVICE float pass_weight(const FinishArgs& args, int row, int64_t slot, float s) {
-    if (args.selection == Selection::kAll) return 1;
-    const float d = fmaf(s, args.sharpness, -args.sharpness * (args.s_pos[row] + args.b));
-    if (args.selection == Selection::kExpected) return fminf(exp2_subnormal(-d * d), kKeepMax);
-    const uint32_t word =
-        philox_word(args.row_offset + row, slot, uint64_t(args.rng_state[0]),
-                    uint64_t(args.rng_state[1]));
-    return word < scaled_threshold(exp2_fast(-d * d), kKeepMax) ? 1.0f : 0.0f;
 }
 
 template <class T>
@@ -40,20 +29,13 @@ PSM_DEVICE void mined_products(const FinishArgs& args, int row, const int64_t* i
     for (int c = thread_index() / 32; c < args.topk; c += kFinishThreads / 32) {
         const int64_t slot = index[c] < 0 ? 0 : index[c];
         const T* mined = static_cast<const T*>(args.bank) + slot * args.dim;
-        float similarity = 0, score = 0;
-        for (int d = lane; d < args.dim && index[c] >= 0; d += 32) {
-            const float m = to_float(mined[d]);
-            similarity = fmaf(to_float(from_float<T>(query[d])), m, similarity);  // as in the pass
-            score = fmaf(query[d], m, score);
-        }
-        for (int mask = 16; mask > 0; mask /= 2) {
-            similarity += shuffle_xor(similarity, mask);
-            score += shuffle_xor(score, mask);
-        }
+        float similarity = 0;
+        for (int d = lane; d < args.dim && index[c] >= 0; d += 32)
+            similarity = fmaf(query[d], to_float(mined[d]), similarity);
+        for (int mask = 16; mask > 0; mask /= 2) similarity += shuffle_xor(similarity, mask);
         if (lane == 0) {
-            shared.similarity[c] = similarity;
             shared.logit[c] = similarity / args.temperature;
-            shared.score[c] = score / args.weight_temperature;
+            shared.score[c] = similarity / args.weight_temperature;
         }
     }
 }
@@ -62,27 +44,13 @@ PSM_DEVICE void mined_products(const FinishArgs& args, int row, const int64_t* i
 PSM_DEVICE void finish_scalars(const FinishArgs& args, int row, const int64_t* index,
                                FinishShared& shared) {
     const float tau = args.temperature, positive = args.s_pos[row] / tau;
-    const float neg_lse = args.neg_lse[row], neg_sq_lse = args.neg_sq_lse[row];
-    float taken = 0, taken_square = 0, left = args.neg_count[row], found = 0, top = -INFINITY;
+    const float log_n = args.neg_lse[row], log_h = log_add(positive, log_n);
+    float found = 0, top = -INFINITY;
     for (int c = 0; c < args.topk; ++c) {
         if (index[c] < 0) continue;
-        shared.keep[c] = pass_weight(args, row, index[c], shared.similarity[c]);
-        if (shared.keep[c] > 0) {
-            taken += shared.keep[c] * expf(shared.logit[c] - neg_lse);
-            taken_square += shared.keep[c] * expf(2 * shared.logit[c] - neg_sq_lse);
-        }
-        left -= shared.keep[c];
         found += 1;
         top = fmaxf(top, shared.score[c]);
     }
-    // The pass summed over mined rows too; what rounding leaves of nothing is nothing.
-    const bool none = (left <= 0 && args.selection != Selection::kExpected) || !(taken < 1) ||
-                      neg_lse == -INFINITY;
-    const float rest = none ? 1.0f : 1.0f - taken;
-    const float log_n = none ? -INFINITY : neg_lse + logf(rest);
-    const float log_square = none || !(taken_square < 1) ? -INFINITY
-                                                         : neg_sq_lse + logf(1.0f - taken_square);
-    const float log_h = log_add(positive, log_n);
     float log_z = log_h, total = 0;
     for (int c = 0; c < args.topk; ++c) {
         if (index[c] < 0) continue;
@@ -105,7 +73,7 @@ PSM_DEVICE void finish_scalars(const FinishArgs& args, int row, const int64_t* i
 
     const float negatives =
         weights * expf(log_n - log_z) + args.hard_weight * expf(log_n - log_h);
-    shared.of_mean = negatives / (rest * tau);
+    shared.of_mean = negatives / tau;
     shared.of_key = (weights * expf(positive - log_z) - 1 +
                      args.hard_weight * (expf(positive - log_h) - 1)) / tau;
     for (int c = 0; c < args.topk; ++c) {
@@ -114,9 +82,7 @@ PSM_DEVICE void finish_scalars(const FinishArgs& args, int row, const int64_t* i
             continue;
         }
         const float weight = shared.weight[c], logit = shared.logit[c];
-        const float keep = none ? 0.0f : shared.keep[c];
-        const float removed = keep == 0 ? 0.0f : keep * expf(logit - neg_lse);
-        float of_mined = (weights * expf(logit - log_z) - weight) / tau - shared.of_mean * removed;
+        float of_mined = (weights * expf(logit - log_z) - weight) / tau;
         if (args.soft_weights == SoftWeights::kAttention)
             of_mined += weight * (log_z - logit - pulled) / args.weight_temperature;
         shared.of_mined[c] = of_mined;
@@ -125,10 +91,11 @@ PSM_DEVICE void finish_scalars(const FinishArgs& args, int row, const int64_t* i
     // g = exp(s / tau) / tau (weights / Z + hard_weight / H): its mean and variance
     const float log_pull =
         log_add(logf(weights) - log_z, logf(args.hard_weight) - log_h) - logf(tau);
-    const float kept = fmaxf(left, 1.0f), mean = expf(log_n + log_pull) / kept;
-    const float variance = expf(log_square + 2 * log_pull) / kept - mean * mean;
+    const float count = args.neg_count[row], kept = fmaxf(count, 1.0f);
+    const float mean = expf(log_n + log_pull) / kept;
+    const float variance = expf(args.neg_sq_lse[row] + 2 * log_pull) / kept - mean * mean;
     const int64_t batch = args.batch;
-    args.stats[row] = fmaxf(left, 0.0f);
+    args.stats[row] = count;
     args.stats[batch + row] = mean;
     args.stats[2 * batch + row] = fmaxf(variance, 0.0f);
 }

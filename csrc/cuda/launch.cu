@@ -1,16 +1,19 @@
-// Plans a pass over the bank, gets workspace, starts the kernels.
+// Plans a pass over the bank, gets workspace, starts the kernels: what is hidden is marked, slots
+// are mined and, where wanted, marked too, and then the rest is summed.
 #include "launch.h"
 
-#include <algorithm>
-
-#include "kernels.h"
-#include "merge.cuh"
-#include "runtime.h"
-#include "tensor_map.h"
+#include "sweep.h"
 
 namespace psm::cuda {
 
 namespace {
+
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads)
+    mined_kernel(const __grid_constant__ MinedArgs args) {
+    __shared__ SelectScratch scratch;
+    mine_rows<T>(args, scratch);
+}
 
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads)
@@ -19,57 +22,24 @@ __global__ void __launch_bounds__(kMergeThreads)
     merge_rows<T>(args, shared);
 }
 
+__global__ void __launch_bounds__(kMarkThreads) mark_kernel(const __grid_constant__ MarkArgs args) {
+    __shared__ MarkShared shared;
+    mark_lists(args);
+    if (args.pass.hidden.ids != nullptr) mark_ids(args, shared);
+}
+
+const void* find_mined(Dtype dtype) {
+    return visit_dtype(dtype, [](auto type) {
+        return reinterpret_cast<const void*>(mined_kernel<typename decltype(type)::type>);
+    });
+}
 const void* find_merge(Dtype dtype) {
-    if (dtype == Dtype::kFloat32) return reinterpret_cast<const void*>(merge_kernel<float>);
-    if (dtype == Dtype::kBFloat16) return reinterpret_cast<const void*>(merge_kernel<BFloat16>);
-    return reinterpret_cast<const void*>(merge_kernel<Float16>);
+    return visit_dtype(dtype, [](auto type) {
+        return reinterpret_cast<const void*>(merge_kernel<typename decltype(type)::type>);
+    });
 }
 
-struct Chosen {
-    PassKernel kernel;
-    bool tensor_maps;
-};
-
-Chosen choose(const Request& request, bool aligned) {
-    const BankPassArgs& pass = request.pass;
-    const int dim = int(pass.dim);
-    const Work work = !request.sums            ? Work::kMine
-                      : request.null_epilogue ? Work::kProducts
-                                              : Work::kPass;
-#ifdef PSM_CUDA_SM90A
-    const bool hopper = attribute(cudaDevAttrComputeCapabilityMajor, request.device) == 9;
-    const bool affine = pass.selection == Selection::kAffine;
-    if (hopper && aligned && !affine && !request.force_sm80) {
-        if (pass.dtype == Dtype::kBFloat16)
-            return {sm90_bfloat16(pass.selection, work, dim), true};
-        if (pass.dtype == Dtype::kFloat16) return {sm90_float16(pass.selection, work, dim), true};
-    }
-#endif
-    const auto find = pass.dtype == Dtype::kFloat32    ? sm80_float32
-                      : pass.dtype == Dtype::kBFloat16 ? sm80_bfloat16
-                                                       : sm80_float16;
-    return {find(pass.selection, work, dim), false};
-}
-
-// The fewest splits that fill nearly all multiprocessors in every wave: partial results cost
-// splits x B x D of traffic.
-int choose_splits(int row_blocks, int resident, int most) {
-    int best = 1;
-    double best_share = 0;
-    const int last = std::min(most, std::max(1, 2 * resident / row_blocks));
-    for (int splits = 1; splits <= last; ++splits) {
-        const int items = row_blocks * splits, waves = (items + resident - 1) / resident;
-        const double share = double(items) / (double(waves) * resident);
-        if (share > best_share + 0.03) best = splits, best_share = share;
-    }
-    return best;
-}
-
-constexpr int64_t kMineBytes = int64_t(128) << 20;
-
-const void* offset(const void* start, int64_t bytes) {
-    return start == nullptr ? nullptr : static_cast<const char*>(start) + bytes;
-}
+constexpr int64_t kMineBytes = int64_t(128) << 20;  // of cell maxima: more rows take turns
 
 // Cuts one allocation into aligned arrays; called with null to find its size.
 class Cutter {
@@ -88,28 +58,138 @@ class Cutter {
     size_t bytes_ = 0;
 };
 
-size_t lay_out(MergeArgs& args, bool sums, int merge_grid, void* workspace) {
+// CTAs of the kernels that take a row or some slots at a time.
+int small_grid(const Request& request, int64_t most) {
+    const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, request.device);
+    return int(std::min<int64_t>(most, 4 * multiprocessors));
+}
+
+// What the rows of all kernels have in common.
+PassArgs common(const Request& request) {
+    const BankPassArgs& in = request.pass;
+    PassArgs pass = {};
+    pass.query = in.query, pass.bank = in.bank;
+    pass.count = request.count, pass.s_pos = in.s_pos, pass.rng_state = request.rng_state;
+    pass.affine = in.affine, pass.rho = in.rho;
+    pass.slots = request.slots;
+    pass.row_offset = in.row_offset, pass.col_offset = in.col_offset;
+    pass.batch = int(in.batch), pass.dim = int(in.dim);
+    pass.selection = in.selection;
+    pass.aligned = rows_aligned(in);
+    pass.scale = float(1.4426950408889634 / in.temperature);
+    pass.sharpness = sharpness_of(in.a);
+    pass.b = in.b;
+    pass.cell_group = 1;
+    return pass;
+}
+
+// --- what is hidden ---
+
+// Has the caller hidden anything?
+bool hides(const Request& request) {
+    const Exclude& exclude = request.pass.exclude;
+    return exclude.listed > 0 || exclude.ids != nullptr;
+}
+
+int64_t flag_words(const Request& request, const Hidden& hidden) {
+    return (request.pass.batch + 127) / 128 * (128 / kFlagRows) * hidden.words;  // whole blocks
+}
+
+size_t lay_out(Hidden& hidden, const Request& request, void* workspace) {
     Cutter cutter(workspace);
-    PassArgs& pass = args.pass;
-    const int64_t rows = int64_t(pass.splits) * pass.batch;
-    const int64_t chosen = chosen_cells(args.topk, pass.cells, pass);
-    if (sums) {
-        pass.sums = cutter.take<RowSums>(rows);
-        pass.means = cutter.take<float>(rows * pass.dim);
-    }
-    if (pass.mine) {
-        pass.cell_max = cutter.take<float>(int64_t(pass.batch + 1) * pass.cells);
-        args.cell_keys = cutter.take<uint64_t>(int64_t(merge_grid) * power_of_two(int(chosen)));
-        args.slot_keys = cutter.take<uint64_t>(int64_t(merge_grid) * power_of_two(args.topk));
-        args.scores = cutter.take<float>(int64_t(merge_grid) * chosen << pass.cell_log2);
-    }
+    const int64_t slots = request.slots + lead_slots(request.pass.col_offset);
+    hidden.words = int((slots + 32 * kFlagSlots - 1) / (32 * kFlagSlots));
+    hidden.flags = cutter.take<uint32_t>(flag_words(request, hidden));
+    hidden.list = cutter.take<int>(request.pass.batch * hidden.listed);
     return cutter.bytes();
 }
 
-bool rows_aligned(const BankPassArgs& pass) {
-    const int64_t bytes = pass.dim * (pass.dtype == Dtype::kFloat32 ? 4 : 2);
-    const auto at = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16; };
-    return bytes % 16 == 0 && at(pass.query) == 0 && at(pass.key) == 0 && at(pass.bank) == 0;
+// Clears the flags and marks what the caller hides.
+void mark(const Request& request, const Hidden& hidden) {
+    const size_t bytes = flag_words(request, hidden) * sizeof(uint32_t);
+    check(cudaMemsetAsync(hidden.flags, 0, bytes, static_cast<cudaStream_t>(request.stream)),
+          "cudaMemsetAsync");
+    if (!hides(request)) return;
+    MarkArgs args = {common(request), request.pass.exclude};
+    args.pass.hidden = hidden;
+    const int64_t work = std::max(request.slots, request.pass.batch * hidden.listed);
+    void* arguments[] = {&args};
+    launch(reinterpret_cast<const void*>(mark_kernel), "mark",
+           small_grid(request, work / kMarkThreads + 1), kMarkThreads, 0, request.stream,
+           arguments);
+}
+
+// --- mining ---
+
+size_t lay_out(MinedArgs& args, int grid, void* workspace) {
+    Cutter cutter(workspace);
+    const PassArgs& pass = args.pass;
+    const int64_t chosen = chosen_cells(args.topk, pass.cells, pass);
+    args.pass.cell_max = cutter.take<float>(int64_t(pass.batch + 1) * pass.cells);
+    args.cell_keys = cutter.take<uint64_t>(int64_t(grid) * power_of_two(int(chosen)));
+    args.slot_keys = cutter.take<uint64_t>(int64_t(grid) * power_of_two(args.topk));
+    args.scores = cutter.take<float>(int64_t(grid) * chosen << pass.cell_log2);
+    return cutter.bytes();
+}
+
+Hidden from_row(Hidden hidden, int64_t row) {
+    if (hidden.flags == nullptr) return hidden;
+    hidden.flags += row / kFlagRows * hidden.words;
+    hidden.list += row * hidden.listed;
+    if (hidden.ids != nullptr) hidden.ids += row;
+    return hidden;
+}
+
+// Called without a workspace it starts nothing and says how much it needs.
+size_t mine(const Request& request, const Hidden& seen, const Hidden& next, void* workspace) {
+    const BankPassArgs& in = request.pass;
+    const Sweep sweep(request, Work::kMine);
+    const PassKernel& kernel = sweep.kernel();
+    MinedArgs args = {common(request)};
+    PassArgs& pass = args.pass;
+    const int64_t slots = request.slots + lead_slots(in.col_offset);
+    pass.cell_group = kernel.cell_group;
+    pass.cell_log2 = std::max(request.cell_log2,
+                              choose_cell_log2(in.topk, in.dim, slots, kernel.cell_group));
+    pass.cells = room_for_cells(slots, kernel.tile_slots, pass);
+    args.topk = int(in.topk);
+    const int64_t most = kMineBytes / (int64_t(pass.cells) * 4) / kernel.rows * kernel.rows;
+    const int64_t step = std::max<int64_t>(most, kernel.rows);
+    const int64_t row_bytes = in.dim * (in.dtype == Dtype::kFloat32 ? 4 : 2);
+    for (int64_t first = 0; first < in.batch; first += step) {
+        sweep.cut(pass, std::min(step, in.batch - first));
+        const int grid = small_grid(request, pass.batch);
+        const size_t bytes = lay_out(args, grid, workspace);
+        if (workspace == nullptr) return bytes;
+        pass.query = static_cast<const char*>(in.key) + first * row_bytes;
+        pass.hidden = from_row(seen, first), args.next = from_row(next, first);
+        args.topk_sim = in.topk_sim + first * in.topk;
+        args.topk_index = in.topk_index + first * in.topk;
+        sweep.start(pass);
+        void* arguments[] = {&args};
+        launch(find_mined(in.dtype), "mined", grid, kMergeThreads, 0, request.stream, arguments);
+    }
+    return 0;
+}
+
+// --- sums ---
+
+size_t sum(const Request& request, const Hidden& hidden, void* workspace) {
+    const BankPassArgs& in = request.pass;
+    const Sweep sweep(request, request.null_epilogue ? Work::kProducts : Work::kPass);
+    MergeArgs args = {common(request), in.neg_lse, in.neg_mean, in.neg_sq_lse, in.neg_count};
+    PassArgs& pass = args.pass;
+    sweep.cut(pass, in.batch);
+    Cutter cutter(workspace);
+    pass.sums = cutter.take<RowSums>(int64_t(pass.splits) * pass.batch);
+    pass.means = cutter.take<float>(int64_t(pass.splits) * pass.batch * pass.dim);
+    pass.hidden = hidden;
+    if (workspace == nullptr) return cutter.bytes();
+    sweep.start(pass);
+    void* arguments[] = {&args};
+    launch(find_merge(in.dtype), "merge", small_grid(request, pass.batch), kMergeThreads, 0,
+           request.stream, arguments);
+    return 0;
 }
 
 }  // namespace
@@ -118,82 +198,26 @@ void bank_pass(const Request& request, const Allocate& allocate) {
     const BankPassArgs& in = request.pass;
     if (in.batch == 0) return;
     const DeviceGuard guard(request.device);
-    const bool aligned = rows_aligned(in);
-    const Chosen chosen = choose(request, aligned);
-    const PassKernel& kernel = chosen.kernel;
-    if (kernel.shared_bytes > 48 << 10)  // more needs the kernel's consent
-        check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   kernel.shared_bytes),
-              kernel.name);
-    int per_multiprocessor = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel.function,
-                                                        kernel.threads, kernel.shared_bytes),
-          kernel.name);
-    if (per_multiprocessor == 0)
-        throw std::runtime_error(std::string("psm_kernels: ") + kernel.name +
-                                 ": does not fit this GPU's shared memory");
-    const int multiprocessors = attribute(cudaDevAttrMultiProcessorCount, request.device);
-    const int resident = multiprocessors * per_multiprocessor;
+    const bool mines = in.topk > 0, hides_mined = request.sums && in.exclude_mined && mines;
+    const Hidden nothing = {};
+    Hidden hidden = {};
+    hidden.ids = in.exclude.ids, hidden.bank_ids = in.exclude.bank_ids;
+    hidden.listed = int(in.exclude.listed + (hides_mined ? in.topk : 0));
+    const bool given = hides(request), any = given || hides_mined;
 
-    MergeArgs args = {};
-    PassArgs& pass = args.pass;
-    pass.query = in.query, pass.key = in.key, pass.bank = in.bank;
-    pass.count = request.count, pass.s_pos = in.s_pos, pass.rng_state = request.rng_state;
-    pass.affine = in.affine, pass.rho = in.rho;
-    pass.slots = request.slots;
-    pass.row_offset = in.row_offset, pass.col_offset = in.col_offset;
-    pass.dim = int(in.dim);
-    pass.selection = in.selection;
-    pass.mine = in.topk > 0;
-    pass.aligned = aligned;
-    pass.scale = float(1.4426950408889634 / in.temperature);
-    pass.sharpness = sharpness_of(in.a);
-    pass.b = in.b;
-    pass.cell_group = kernel.cell_group;
-    const int64_t slots = request.slots + lead_slots(in.col_offset);
-    pass.cell_log2 = std::max(request.cell_log2,
-                              choose_cell_log2(in.topk, in.dim, slots, kernel.cell_group));
-    pass.cells = room_for_cells(slots, kernel.tile_slots, pass);
-    const int64_t grain = std::max(group_slots(pass), kernel.tile_slots);
-    const int grains = int(std::min<int64_t>(kMaxSplits, (slots - 1) / grain + 1));
-    args.topk = int(in.topk);
-
-    // bank_topk takes so many rows at a time that their maxima keep to kMineBytes.
-    const int64_t most = kMineBytes / (int64_t(pass.cells) * 4) / kernel.rows * kernel.rows;
-    const int64_t step = request.sums ? in.batch : std::max<int64_t>(most, kernel.rows);
-    const auto take_rows = [&](int64_t first) {
-        pass.batch = int(std::min(step, in.batch - first));
-        pass.row_blocks = (pass.batch + kernel.rows - 1) / kernel.rows;
-        pass.splits = choose_splits(pass.row_blocks, resident, grains);
-        return std::min(pass.batch, 4 * multiprocessors);  // CTAs of the merge
-    };
-    const size_t bytes = lay_out(args, request.sums, take_rows(0), nullptr);
-    void* workspace = allocate(bytes);
-    for (int64_t first = 0; first < in.batch; first += step) {
-        const int merge_grid = take_rows(first);
-        lay_out(args, request.sums, merge_grid, workspace);
-        pass.key = offset(in.key, first * in.dim * (in.dtype == Dtype::kFloat32 ? 4 : 2));
-        args.neg_lse = in.neg_lse, args.neg_mean = in.neg_mean;
-        args.neg_sq_lse = in.neg_sq_lse, args.neg_count = in.neg_count;
-        args.topk_sim = in.topk_sim + first * in.topk;
-        args.topk_index = in.topk_index + first * in.topk;
-        TensorMaps maps;
-        void* pass_arguments[] = {&pass, &maps};
-        if (chosen.tensor_maps) {
-            const auto map = [&](const void* rows, int64_t count, int box_rows) {
-                return tensor_map(rows, in.dtype, count, pass.dim, box_rows);
-            };
-            maps.bank = map(pass.bank, pass.slots, kernel.tile_slots);
-            if (request.sums) maps.query = map(pass.query, pass.batch, kernel.rows);
-            if (pass.mine) maps.key = map(pass.key, pass.batch, kernel.rows);
-        }
-        const int grid = std::min(resident, pass.row_blocks * pass.splits);
-        launch(kernel.function, kernel.name, grid, kernel.threads, kernel.shared_bytes,
-               request.stream, pass_arguments);
-        void* merge_arguments[] = {&args};
-        launch(find_merge(in.dtype), "merge", merge_grid, kMergeThreads, 0, request.stream,
-               merge_arguments);
+    // Mining is done before the sums begin: they have the same memory.
+    const size_t marks = any ? lay_out(hidden, request, nullptr) : 0;
+    const size_t mining = mines ? mine(request, nothing, nothing, nullptr) : 0;
+    const size_t summing = request.sums ? sum(request, nothing, nullptr) : 0;
+    char* workspace = static_cast<char*>(allocate(marks + std::max(mining, summing)));
+    if (any) {
+        lay_out(hidden, request, workspace);
+        mark(request, hidden);
     }
+    workspace += marks;
+    if (mines)
+        mine(request, given ? hidden : nothing, hides_mined ? hidden : nothing, workspace);
+    if (request.sums) sum(request, any ? hidden : nothing, workspace);
 }
 
 std::string unavailable(int device) {

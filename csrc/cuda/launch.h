@@ -27,9 +27,9 @@ struct Request {
 
 struct EnqueueRequest {
     const void* keys;       // (B, D) in `key_dtype`
-    const int64_t* labels;  // (B,) or null
+    const int64_t *labels, *ids;  // (B,) or null
     void* bank;             // (K, D) in `bank_dtype`
-    int64_t* bank_labels;   // (K,)
+    int64_t *bank_labels, *bank_ids;  // (K,)
     int64_t *ptr, *count;   // ()
     int32_t* ticket;        // () 0 between calls
     int64_t batch, slots, dim;
@@ -45,17 +45,14 @@ struct FinishArgs {
     const float *query, *key;  // (B, D) unit rows
     const void* bank;          // (K, D)
     const float* s_pos;        // (B,)
-    const int64_t* rng_state;  // (2,) or null
-    const float *neg_lse, *neg_mean, *neg_sq_lse, *neg_count;  // of the pass
+    const float *neg_lse, *neg_mean, *neg_sq_lse, *neg_count;  // of a pass without what it mined
     const int64_t* topk_index;                                 // (B, k)
-    int64_t row_offset;
     int batch, dim, topk;
-    Selection selection;
     SoftWeights soft_weights;
-    float temperature, weight_temperature, hard_weight, sharpness, b;
+    float temperature, weight_temperature, hard_weight;
     float* loss;        // (B,)
     float* grad_query;  // (B, D) of the sum of the losses
-    float* stats;       // (3, B) of the negatives: how many are left, mean and variance of g
+    float* stats;       // (3, B) of the negatives: their count, mean and variance of g
 };
 
 using Allocate = std::function<void*(size_t)>;  // device memory that outlives the work of the call

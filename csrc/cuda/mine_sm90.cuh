@@ -1,5 +1,5 @@
-// Mining alone for sm_90a (bank_topk): cell maxima of key . M for any D up to 512. Key rows stay in
-// shared memory; the bank comes in panels of 64 columns by 256 slots, whose products add up.
+// Mining for sm_90a: cell maxima of query . M for any D up to 512. Its rows stay in shared memory;
+// the bank comes in panels of 64 columns by 256 slots, whose products add up.
 #pragma once
 
 #include "cells.cuh"
@@ -15,7 +15,7 @@ struct MineSm90 {
     static constexpr int kRowPanelBytes = kRows * kRowBytes, kStageBytes = kTileSlots * kRowBytes;
     static constexpr int kRingStart = kMaxPanels * kRowPanelBytes;
     static constexpr int kBarriers = kRingStart + kStages * kStageBytes;
-    static constexpr int shared_bytes(Work) { return kBarriers + Barriers<kStages>::kBytes; }
+    static constexpr int kSharedBytes = kBarriers + Barriers<kStages>::kBytes;
 
     static PSM_DEVICE int panels_of(const PassArgs& args) {
         return (args.dim + kPanelColumns - 1) / kPanelColumns;
@@ -50,7 +50,7 @@ struct MineSm90 {
             if (lane == 0) {
                 mbarrier_arrive_expect(barriers.rows_full(), panels * kRowPanelBytes);
                 for (int panel = 0; panel < panels; ++panel)
-                    tma_load(base + panel * kRowPanelBytes, &maps.key, barriers.rows_full(),
+                    tma_load(base + panel * kRowPanelBytes, &maps.query, barriers.rows_full(),
                              panel * kPanelColumns, first_row);
             }
             for (int tile = 0; tile < walk.tiles; ++tile) {
@@ -73,7 +73,7 @@ struct MineSm90 {
         const int lane = thread_index() % 32, items = args.row_blocks * args.splits;
         const int panels = panels_of(args);
         const uint32_t group_rows = base + (thread_index() / 128 - 1) * kGroupRows * kRowBytes;
-        const Descriptor keys = keep_uniform(descriptor(group_rows, 16, 8 * kRowBytes), 1);
+        const Descriptor rows = keep_uniform(descriptor(group_rows, 16, 8 * kRowBytes), 1);
         // The bank panel of the stage whose barrier has address 0
         const uint32_t units = kStageBytes / kUnit / 8, back = 0 - barriers.start * units;
         const Descriptor slots = keep_uniform(
@@ -84,14 +84,16 @@ struct MineSm90 {
             const int first_row = item % args.row_blocks * kRows + thread_index() / 32 * 16 - 64;
             const int row[2] = {first_row + lane / 4, first_row + lane / 4 + 8};
             const Walk walk = walk_of(args, kTileSlots, item / args.row_blocks);
+            Masks<kTileSlots> masks(args, row, walk);
+            int gone[2] = {};
             QuadCells best(args, row, walk);
             mbarrier_wait(barriers.rows_full(), rows_phase);
             rows_phase ^= 1;
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 float s[kTiles][4];
                 uint32_t held = barriers.nobody();  // of the stage that products may still read
-                for (int panel = 0; panel < panels; ++panel) {
-                    Descriptor a = keys.moved(panel * (kRowPanelBytes / kUnit));
+                const auto multiply = [&](int panel, auto first) {
+                    Descriptor a = rows.moved(panel * (kRowPanelBytes / kUnit));
                     Descriptor b = slots.moved(ring.full * units);
                     mbarrier_wait(ring.full, ring.phase);
                     hide(a), hide(b);
@@ -99,18 +101,20 @@ struct MineSm90 {
                     wgmma_fence();
 #pragma unroll
                     for (int step = 0; step < kSteps; ++step)
-                        wgmma<T>(s, a.at(step * 32), b.at(step * 32), panel + step > 0);
+                        wgmma<T>(s, a.at(step * 32), b.at(step * 32), !first.value || step > 0);
                     wgmma_commit();
                     wgmma_wait<1>();
                     hold_accumulators(s);
                     if (lane == 0) mbarrier_arrive(held);
                     held = ring.empty();
                     ring.advance();
-                }
+                };
+                multiply(0, std::true_type{});
+                for (int panel = 1; panel < panels; ++panel) multiply(panel, std::false_type{});
                 wgmma_wait<0>();
                 hold_accumulators(s);
                 if (lane == 0) mbarrier_arrive(held);
-                if (!walk.whole(tile)) mask_slots(s, walk, tile);
+                if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
                 best.take(s);
             }
             best.finish();

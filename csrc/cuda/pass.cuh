@@ -11,9 +11,9 @@
 namespace psm::cuda {
 
 enum class Work : int {
-    kPass,      // sums over query . M, and cell maxima of key . M when asked to mine
+    kPass,      // sums over query . M
     kProducts,  // the same products with a null epilogue: the floor of a kernel
-    kMine,      // cell maxima of key . M alone
+    kMine,      // cell maxima of query . M
 };
 
 constexpr int kCellLog2 = 6;      // smallest cell, whose best similarity is kept for mining
@@ -28,8 +28,16 @@ struct RowSums {
     float shift, sum, square_shift, square, count;
 };
 
+// What rows must not see, see hidden.cuh.
+struct Hidden {
+    uint32_t* flags;  // (B / 16, words) a bit per 64 slots, or null: every row sees every slot
+    int* list;        // (B, listed) slots of each row
+    const int64_t *ids, *bank_ids;  // (B,), (K,), or null
+    int words, listed;
+};
+
 struct PassArgs {
-    const void *query, *key, *bank;  // (B, D), (B, D) or null, (K, D)
+    const void *query, *bank;        // (B, D), (K, D)
     const int64_t* count;            // () valid slots
     const float* s_pos;              // (B,)
     const int64_t* rng_state;        // (2,) or null
@@ -39,7 +47,6 @@ struct PassArgs {
     int64_t row_offset, col_offset;
     int batch, dim;
     Selection selection;
-    bool mine;         // keep cell maxima of key . bank
     bool aligned;      // rows and pointers are multiples of 16 bytes
     float scale;       // log2 e / tau
     float sharpness;   // sqrt(a log2 e)
@@ -48,6 +55,7 @@ struct PassArgs {
     int cell_log2;     // slots of a cell, a power of two
     int cell_group;    // 1, or 4: four cells share each group of slots, see cell_slot
     int cells;         // room per row in `cell_max`
+    Hidden hidden;
     RowSums* sums;     // (splits, B)
     float* means;      // (splits, B, D) sum weight 2^(logit - shift) bank
     float* cell_max;   // (B + 1, cells); what rows behind the batch give goes to the last
@@ -107,5 +115,11 @@ template <class T>
 struct Type {
     using type = T;
 };
+template <class Visit>
+auto visit_dtype(Dtype dtype, Visit visit) {
+    if (dtype == Dtype::kFloat32) return visit(Type<float>{});
+    if (dtype == Dtype::kBFloat16) return visit(Type<BFloat16>{});
+    return visit(Type<Float16>{});
+}
 
 }  // namespace psm::cuda

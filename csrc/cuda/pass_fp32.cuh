@@ -2,6 +2,7 @@
 // the elements that a tensor-core accumulator would give them, so that everything around is shared.
 #pragma once
 
+#include "cells.cuh"
 #include "epilogue.cuh"
 
 namespace psm::cuda {
@@ -13,7 +14,7 @@ struct PassFp32 {
     static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8;
     static constexpr int kPitch = kDim + 4;  // 16 bytes more: slots 2 c fall into different banks
     static constexpr int kStageBytes = kTileSlots * kPitch * 4;
-    static constexpr int shared_bytes(Work) { return kStages * kStageBytes; }
+    static constexpr int kSharedBytes = kStages * kStageBytes;
     static_assert(kTileSlots % 16 == 0 && 64 % kTileSlots == 0);
 
     struct alignas(16) Four {
@@ -49,13 +50,13 @@ struct PassFp32 {
         }
     }
 
-    // left . M for the thread's two rows
-    static PSM_DEVICE void product(float (&s)[kTiles][4], const void* left, const int (&row)[2],
-                                   const PassArgs& args, const float* bank, int lane) {
+    // query . M for the thread's two rows
+    static PSM_DEVICE void similarities(float (&s)[kTiles][4], const int (&row)[2],
+                                        const PassArgs& args, const float* bank, int lane) {
         const float* from[2];
         for (int r = 0; r < 2; ++r) {
             const int64_t inside = row[r] < args.batch ? row[r] : args.batch - 1;
-            from[r] = static_cast<const float*>(left) + inside * args.dim;
+            from[r] = static_cast<const float*>(args.query) + inside * args.dim;
         }
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
@@ -105,7 +106,7 @@ struct PassFp32 {
         const int items = args.row_blocks * args.splits;
         for (int item = block_index(); item < items; item += grid_size()) {
             pass<kSelection, kWork>(args, shared, item % args.row_blocks,
-                                        item / args.row_blocks);
+                                    item / args.row_blocks);
             block_sync();  // the next item overwrites shared memory
         }
     }
@@ -113,7 +114,6 @@ struct PassFp32 {
     template <Selection kSelection, Work kWork>
     static PSM_DEVICE void pass(const PassArgs& args, char* shared, int block, int split) {
         const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
-        constexpr bool kSum = kWork != Work::kMine;
         const uint32_t ring = shared_address(shared);
         const int row[2] = {block * kRows + 16 * warp + lane / 4,
                             block * kRows + 16 * warp + lane / 4 + 8};
@@ -130,8 +130,10 @@ struct PassFp32 {
         Rows rows;
         NoiseKey noise;
         uint32_t column = 0;
-        if constexpr (kSum) start_rows<kSelection>(args, row, rows, noise, column);
+        if constexpr (kWork != Work::kMine) start_rows<kSelection>(args, row, rows, noise, column);
         float out[kOut][4] = {};
+        Masks<kTileSlots> masks(args, row, walk);
+        int gone[2] = {};
         CellMax best(args, row, walk);
         for (int tile = 0; tile < walk.tiles; ++tile) {
             copy_wait<kStages - 2>();
@@ -140,14 +142,11 @@ struct PassFp32 {
             const auto* bank =
                 reinterpret_cast<const float*>(shared + tile % kStages * kStageBytes);
             float s[kTiles][4];
-            if (kWork == Work::kMine || args.mine) {
-                product(s, args.key, row, args, bank, lane);
-                if (!walk.whole(tile)) mask_slots(s, walk, tile);
+            similarities(s, row, args, bank, lane);
+            if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
+            if constexpr (kWork == Work::kMine) {
                 best.take(s);
-            }
-            if constexpr (kSum) {
-                product(s, args.query, row, args, bank, lane);
-                if (!walk.whole(tile)) mask_slots(s, walk, tile);
+            } else {
                 Weights<float, kTiles> weights;
                 epilogue<kSelection, kWork>(s, out, args, rows, noise,
                                             column + uint32_t(walk.start(tile) / 4), weights);
@@ -155,8 +154,10 @@ struct PassFp32 {
             }
         }
         copy_wait<0>();
-        if (kWork == Work::kMine || args.mine) best.finish();
-        if constexpr (kSum) write_partial<kSelection>(args, rows, out, row, split);
+        if constexpr (kWork == Work::kMine)
+            best.finish();
+        else
+            write_partial<kSelection>(args, rows, gone, out, row, split);
     }
 };
 

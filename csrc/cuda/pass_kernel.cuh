@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 }
 
 template <class Config, class Function>
-PassKernel handle(Function* function, const char* name, Work work) {
+PassKernel handle(Function* function, const char* name) {
     return {reinterpret_cast<const void*>(function), name, Config::kThreads, Config::kRows,
-            Config::kTileSlots, Config::shared_bytes(work)};
+            Config::kTileSlots, Config::kSharedBytes};
 }
 
 template <class T>
@@ -38,20 +38,20 @@ PassKernel find_sm80(Selection selection, Work work, int dim) {
         return visit_mine<Sm80<T>>(dim, [&](auto config) {
             using Config = typename decltype(config)::type;
             return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kMine>,
-                                  "bank_topk (sm_80)", work);
+                                  "bank_topk (sm_80)");
         });
     }
     return visit_pass<Sm80<T>>(dim, [&](auto config) {
         using Config = typename decltype(config)::type;
         if (work == Work::kProducts)
             return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kProducts>,
-                                  "null bank_pass (sm_80)", work);
+                                  "null bank_pass (sm_80)");
         if (selection == Selection::kAffine)
             return handle<Config>(bank_pass_sm80<Config, Selection::kAffine, Work::kPass>,
-                                  "weighted_pass", work);
+                                  "weighted_pass");
         return visit_selection(selection, [&](auto chosen) {
             return handle<Config>(bank_pass_sm80<Config, decltype(chosen)::value, Work::kPass>,
-                                  "bank_pass (sm_80)", work);
+                                  "bank_pass (sm_80)");
         });
     });
 }
@@ -60,7 +60,7 @@ template <class T>
 PassKernel find_sm90(Selection selection, Work work, int dim) {
     if (work == Work::kMine) {
         using Config = MineSm90<T>;
-        PassKernel kernel = handle<Config>(bank_topk_sm90<Config>, "bank_topk (sm_90a)", work);
+        PassKernel kernel = handle<Config>(bank_topk_sm90<Config>, "bank_topk (sm_90a)");
         kernel.cell_group = 4;
         return kernel;
     }
@@ -68,10 +68,10 @@ PassKernel find_sm90(Selection selection, Work work, int dim) {
         using Config = typename decltype(config)::type;
         if (work == Work::kProducts)
             return handle<Config>(bank_pass_sm90<Config, Selection::kAll, Work::kProducts>,
-                                  "null bank_pass (sm_90a)", work);
+                                  "null bank_pass (sm_90a)");
         return visit_selection(selection, [&](auto chosen) {
             return handle<Config>(bank_pass_sm90<Config, decltype(chosen)::value, Work::kPass>,
-                                  "bank_pass (sm_90a)", work);
+                                  "bank_pass (sm_90a)");
         });
     });
 }

@@ -1,5 +1,5 @@
 // The bank pass for sm_90a: one warp feeds a ring of bank tiles by TMA, two warpgroups of 64 rows
-// each take key . M, query . M and P . M from the same tile with wgmma. While one does its
+// each take query . M and P . M from the same tile with wgmma. While one does its
 // epilogue, the other keeps the tensor cores busy.
 #pragma once
 
@@ -14,14 +14,9 @@ struct PassSm90 {
     static constexpr int kThreads = 384, kRows = 128, kGroupRows = 64, kConsumerWarps = 8;
     static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8, kSteps = kDim / 16;
     static constexpr int kPanels = kDim / kPanelColumns;
-    // Both similarities of a tile at once? They, `out` and the weights must fit the registers.
-    template <Selection kSelection>
-    static constexpr bool kJoint =
-        2 * 4 * kTiles + 4 * kOut + 2 * kTiles + 20 * (kSelection == Selection::kExpected) <= 208;
     static constexpr int kRowTileBytes = kRows * kDim * 2, kStageBytes = kTileSlots * kDim * 2;
-    static constexpr int kRingStart = 2 * kRowTileBytes;
-    static constexpr int kBarriers = kRingStart + kStages * kStageBytes;
-    static constexpr int shared_bytes(Work) { return kBarriers + Barriers<kStages>::kBytes; }
+    static constexpr int kBarriers = kRowTileBytes + kStages * kStageBytes;
+    static constexpr int kSharedBytes = kBarriers + Barriers<kStages>::kBytes;
     static_assert(kTileSlots % 64 == 0 && kDim % kPanelColumns == 0);
 
     template <Selection kSelection, Work kWork>
@@ -42,7 +37,7 @@ struct PassSm90 {
                                    const Barriers<kStages>& barriers) {
         const int lane = thread_index() % 32, items = args.row_blocks * args.splits;
         Ring<kStages> ring(barriers);
-        const uint32_t first_stage = base + kRingStart - barriers.start * (kStageBytes / 8);
+        const uint32_t first_stage = base + kRowTileBytes - barriers.start * (kStageBytes / 8);
         uint32_t rows_phase = 0;
         for (int item = block_index(); item < items; item += grid_size()) {
             const int first_row = item % args.row_blocks * kRows;
@@ -50,11 +45,8 @@ struct PassSm90 {
             mbarrier_wait(barriers.rows_empty(), rows_phase ^ 1);
             rows_phase ^= 1;
             if (lane == 0) {
-                mbarrier_arrive_expect(barriers.rows_full(), (args.mine ? 2 : 1) * kRowTileBytes);
+                mbarrier_arrive_expect(barriers.rows_full(), kRowTileBytes);
                 load_panels<kRows>(base, maps.query, barriers.rows_full(), first_row);
-                if (args.mine)
-                    load_panels<kRows>(base + kRowTileBytes, maps.key, barriers.rows_full(),
-                                       first_row);
             }
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 const uint32_t target = first_stage + ring.full * (kStageBytes / 8);
@@ -87,22 +79,16 @@ struct PassSm90 {
                      row);
     }
 
-    // Starts rows . M. The descriptors must not share values with those of another product: the
-    // assembler would keep 16 of them in registers and copy each into its place.
-    static PSM_DEVICE void multiply(float (&s)[kTiles][4], Descriptor rows, Descriptor slots) {
+    static PSM_DEVICE void similarities(float (&s)[kTiles][4], Descriptor rows, Descriptor slots) {
         hide(rows), hide(slots);
+        hold_accumulators(s);
+        wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {  // 32 bytes of a panel row per step
             const int panel = step / 4, within = step % 4 * 32;
             wgmma<T>(s, rows.at(panel * kRows * kRowBytes + within),
                      slots.at(panel * kTileSlots * kRowBytes + within), step > 0);
         }
-    }
-
-    static PSM_DEVICE void similarities(float (&s)[kTiles][4], Descriptor rows, Descriptor slots) {
-        hold_accumulators(s);
-        wgmma_fence();
-        multiply(s, rows, slots);
         wgmma_commit();
         wgmma_wait<0>();
         hold_accumulators(s);
@@ -127,14 +113,12 @@ struct PassSm90 {
         const uint32_t stride = 8 * kRowBytes, leading = kTileSlots * kRowBytes;
         const uint32_t group_rows = base + (thread_index() / 128 - 1) * kGroupRows * kRowBytes;
         const Descriptor query = keep_uniform(descriptor(group_rows, 16, stride), 1);
-        const Descriptor key = query.moved(kRowTileBytes / kUnit);
         // The bank tile of the stage whose barrier has address 0
         const uint32_t units = kStageBytes / kUnit / 8, back = 0 - barriers.start * units;
-        const uint32_t first_stage = base + kRingStart;
+        const uint32_t first_stage = base + kRowTileBytes;
         const Descriptor slots = keep_uniform(descriptor(first_stage, 16, stride).moved(back), 2);
-        const Descriptor again = {keep_uniform(slots.low, 3), slots.high};
         const Descriptor columns =
-            keep_uniform(descriptor(first_stage, leading, stride).moved(back), 4);
+            keep_uniform(descriptor(first_stage, leading, stride).moved(back), 3);
         Ring<kStages> ring(barriers);
         uint32_t rows_phase = 0;
         for (int item = block_index(); item < items; item += grid_size()) {
@@ -148,8 +132,9 @@ struct PassSm90 {
             start_rows<kSelection>(args, row, rows, noise, column);
             column += uint32_t(walk.start(0) / 4);
             float out[kOut][4] = {};
+            Masks<kTileSlots> masks(args, row, walk);
+            int gone[2] = {};
             Weights<T, kTiles> weights;
-            CellMax best(args, row, walk);
             uint32_t held = barriers.nobody();  // of the stage that P . M may still read
             const auto release = [&] {          // after a wait for products: they end in order
                 if (lane == 0) mbarrier_arrive(held);
@@ -161,29 +146,9 @@ struct PassSm90 {
                 const uint32_t stage = ring.full * units;
                 float s[kTiles][4];
                 mbarrier_wait(ring.full, ring.phase);
-                if (kJoint<kSelection> && args.mine) {
-                    float t[kTiles][4];
-                    hold_accumulators(s), hold_accumulators(t);
-                    wgmma_fence();
-                    multiply(s, query, slots.moved(stage));
-                    multiply(t, key, again.moved(stage));
-                    wgmma_commit();
-                    wgmma_wait<0>();
-                    hold_accumulators(s), hold_accumulators(t);
-                    release();
-                    if (!walk.whole(tile)) mask_slots(s, walk, tile), mask_slots(t, walk, tile);
-                    best.take(t);
-                } else {
-                    if (!kJoint<kSelection> && args.mine) {
-                        similarities(s, key, again.moved(stage));
-                        release();
-                        if (!walk.whole(tile)) mask_slots(s, walk, tile);
-                        best.take(s);
-                    }
-                    similarities(s, query, slots.moved(stage));
-                    if (kJoint<kSelection> || !args.mine) release();
-                    if (!walk.whole(tile)) mask_slots(s, walk, tile);
-                }
+                similarities(s, query, slots.moved(stage));
+                release();
+                if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
                 hold_accumulators(out);
                 held = ring.empty();
                 epilogue<kSelection, kWork>(s, out, args, rows, noise, column, weights);
@@ -191,12 +156,11 @@ struct PassSm90 {
                 ring.advance();
                 column += kTileSlots / 4;
             }
-            if (args.mine) best.finish();
             wgmma_wait<0>();
             hold_accumulators(out);
             release();
             if (lane == 0) mbarrier_arrive(barriers.rows_empty());
-            write_partial<kSelection>(args, rows, out, row, split);
+            write_partial<kSelection>(args, rows, gone, out, row, split);
         }
     }
 };

@@ -65,6 +65,8 @@ PSM_DEVICE void keep_below(uint32_t word, uint32_t threshold, float& x, int& kep
         : "+f"(x), "+r"(kept)
         : "r"(word), "r"(threshold));
 }
+PSM_DEVICE int bits_set(uint64_t x) { return __popcll(x); }
+PSM_DEVICE int first_bit(uint32_t x) { return __ffs(int(x)) - 1; }
 PSM_DEVICE int max_of_three(int x, int y, int z) { return __vimax3_s32(x, y, z); }  // 1 on sm_90
 PSM_DEVICE float to_float(float x) { return x; }
 PSM_DEVICE float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
@@ -105,9 +107,12 @@ PSM_DEVICE uint32_t keep_uniform(uint32_t x, int copy = 1) {
     return warp_uniform(x + threadIdx.y * copy);
 }
 PSM_DEVICE bool warp_any(bool x) { return __any_sync(0xFFFFFFFFu, x); }
+PSM_DEVICE uint32_t warp_ballot(bool x) { return __ballot_sync(0xFFFFFFFFu, x); }
 PSM_DEVICE void warp_sync() { __syncwarp(); }
 PSM_DEVICE void block_sync() { __syncthreads(); }
 PSM_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
+PSM_DEVICE int atomic_exchange(int* address, int value) { return atomicExch(address, value); }
+PSM_DEVICE void atomic_or(uint32_t* address, uint32_t value) { atomicOr(address, value); }
 PSM_DEVICE void fence_device() { __threadfence(); }
 PSM_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 

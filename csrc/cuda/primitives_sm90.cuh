@@ -10,7 +10,7 @@ struct alignas(64) TensorMap {
     uint64_t opaque[16];
 };
 struct TensorMaps {
-    TensorMap query, key, bank;
+    TensorMap query, bank;
 };
 
 // Descriptor of a 16-bit operand in shared memory, 128-byte swizzle, 1024-byte aligned atoms of

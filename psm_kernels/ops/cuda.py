@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from psm_kernels.ops import cpp
+from psm_kernels.ops import NOTHING, Exclude, cpp
 from psm_kernels.ops.cpp import DTYPES, SELECTIONS
 
 MAX_FINISH_TOPK = 64  # of psm_finish
@@ -69,6 +69,8 @@ def bank_pass(
     rng_state: Tensor | None,  # (2,)
     row_offset: int,
     col_offset: int,
+    exclude: Exclude = NOTHING,
+    exclude_mined: bool = False,
     *,
     null_epilogue: bool = False,
     force_sm80: bool = False,
@@ -89,6 +91,7 @@ def bank_pass(
         bank,
         count,
         (neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index),
+        exclude,
         s_pos=s_pos.data_ptr(),
         rng_state=0 if rng_state is None else rng_state.data_ptr(),
         selection=SELECTIONS[selection],
@@ -100,6 +103,7 @@ def bank_pass(
         null_epilogue=null_epilogue,
         force_sm80=force_sm80,
         cell_log2=cell_log2,
+        exclude_mined=exclude_mined,
         affine=_address(affine),
         rho=_address(rho),
     )
@@ -113,11 +117,12 @@ def weighted_pass(
     temperature: float,
     affine: Tensor,  # (5, B)
     rho: Tensor,  # (K,)
+    exclude: Exclude = NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `psm_kernels.ops.affine.weighted_pass`."""
     log_sum, mean, _, weight, *_ = bank_pass(
         query, None, bank, count, affine[0], temperature, "affine", 0.0, 0.0, 0, None, 0, 0,
-        affine=affine, rho=rho,
+        exclude, affine=affine, rho=rho,
     )  # fmt: skip
     return log_sum, mean, weight
 
@@ -127,6 +132,7 @@ def bank_topk(
     bank: Tensor,
     k: int,
     count: Tensor,
+    exclude: Exclude = NOTHING,
     *,
     force_sm80: bool = False,
     cell_log2: int = 0,
@@ -142,6 +148,7 @@ def bank_topk(
             bank,
             count,
             (None, None, None, None, topk_sim, topk_index),
+            exclude,
             s_pos=0,
             rng_state=0,
             selection=SELECTIONS["all"],
@@ -163,6 +170,7 @@ def _run(
     bank: Tensor,
     count: Tensor,
     outputs: tuple[Tensor | None, ...],
+    exclude: Exclude,
     **settings,
 ) -> None:
     from psm_kernels import _C
@@ -180,6 +188,10 @@ def _run(
         dtype=DTYPES[bank.dtype],
         topk=outputs[-1].shape[1],
         sums=query is not None,
+        exclude=_address(exclude.slots),
+        listed=0 if exclude.slots is None else exclude.slots.shape[1],
+        ids=_address(exclude.ids),
+        bank_ids=_address(exclude.bank_ids),
         **dict(zip(names, map(_address, outputs), strict=True)),
         **settings,
         **_place(bank),
@@ -193,23 +205,23 @@ def psm_finish(
     bank: Tensor,  # (K, D)
     s_pos: Tensor,  # (B,)
     swept: tuple[Tensor, ...],
-    *,
-    rng_state: Tensor | None,  # (2,)
     **settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `psm_kernels.ops.fused.psm_rows`."""
     from psm_kernels import _C
 
     outputs, arguments = cpp.finish_arguments(query, key, bank, s_pos, swept, **settings)
-    _C.cuda.finish(**arguments, rng_state=_address(rng_state), **_place(bank))
+    _C.cuda.finish(**arguments, **_place(bank))
     return outputs
 
 
 def enqueue(
     keys: Tensor,  # (B, D) of any float dtype
     labels: Tensor | None,  # (B,) int64
+    ids: Tensor | None,  # (B,) int64
     bank: Tensor,  # (K, D) fp32 | bf16 | fp16
     bank_labels: Tensor,  # (K,) int64
+    bank_ids: Tensor,  # (K,) int64
     ptr: Tensor,  # ()
     count: Tensor,  # ()
 ) -> None:
@@ -217,13 +229,15 @@ def enqueue(
     from psm_kernels import _C
 
     keys = keys.contiguous() if keys.dtype in DTYPES else keys.float().contiguous()
-    labels = None if labels is None else labels.contiguous()
+    labels, ids = (None if x is None else x.contiguous() for x in (labels, ids))
     ticket = torch.zeros((), dtype=torch.int32, device=bank.device)  # lives until the launch
     _C.cuda.enqueue(
         keys=keys.data_ptr(),
         labels=_address(labels),
+        ids=_address(ids),
         bank=bank.data_ptr(),
         bank_labels=bank_labels.data_ptr(),
+        bank_ids=bank_ids.data_ptr(),
         ptr=ptr.data_ptr(),
         count=count.data_ptr(),
         ticket=ticket.data_ptr(),

@@ -110,6 +110,21 @@ def insert_bits(a, b, position, length):
     return b & ~(mask << position) | (a & mask) << position
 
 
+def reverse_bits(x: np.ndarray) -> np.ndarray:
+    bits = np.unpackbits(x.view(np.uint8).reshape(len(x), -1), axis=1, bitorder="little")
+    return np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(x.dtype)[:, 0]
+
+
+def leading_zeros(x: np.ndarray) -> np.ndarray:
+    """All ones where there is no other bit."""
+    length = np.frexp(x.astype(np.float64))[1]
+    return np.where(x == 0, 0xFFFFFFFF, 8 * x.itemsize - length).astype(np.uint32)
+
+
+def count_bits(x: np.ndarray) -> np.ndarray:
+    return np.unpackbits(x.view(np.uint8).reshape(len(x), -1), axis=1).sum(1, dtype=np.uint32)
+
+
 COMPARE = {
     **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     "lo": operator.lt,
@@ -186,6 +201,11 @@ def plain_function(op: str, parts: list[str], dtype: np.dtype):
 # --- statements ---
 
 
+ONE_WORD = {
+    "brev": reverse_bits,
+    "bfind": leading_zeros,  # .shiftamt
+    "popc": count_bits,
+}
 BYTES_AND_BITS = {  # function, and how many sources have the statement's type; the rest are u32
     "bfe": (extract_bits, 1),
     "bfi": (insert_bits, 2),
@@ -199,6 +219,8 @@ def arithmetic(take: Operands, machine: Machine, s: Statement):
     result = take.target(s.operands[0])
     if op in ("shl", "shr"):
         return shift(take, machine, s)
+    if op in ONE_WORD:
+        return apply(result, ONE_WORD[op], take.value(names[0], dtype))
     if "wide" in parts or "hi" in parts:
         return multiply(take, s)
     if op in BYTES_AND_BITS:

@@ -65,10 +65,14 @@ def shuffle(take: Operands, machine: Machine, s: Statement):
     return run
 
 
+def ballot(said: np.ndarray, axis: int) -> np.ndarray:
+    return np.packbits(said, axis=axis, bitorder="little").view(np.uint32)[:, 0]
+
+
 def vote(take: Operands, machine: Machine, s: Statement):
     result, p = take.target(s.operands[0]), take.value(s.operands[1], TYPES["pred"])
     member = take.value(s.operands[2], TYPES["u32"])
-    reduce = {"any": np.any, "all": np.all}[s.opcode[2]]
+    reduce = {"any": np.any, "all": np.all, "ballot": ballot}[s.opcode[2]]
 
     def run(w, lanes):
         if not w.together(lanes, member(w.registers)):

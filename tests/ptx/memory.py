@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,9 +100,14 @@ def store(take: Operands, machine: Machine, s: Statement):
     return run
 
 
+ATOMICS = {"add": operator.add, "or": operator.or_, "exch": lambda before, x: x}
+
+
 def atomic(take: Operands, machine: Machine, s: Statement):
-    if s.opcode[2:] not in (["add", "u32"], ["add", "s32"]):
-        raise Fault("only add")
+    *_, name, kind = s.opcode
+    if name not in ATOMICS or kind not in ("u32", "s32", "b32"):
+        raise Fault("only add, or and exch of 32 bits")
+    change = ATOMICS[name]
     result, x = take.target(s.operands[0]), take.value(s.operands[2], TYPES["u32"])
     address = take.address(s.operands[1])
 
@@ -111,7 +117,7 @@ def atomic(take: Operands, machine: Machine, s: Statement):
         before = np.zeros(w.machine.width, np.uint32)
         for lane, at in zip(some, index, strict=True):
             before[lane] = memory.views[4][at]
-            memory.views[4][at] += x(w.registers)[lane]
+            memory.views[4][at] = change(before[lane], x(w.registers)[lane])
         result(w, lanes, before)
 
     return run
