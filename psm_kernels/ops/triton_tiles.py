@@ -1,4 +1,5 @@
-"""What passes over bank tiles share: products, row sums, and the partial result of one split."""
+"""What passes over bank tiles share: products, row sums, what rows must not see, and the partial
+result of one split."""
 
 from __future__ import annotations
 
@@ -53,6 +54,40 @@ def add_weighted_rows(mean, weight, m, SMALL: tl.constexpr):
         largest = tl.maximum(tl.max(weight, 1), 1e-37)[:, None]
         return mean + largest * dot((weight / largest).to(m.dtype), m)
     return dot(weight.to(m.dtype), m, mean)
+
+
+@triton.jit
+def either(x, y):
+    return x | y
+
+
+@triton.jit
+def listed(slots, length, first, WIDTH: tl.constexpr):
+    """Bit i of (N,) int64: the row's list names one of the WIDTH slots from first + i WIDTH on.
+    slots: (N,) addresses of lists, all `length` long; first: (N,) or a scalar."""
+    bits = tl.zeros(slots.shape, tl.int64)
+    for entry in range(0, length):
+        at = tl.load(slots + entry) - first
+        inside = (at >= 0) & (at < 64 * WIDTH)
+        bits |= tl.where(inside, 1 << (at // WIDTH), 0)
+    return bits
+
+
+@triton.jit
+def columns_of(bits, BN: tl.constexpr):
+    """(BM, BN) bool: the bit of each column, BN <= 64, in the row's `bits` (BM,)."""
+    # In two shifts: of the first a thread's registers share a few, the second is a constant there.
+    column = tl.arange(0, BN)[None, :]
+    low, high = bits.to(tl.uint32)[:, None], (bits >> 32).to(tl.uint32)[:, None]
+    word = tl.where(column < 32, low, high) >> (column % 8).to(tl.uint32)
+    return (word & (1 << (column % 32 // 8 * 8).to(tl.uint32))) != 0
+
+
+@triton.jit
+def own(ids, held):
+    """(BM, BN) bool: a slot holds the row's id, or nothing. ids: (BM,), held: (BN,)."""
+    EMPTY: tl.constexpr = -2
+    return (held[None, :] == ids[:, None]) | (held == EMPTY)[None, :]
 
 
 @triton.jit
