@@ -155,7 +155,8 @@ def _inner_loop(sass: str) -> tuple[list[str], list[str]]:
     while here <= last:
         always.append(ops[here])
         there = jumps.get(here, 0)
-        there = there if here < there <= last else here + 1
+        if not here < there <= last or any("MMA" in op for op in ops[here:there]):
+            there = here + 1
         rarely += ops[here + 1 : there]
         here = there
     return always, rarely

@@ -243,7 +243,7 @@ def test_fp16_keeps_its_bits_when_all_weights_are_small(device, size):
 def test_addresses_beyond_2_to_the_31(device, monkeypatch):
     from triton.runtime import interpreter
 
-    from psm_kernels.ops import triton_kernels
+    from psm_kernels.ops import triton_mine, triton_sums
 
     size, dim = 2**24 + 64, 128  # of the 4 GB of addresses the last 128 rows are touched
     bank = torch.empty(size, dim, dtype=torch.bfloat16)

@@ -73,7 +73,8 @@ def weighted_pass_kernel(
         seen = tl.broadcast_to(slot_valid[None, :], (BM, BN))
         if slots is not None:
             lists = slots + tl.minimum(rows, B - 1) * length
-            seen = seen & ~columns_of(listed(lists, length, tile * BN, 1), BN)
+            bits, _ = listed(lists, length, tile * BN, BN)
+            seen = seen & ~columns_of(bits, BN)
         if ids is not None:
             held = tl.load(bank_ids + slot, mask=slot_valid, other=0)
             seen = seen & ~own(tl.load(ids + rows, mask=row_valid, other=0), held)

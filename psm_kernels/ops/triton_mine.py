@@ -175,7 +175,7 @@ def select_kernel(
     hidden = tl.zeros((KP,), tl.int64)  # a bit for each slot of the cell
     if slots is not None:
         lists = slots + row * length + tl.zeros((KP,), tl.int32)
-        hidden = listed(lists, length, chosen.to(tl.int64)[:, None] * CELL, 1)
+        hidden, _ = listed(lists, length, chosen.to(tl.int64) * CELL, CELL)
 
     best = tl.full((KP,), MISSING, tl.int64)
     d = tl.arange(0, DBLOCK)

@@ -9,7 +9,6 @@ from psm_kernels.ops.triton_noise import is_drawn, keep_center, keep_probability
 from psm_kernels.ops.triton_tiles import (
     add_weighted_rows,
     columns_of,
-    either,
     listed,
     own,
     partial_sum,
@@ -37,15 +36,12 @@ def _scan(
     GENERAL takes partly valid tiles and shifts exponents by a running maximum, as in attention.
     Without it tiles are full and the shift is 0, which costs fewer instructions.
     """
-    hit = tl.zeros((), tl.int64)  # a bit for each of the next 64 tiles: it has listed slots
+    next_listed = first  # the next tile with listed slots; the first one may have none
     local = tl.arange(0, BN)
     in_tile = local[:, None] * D + d[None, :]  # offsets within a tile fit 32 bits
     # Hoisting what little is invariant takes 20 to 40 registers, and spills at D = 256.
     for tile in tl.range(first, last, num_stages=STAGES, disable_licm=True):
         start = tile * BN - shift
-        if slots is not None:
-            if ((tile - first) & 63) == 0:
-                hit = tl.reduce(listed(slots, length, start, BN), 0, either)
         slot_valid = (start + local >= 0) & (start + local < size)
         tile_rows = bank + start.to(tl.int64) * D
         if GENERAL:
@@ -60,16 +56,16 @@ def _scan(
             q, query + rows[:, None] * D, row_valid[:, None],
             m, tile_rows + local[:, None] * D, slot_valid[:, None], D, BM, BN, DPAD, DBLOCK,
         )  # (BM, BN)  # fmt: skip
-        x = s * scale  # base 2
         p = s
         if SELECTION != "all":
             p = keep_probability(s, center[:, None], sharpness)  # (BM, BN)
         # A branch around s or x would hide from Triton that the first product feeds the second.
         NEVER: tl.constexpr = -float("inf") if SELECTION == "all" else 0.0
         if slots is not None:
-            if (hit & 1) != 0:
-                p = tl.where(columns_of(listed(slots, length, start, 1), BN), NEVER, p)
-            hit >>= 1
+            if tile == next_listed:
+                bits, ahead = listed(slots, length, start, BN)
+                p = tl.where(columns_of(bits, BN), NEVER, p)
+                next_listed = tile + tl.min(ahead, 0) // BN
         if ids is not None:
             held = tl.load(bank_ids + start + local, mask=slot_valid, other=0)
             p = tl.where(own(ids, held), NEVER, p)
@@ -81,6 +77,7 @@ def _scan(
             keep = p != NEVER
         else:
             keep = tl.full((BM, BN), 1, tl.int1)
+        x = s * scale  # base 2
         if GENERAL:
             keep = keep & slot_valid[None, :]
             x = tl.where(keep, x, -float("inf"))

@@ -57,30 +57,26 @@ def add_weighted_rows(mean, weight, m, SMALL: tl.constexpr):
 
 
 @triton.jit
-def either(x, y):
-    return x | y
-
-
-@triton.jit
 def listed(slots, length, first, WIDTH: tl.constexpr):
-    """Bit i of (N,) int64: the row's list names one of the WIDTH slots from first + i WIDTH on.
-    slots: (N,) addresses of lists, all `length` long; first: (N,) or a scalar."""
+    """Of each list, a bit for every slot of [first, first + WIDTH) that it names, (N,) int64; and
+    how far behind `first` the next slot that it names is, (N,). slots: (N,) addresses of lists,
+    all `length` long; first: a scalar or (N,)."""
     bits = tl.zeros(slots.shape, tl.int64)
+    FAR: tl.constexpr = 2**31 - 1
+    ahead = tl.full(slots.shape, FAR, tl.int32)
     for entry in range(0, length):
         at = tl.load(slots + entry) - first
-        inside = (at >= 0) & (at < 64 * WIDTH)
-        bits |= tl.where(inside, 1 << (at // WIDTH), 0)
-    return bits
+        bits |= tl.where((at >= 0) & (at < WIDTH), 1 << at, 0)
+        ahead = tl.minimum(ahead, tl.where((at >= WIDTH) & (at < FAR), at.to(tl.int32), FAR))
+    return bits, ahead
 
 
 @triton.jit
 def columns_of(bits, BN: tl.constexpr):
     """(BM, BN) bool: the bit of each column, BN <= 64, in the row's `bits` (BM,)."""
-    # In two shifts: of the first a thread's registers share a few, the second is a constant there.
+    # In two shifts: a thread's registers share the results of the first.
     column = tl.arange(0, BN)[None, :]
-    low, high = bits.to(tl.uint32)[:, None], (bits >> 32).to(tl.uint32)[:, None]
-    word = tl.where(column < 32, low, high) >> (column % 8).to(tl.uint32)
-    return (word & (1 << (column % 32 // 8 * 8).to(tl.uint32))) != 0
+    return ((bits[:, None] >> (column % 8)) & (1 << (column // 8 * 8).to(tl.int64))) != 0
 
 
 @triton.jit
