@@ -105,13 +105,15 @@ def tile(dtype: torch.dtype, padded: int, chip: str, sums: bool = True) -> Tile:
         if padded > 128:
             return Tile(128, 64, 8, 2, 1, padded)
         return Tile(64, 64, 4, 3, 2, padded)
-    if chip == "hip" or padded <= 64:
+    if chip == "hip":
         return Tile(64, 64 if padded <= 128 else 32, 4, 2, 2, padded)
-    if padded > 128 and sums:
-        return Tile(64, 64, 8, 2, 1, 64)
-    if padded > 128:
-        return Tile(64, 64, 4, 2, 2, 64)  # 7.4 instructions, 9.9 with 8 warps
-    return Tile(128, 64, 8, 2, 1, padded)
+    if not sums:
+        return Tile(128, 64, 4, 2, 2, padded if padded <= 128 else 64)
+    if padded <= 64:
+        return Tile(64, 64, 4, 2, 2, padded)
+    if padded <= 128:  # 64 columns spill where listed slots are left out
+        return Tile(128, 32, 8, 2, 1, padded)
+    return Tile(64, 64, 8, 2, 1, 64)
 
 
 def _mine(key, bank, k, count, exclude) -> tuple[Tensor, Tensor]:
@@ -133,12 +135,12 @@ def _mine(key, bank, k, count, exclude) -> tuple[Tensor, Tensor]:
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     length = _length(exclude)
-    found = _power_of_2(k, 2)
+    chosen = _power_of_2(k + length, 2)
     select_kernel[(batch,)](
         key, bank, count, exclude.slots, exclude.ids, exclude.bank_ids, cell_max,
         topk_sim, topk_index, size, dim, cells, k, length,
-        KP=(held := _power_of_2(k + length, 2)), DBLOCK=min(padded, 64), CHUNK=max(1024, held),
-        GROUP=max(4, found // CELL), num_warps=4, enable_fp_fusion=True,
+        KP=chosen, DBLOCK=min(padded, 64), CHUNK=max(1024, chosen),
+        GROUP=max(4, _power_of_2(k, 2) // CELL), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return topk_sim, topk_index
 

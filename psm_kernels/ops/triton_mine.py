@@ -136,9 +136,7 @@ def _best(best, new, k, KP: tl.constexpr, MISSING: tl.constexpr):
     return merged
 
 
-@triton.jit(
-    do_not_specialize=["count", "slots", "length", "ids", "bank_ids", "K", "cells", "k"]
-)
+@triton.jit(do_not_specialize=["count", "slots", "length", "ids", "bank_ids", "K", "cells", "k"])
 def select_kernel(
     key,  # (B, D)
     bank,  # (K, D)

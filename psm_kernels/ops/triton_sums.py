@@ -56,6 +56,7 @@ def _scan(
             q, query + rows[:, None] * D, row_valid[:, None],
             m, tile_rows + local[:, None] * D, slot_valid[:, None], D, BM, BN, DPAD, DBLOCK,
         )  # (BM, BN)  # fmt: skip
+        x = s * scale  # base 2
         p = s
         if SELECTION != "all":
             p = keep_probability(s, center[:, None], sharpness)  # (BM, BN)
@@ -77,7 +78,6 @@ def _scan(
             keep = p != NEVER
         else:
             keep = tl.full((BM, BN), 1, tl.int1)
-        x = s * scale  # base 2
         if GENERAL:
             keep = keep & slot_valid[None, :]
             x = tl.where(keep, x, -float("inf"))

@@ -74,9 +74,10 @@ def listed(slots, length, first, WIDTH: tl.constexpr):
 @triton.jit
 def columns_of(bits, BN: tl.constexpr):
     """(BM, BN) bool: the bit of each column, BN <= 64, in the row's `bits` (BM,)."""
-    # In two shifts: a thread's registers share the results of the first.
+    # Halves of 32 bits: in a register the half and the mask of its column are constants.
     column = tl.arange(0, BN)[None, :]
-    return ((bits[:, None] >> (column % 8)) & (1 << (column // 8 * 8).to(tl.int64))) != 0
+    low, high = bits.to(tl.uint32)[:, None], (bits >> 32).to(tl.uint32)[:, None]
+    return (tl.where(column < 32, low, high) & (1 << (column % 32).to(tl.uint32))) != 0
 
 
 @triton.jit
