@@ -122,19 +122,15 @@ def test_sizes_and_settings_do_not_compile_again(compilations, dim):
         query, s_pos = bank.new_zeros(batch, dim), torch.zeros(batch)
         count, state = torch.tensor(size), torch.zeros(3, dtype=torch.int64)[1:]  # not 16-aligned
 
-        def sweep(exclude=NOTHING, mined=True):
-            return backend.bank_pass(
-                query, query, bank, count, s_pos, 1.0, "bernoulli", 1.0, 0.0, k, state,
-                row_offset, col_offset, exclude, mined,
-            )  # fmt: skip
-
-        swept = sweep()
-        sweep(mined=False)
-        for length in (9 - k, 16 - k):
-            slots = torch.zeros(batch * length + 1, dtype=torch.int64)[1:].view(batch, length)
-            sweep(Exclude(slots))
         held = torch.zeros(size + 1, dtype=torch.int64)[1:]
-        sweep(Exclude(None, torch.zeros(batch, dtype=torch.int64), held))
+        lists = [torch.zeros(batch * n + 1, dtype=torch.int64)[1:] for n in (9 - k, 16 - k)]
+        excludes = [NOTHING, NOTHING, Exclude(None, held.new_zeros(batch), held)]
+        excludes += [Exclude(slots.view(batch, -1)) for slots in lists]
+        for i, exclude in enumerate(excludes):
+            swept = backend.bank_pass(
+                query, query, bank, count, s_pos, 1.0, "bernoulli", 1.0, 0.0, k, state,
+                row_offset, col_offset, exclude, i > 0,
+            )  # fmt: skip
         backend.bank_topk(query, bank, k, count)
         unit = query.float()
         backend.psm_finish(
