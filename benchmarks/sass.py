@@ -177,7 +177,10 @@ def main() -> None:
                     print(title, amd_report(kernel))
                     continue
                 *numbers, kinds, serial = nvidia_report(kernel, block)
-                words = "registers {} stack {} spills {} shared {} per element {:.1f} rare {:.1f} serial {}"
+                words = (
+                    "registers {} stack {} spills {} shared {} per element {:.1f} rare {:.1f} "
+                    "serial {}"
+                )
                 print(title, words.format(*numbers, serial))
                 if arguments.kinds:
                     print("   ", ", ".join(f"{kind} {n:.2f}" for kind, n in kinds.items()))

@@ -25,8 +25,8 @@ _spec.loader.exec_module(sass)
 
 # Limits: instructions per element of noise, mining and gradient together, what the worst of Triton
 # 3.6 to 3.9 takes. Hopper at D = 256, where products take twice the time: 2.9 for mining and 29.5
-# for the rest. What a tile with listed slots takes more, its lists of one to four entries read once,
-# is less than half of a tile.
+# for the rest. What a tile with listed slots takes more, its lists read once, is less than half of
+# a tile.
 @pytest.mark.parametrize(
     ("arch", "dim", "limit"),
     [

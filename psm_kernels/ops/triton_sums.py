@@ -62,7 +62,7 @@ def _scan(
             p = keep_probability(s, center[:, None], sharpness)  # (BM, BN)
         # A branch around s or x would hide from Triton that the first product feeds the second.
         NEVER: tl.constexpr = -float("inf") if SELECTION == "all" else 0.0
-        if slots is not None:
+        if slots is not None:  # noqa: SIM102, this one at compile time
             if tile == next_listed:
                 bits, ahead = listed(slots, length, start, BN)
                 p = tl.where(columns_of(bits, BN), NEVER, p)
@@ -167,9 +167,9 @@ def sum_kernel(
         if full > first:
             top, total, squares, kept, mean = _scan(
                 top, total, squares, kept, mean,
-                q, query, bank, bank_tiles, lists, length, row_ids, bank_ids, first, full, size, shift,
-                d, d_valid, D, rows, row_valid, center, scale, sharpness, row_words, group, seed,
-                offset, SELECTION, False, BM, BN, DPAD, DBLOCK, STAGES,
+                q, query, bank, bank_tiles, lists, length, row_ids, bank_ids, first, full, size,
+                shift, d, d_valid, D, rows, row_valid, center, scale, sharpness, row_words, group,
+                seed, offset, SELECTION, False, BM, BN, DPAD, DBLOCK, STAGES,
             )  # fmt: skip
         first = full
         # The shift 0 serves unit rows down to a temperature of about 0.03, and saves a maximum,
