@@ -21,19 +21,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from psm_kernels.ops.triton import launches, tile
-from psm_kernels.ops.triton_kernels import bank_pass_kernel
+from psm_kernels.ops.triton import tile
+from psm_kernels.ops.triton_mine import mine_kernel
+from psm_kernels.ops.triton_sums import sum_kernel
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARGUMENTS = {
     "count": "*i64", "s_pos": "*fp32", "rng_state": "*i64", "cell_max": "*fp32",
     "parts": "*fp32", "scale": "fp32", "sharpness": "fp32", "b": "fp32",
-    "row_offset": "i64", "col_offset": "i64",
+    "row_offset": "i64", "col_offset": "i64", "slots": "*i64", "ids": "*i64", "bank_ids": "*i64",
 }  # fmt: skip
-INTEGERS = ("B", "K", "D", "cells", "splits")
-UNUSED_BY_MINING = ("query", "s_pos", "rng_state", "parts")
-UNUSED_BY_SUMS = ("key", "cell_max")
+INTEGERS = ("B", "K", "D", "cells", "splits", "length")
+ALIGNED = ("query", "key", "bank", "cell_max", "parts", "D")  # by 16: what a launch relies on
 
 
 class Report(NamedTuple):
@@ -42,6 +42,7 @@ class Report(NamedTuple):
     spills: int  # loads and stores of the inner loop
     shared: int  # bytes
     per_element: float  # instructions of the inner loop
+    rare: float  # that only tiles with listed slots take, each counted once
     kinds: dict[str, float]
     serial: int
 
@@ -50,34 +51,42 @@ def chip(arch: str) -> str:
     return "hip" if arch.startswith("gfx") else {"sm_90": "hopper"}.get(arch, "cuda")
 
 
-def compile_pass(arch: str, dtype: torch.dtype, dim: int, mine=True, total=True, selection=None):
-    """The compiled kernel of one launch, as the launcher of `ops/triton.py` sets it up."""
-    block = tile(dtype, dim, chip(arch), total)
+def compile_pass(
+    arch: str,
+    dtype: torch.dtype,
+    dim: int,
+    sums: bool,
+    selection: str = "bernoulli",
+    lists: bool | None = None,
+    ids: bool = False,
+):
+    """The compiled kernel of one launch, mining or sums, as `ops/triton.py` sets it up. `lists`:
+    rows have listed slots to leave out of the sums, by default the mined ones."""
+    kernel = sum_kernel if sums else mine_kernel
+    block = tile(dtype, dim, chip(arch), sums)
     name = TYPES[dtype]
     types = dict.fromkeys(("query", "key", "bank"), f"*{name}") | ARGUMENTS
     types |= dict.fromkeys(INTEGERS, "i32")
     values = {
-        "SELECTION": (selection or "bernoulli") if total else "all",
-        "MINE": mine, "SUM": total, "FAST": dtype is not torch.float16,
         "BM": block.rows, "BN": block.cols, "DPAD": dim, "DBLOCK": block.columns,
         "STAGES": block.stages,
     }  # fmt: skip
+    if sums:
+        values |= {"SELECTION": selection, "FAST": dtype is not torch.float16}
+        values |= {} if lists is None or lists else {"slots": None}
     if arch == "sm_90" and dim <= 256:
         types["bank_tiles"] = f"tensordesc<{name}[{block.cols}, {dim}]>"
     else:
         values["bank_tiles"] = None
-    values |= dict.fromkeys(() if total else UNUSED_BY_MINING)
-    values |= dict.fromkeys(() if mine else UNUSED_BY_SUMS)
-    names = bank_pass_kernel.arg_names
+    values |= {} if ids else {"ids": None, "bank_ids": None}
+    names = kernel.arg_names
     signature = {n: "constexpr" if n in values else types[n] for n in names}
     aligned = [["tt.divisibility", 16]]
     source = ASTSource(
-        bank_pass_kernel,
+        kernel,
         signature,
         constexprs={(names.index(n),): value for n, value in values.items()},
-        attrs={
-            (i,): aligned for i, n in enumerate(names) if signature[n].startswith("*") or n == "D"
-        },
+        attrs={(i,): aligned for i, n in enumerate(names) if n in ALIGNED},
     )
     target = (
         GPUTarget("hip", arch, 64)
@@ -95,7 +104,7 @@ def nvidia_report(kernel, block) -> Report:
         usage = _tool("cuobjdump", "-res-usage", cubin)
         sass = _tool("nvdisasm", "-c", cubin)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    loop = _inner_loop(sass)
+    loop, rare = _inner_loop(sass)
     elements = block.rows * block.cols / (32 * block.warps)
     kinds = collections.Counter(".".join(op.split(".")[: 2 if "WIDE" in op else 1]) for op in loop)
     products = sum(op.startswith("HGMMA") for op in loop)
@@ -103,9 +112,10 @@ def nvidia_report(kernel, block) -> Report:
     return Report(
         registers,
         stack,
-        sum(op.startswith(("LDL", "STL")) for op in loop),
+        sum(op.startswith(("LDL", "STL")) for op in loop + rare),
         kernel.metadata.shared,
         len(loop) / elements,
+        len(rare) / elements,
         {kind: n / elements for kind, n in kinds.most_common()},
         waits if products and waits > products // 2 else 0,
     )
@@ -124,21 +134,32 @@ def _tool(name: str, *arguments) -> str:
     ).stdout
 
 
-def _inner_loop(sass: str) -> list[str]:
-    """Instructions of the first loop with tensor-core or FMA products, the loop over full tiles."""
-    ops, labels, loops = [], {}, []
+def _inner_loop(sass: str) -> tuple[list[str], list[str]]:
+    """Instructions of the first loop with tensor-core or FMA products, the loop over full tiles:
+    those of every tile, and those that a branch keeps for a few, with listed slots."""
+    ops, labels, jumps = [], {}, {}
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(ops)
         elif text := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*);", line):
+            if text[1] == "BRA" and (target := re.search(r"`\((\.L_\w+)\)", text[2])):
+                jumps[len(ops)] = target[1]
             ops.append(text[1])
-            jump = re.search(r"`\((\.L_\w+)\)", text[2])
-            if text[1].startswith("BRA") and jump and labels.get(jump[1], len(ops)) < len(ops) - 40:
-                loops.append((labels[jump[1]], len(ops)))
+    jumps = {at: labels[name] for at, name in jumps.items()}
     first, last = min(
-        loop for loop in loops if any("MMA" in op or op == "FFMA" for op in ops[slice(*loop)])
+        (target, at)
+        for at, target in jumps.items()
+        if target < at - 40 and any("MMA" in op or op == "FFMA" for op in ops[target:at])
     )
-    return ops[first:last]
+    always, rarely, here = [], [], first
+    while here <= last:
+        always.append(ops[here])
+        there = jumps.get(here, 0)
+        if not here < there <= last or any("MMA" in op for op in ops[here:there]):
+            there = here + 1
+        rarely += ops[here + 1 : there]
+        here = there
+    return always, rarely
 
 
 def main() -> None:
@@ -149,15 +170,17 @@ def main() -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     for arch in arguments.arch:
         for dim in (64, 128, 256):
-            fused = tile(torch.bfloat16, dim, chip(arch)).fused
-            for mine, total in launches(fused, True, True):
-                kernel, block = compile_pass(arch, torch.bfloat16, dim, mine, total)
-                title = f"{arch} bf16 D={dim} mine={mine:d} sum={total:d} {tuple(block[:4])}"
+            for sums in (False, True):
+                kernel, block = compile_pass(arch, torch.bfloat16, dim, sums)
+                title = f"{arch} bf16 D={dim} {'sums' if sums else 'mining'} {tuple(block[:4])}"
                 if arch.startswith("gfx"):
                     print(title, amd_report(kernel))
                     continue
                 *numbers, kinds, serial = nvidia_report(kernel, block)
-                words = "registers {} stack {} spills {} shared {} per element {:.1f} serial {}"
+                words = (
+                    "registers {} stack {} spills {} shared {} per element {:.1f} rare {:.1f} "
+                    "serial {}"
+                )
                 print(title, words.format(*numbers, serial))
                 if arguments.kinds:
                     print("   ", ", ".join(f"{kind} {n:.2f}" for kind, n in kinds.items()))

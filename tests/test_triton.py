@@ -243,17 +243,20 @@ def test_fp16_keeps_its_bits_when_all_weights_are_small(device, size):
 def test_addresses_beyond_2_to_the_31(device, monkeypatch):
     from triton.runtime import interpreter
 
-    from psm_kernels.ops import triton_kernels
+    from psm_kernels.ops import triton_mine, triton_sums
 
     size, dim = 2**24 + 64, 128  # of the 4 GB of addresses the last 128 rows are touched
     bank = torch.empty(size, dim, dtype=torch.bfloat16)
     query, key, tail, s_pos = problem(device, 2, 128, dim, torch.bfloat16)
     bank[-128:] = tail
     splits = 512  # of 513 tiles, but for the last, which has these two
-    kernel = triton_kernels.bank_pass_kernel
 
     class Last:
         """The kernel, of whose programs the last alone runs."""
+
+        def __init__(self, module, name):
+            self.kernel = getattr(module, name)
+            monkeypatch.setattr(module, name, self)
 
         def __getitem__(self, grid):
             assert grid == (splits,)
@@ -265,14 +268,16 @@ def test_addresses_beyond_2_to_the_31(device, monkeypatch):
                 handle = interpreter.TensorHandle(last, interpreter.tl.int32)
                 builder = interpreter.InterpreterBuilder
                 patch.setattr(builder, "create_get_program_id", lambda self, axis: handle)
-                kernel[(1,)](*args, **kwargs)
+                self.kernel[(1,)](*args, **kwargs)
 
-    monkeypatch.setattr(triton_kernels, "bank_pass_kernel", Last())
+    Last(triton_mine, "mine_kernel")
+    Last(triton_sums, "sum_kernel")
+    monkeypatch.setattr(backend, "tile", lambda *args: backend.Tile(64, 64, 4, 2, 1, dim))
     monkeypatch.setattr(backend, "_splits", lambda *args: splits)
     monkeypatch.setattr(torch, "empty", torch.zeros)  # what the other programs leave
     # Results are in place already, and copying the bank onto itself would touch all of it.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
-    settings = {"selection": "all", "topk": 1, "temperature": 0.2}
+    settings = {"selection": "all", "topk": 1, "temperature": 0.2, "exclude_mined": True}
     got = ops.bank_pass(query, bank[-2:], bank, None, s_pos, backend="triton", **settings)
     want = ops.bank_pass(query, bank[-2:], tail, None, s_pos, backend="reference", **settings)
     want = want._replace(topk_index=want.topk_index + size - 128)
@@ -280,8 +285,8 @@ def test_addresses_beyond_2_to_the_31(device, monkeypatch):
 
     from psm_kernels.ops.triton_finish import finish
 
-    finishing = {"temperature": 0.2, "selection": "all", "a": 1.0, "b": 0.0, "rng_state": None}
-    finishing |= {"soft_weights": "uniform", "weight_temperature": 1.0, "hard_weight": 1.0}
+    finishing = {"temperature": 0.2, "weight_temperature": 1.0, "hard_weight": 1.0}
+    finishing |= {"soft_weights": "uniform"}
     loss, _, _ = finish(query, key, bank, s_pos, got, **finishing)
     want = want._replace(topk_index=want.topk_index - size + 128)
     near, _, _ = finish(query, key, tail, s_pos, want, **finishing)
@@ -328,6 +333,97 @@ def test_bank_topk(device, k, size, count, dtype):
     assert torch.equal(got[1], want[1])
 
 
+def hidden(device, key, bank, which, seed=3):
+    """What rows must not see: lists with each row's best slots, repeated ones, and some that are
+    no slots; ids with many copies in bank and batch, unknown ones, and slots that hold nothing."""
+    g = torch.Generator().manual_seed(seed)
+    (batch, size), best = (len(key), len(bank)), min(3, len(bank))
+    slots = torch.randint(-3, size + 3, (batch, 9), generator=g)
+    slots[:, :best] = (key.to(bank.dtype).float() @ bank.float().T).topk(best).indices
+    slots[:, 4], slots[:, 5], slots[0, 6] = slots[:, 0], 2**62, -(2**63)
+    ids = torch.randint(-1, 6, (batch,), generator=g)
+    bank_ids = torch.randint(-2, 6, (size,), generator=g) + 2**40 * (torch.arange(size) % 5 == 0)
+    settings = {"exclude": slots} if "lists" in which else {}
+    if "ids" in which:
+        settings |= {"ids": ids, "bank_ids": bank_ids}
+    return {name: value.to(device) for name, value in settings.items()}
+
+
+@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
+@pytest.mark.parametrize("which", ["mined", "lists", "lists, mined", "ids", "ids, lists, mined"])
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "topk", "dtype", "col_offset"),
+    [
+        (5, 300, 20, 5, torch.float32, 7),
+        (70, 150, 64, 20, torch.bfloat16, 0),
+        (3, 70, 200, 3, torch.float16, 33),
+        (2, 9, 512, 5, torch.bfloat16, 1),
+    ],
+)
+def test_what_is_hidden(device, batch, size, dim, topk, dtype, col_offset, which, selection):
+    query, key, bank, s_pos = problem(device, batch, size, dim, dtype)
+    settings = {"topk": topk, "selection": selection, "col_offset": col_offset}
+    settings |= {"exclude_mined": "mined" in which, "count": size - 2, "row_offset": 3}
+    settings |= hidden(device, key, bank, which)
+    check(*both(query, key, bank, s_pos, **settings), dtype)
+
+
+@pytest.mark.parametrize("chip", ["hopper", "cuda"])
+@pytest.mark.skipif(not INTERPRETED, reason="a chip has its own")
+def test_many_tiles_and_long_lists(device, chip, monkeypatch):
+    """Tiles without listed slots between others, in every split; more listed than there are cells
+    at hand; rows whose every slot is hidden."""
+    monkeypatch.setattr(backend, "_chip", lambda device: chip)
+    query, key, bank, s_pos = problem(device, 3, 1500, 64, torch.bfloat16, exact=True)
+    slots = torch.full((3, 1600), -1, device=device)
+    slots[0, ::8] = torch.arange(1300, 1500, device=device)
+    slots[1, 100:] = torch.arange(1500, device=device)
+    slots[2, 5] = 640
+    exclude = ops.Exclude(slots)
+    got, want = both(
+        query, key, bank, s_pos, a=20.0, topk=40, exclude=exclude, exclude_mined=True, col_offset=5
+    )
+    check(got, want, torch.bfloat16, exact=True)
+    assert (got.topk_index[1] == -1).all()
+    assert got.neg_count[1] == 0
+    assert got.neg_lse[1] == -torch.inf
+
+
+@pytest.mark.parametrize(("dtype", "loose"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)])
+def test_cold_sums_without_the_rows_that_would_dominate_them(device, dtype, loose):
+    """Five slots 0.4 nearer than all others hold nearly all of the sum at tau = 0.02."""
+    g = torch.Generator().manual_seed(0)
+    sign = torch.randint(0, 2, (4 + 500, 64), generator=g) * 2 - 1
+    query, bank = sign[:4] / 8.0, sign[4:] / 8.0  # unit rows, exact in every dtype
+    for row in range(4):
+        bank[7 * row : 7 * row + 5] = query[row]
+        bank[7 * row : 7 * row + 5, :10] *= -1  # similarity 0.69, the others' at most 0.5
+    query, bank = query.to(device), bank.to(device, dtype)
+    settings = {"temperature": 0.02, "selection": "all", "exclude_mined": True}
+    got = both(query, query, bank, torch.ones(4, device=device), **settings)[0]
+    want = ops.bank_pass(
+        query.double(), query.double(), bank.double(), None, torch.ones(4, device=device).double(),
+        topk=5, backend="reference", **settings,
+    )  # fmt: skip
+    assert torch.equal(got.topk_index, want.topk_index)
+    torch.testing.assert_close(got.neg_lse.double(), want.neg_lse, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.neg_mean.double(), want.neg_mean, rtol=loose, atol=loose / 100)
+
+
+@pytest.mark.parametrize("which", ["lists", "ids", "ids, lists"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bank_topk_does_not_find_what_is_hidden(device, which, dtype):
+    query, _, bank, _ = problem(device, 3, 300, 20, dtype)
+    got, want = (
+        ops.bank_topk(
+            query, bank, 20, count=280, backend=name, **hidden(device, query, bank, which)
+        )
+        for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(got[1], want[1])
+
+
 def test_limits_are_said(device):
     bank = torch.zeros(4, 513, device=device)
     with pytest.raises(ValueError, match=r"512.*513"):
@@ -352,7 +448,8 @@ def test_the_tiles_of_every_chip(device, chip, dim, monkeypatch):
 @pytest.mark.parametrize(
     ("batch", "size", "dim", "count"), [(1, 1, 8, 1), (35, 130, 20, 99), (3, 600, 200, 600)]
 )
-def test_weighted_pass(device, batch, size, dim, count, dtype):
+@pytest.mark.parametrize("which", ["", "ids, lists"])
+def test_weighted_pass(device, batch, size, dim, count, dtype, which):
     query, _, bank, _ = problem(device, batch, size, dim, dtype)
     bank[count:] = torch.nan
     generator = torch.Generator().manual_seed(1)
@@ -360,6 +457,11 @@ def test_weighted_pass(device, batch, size, dim, count, dtype):
     names = ("alpha", "beta", "gamma", "top", "cap")
     settings = dict(zip(names, rows, strict=True)) | {"temperature": 0.2}
     settings |= {"rho": torch.rand(size, generator=generator).to(device)}
+    unseen = {"exclude": None, "ids": None, "bank_ids": None}
+    unseen |= hidden(device, query, bank, which)
+    settings["exclude"] = ops.excluded(
+        unseen["exclude"], unseen["ids"], unseen["bank_ids"], bank, batch
+    )
     got, want = (
         weighted_pass(query, bank, count, backend=name, **settings)
         for name in ("triton", "reference")

@@ -9,7 +9,7 @@ from conftest import problem
 from test_cuda_host import MEAN_ATOL, OFFSET, SEED, arguments, assert_agree, widened
 
 from psm_kernels import functional
-from psm_kernels.ops import BankPass, bank_pass, reference
+from psm_kernels.ops import BankPass, Exclude, bank_pass, reference
 from psm_kernels.ops import triton as backend
 from psm_kernels.ops.affine import weighted_pass
 
@@ -95,6 +95,25 @@ def test_weighted_pass(gpu):
         torch.testing.assert_close(a.double(), b, atol=atol, rtol=1e-4)
 
 
+@pytest.mark.parametrize("selection", ["bernoulli", "all"])
+@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("ids", [False, True])
+def test_what_is_hidden(gpu, ids, dim, selection):
+    """Listed slots in some tiles; with ids, every slot is compared."""
+    query, key, bank, s_pos = problem(3, 700, dim, dtype=BF16)
+    draw = torch.Generator().manual_seed(1)
+    exclude = Exclude(torch.randint(-1, 705, (3, 2), generator=draw))
+    if ids:
+        names = torch.randint(0, 9, (703,), generator=draw) - 2
+        exclude = Exclude(exclude.slots, names[:3].contiguous(), names[3:].contiguous())
+    got, want = both(
+        query, key, bank, s_pos, selection=selection, col_offset=7,
+        exclude=exclude, exclude_mined=True,
+    )  # fmt: skip
+    assert_agree(got, want, BF16)
+    assert torch.equal(got.topk_index, want.topk_index)
+
+
 @pytest.mark.parametrize("selection", ["bernoulli", "expected"])
 @pytest.mark.parametrize("topk", [0, 5])
 def test_finish_is_the_loss_and_its_gradient(gpu, selection, topk):
@@ -103,8 +122,10 @@ def test_finish_is_the_loss_and_its_gradient(gpu, selection, topk):
     draw["rng_state"] = torch.tensor([SEED, OFFSET]) if selection == "bernoulli" else None
     rest = {"soft_weights": "attention", "weight_temperature": 0.7, "hard_weight": 0.6}
     count = torch.tensor(300)
-    swept = bank_pass(query, key, bank, count, s_pos, topk=topk, backend="reference", **draw)
-    loss, grad, _ = backend.psm_finish(query, key, bank, s_pos, swept, **draw, **rest)
+    swept = bank_pass(
+        query, key, bank, count, s_pos, topk=topk, exclude_mined=True, backend="reference", **draw
+    )
+    loss, grad, _ = backend.psm_finish(query, key, bank, s_pos, swept, temperature=0.3, **rest)
     leaf = query.clone().requires_grad_()
     want = functional.psm_loss(
         leaf, key, bank, topk=topk, reduction="none", backend="reference", **draw, **rest

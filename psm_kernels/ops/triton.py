@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from psm_kernels.ops import NOTHING, Exclude
+
 MAX_K = 1024
 MAX_SIZE = 2**31 - 128  # slots are counted in 32 bits, with a tile to spare
 MAX_FINISH_TOPK = 32  # one program of psm_finish holds the (topk, D) mined rows in registers
@@ -43,17 +45,27 @@ def bank_pass(
     rng_state: Tensor | None,  # (2,)
     row_offset: int,
     col_offset: int,
+    exclude: Exclude = NOTHING,
+    exclude_mined: bool = False,
 ) -> tuple[Tensor, ...]:
-    _check("topk", topk)
-    sums = (s_pos, LOG2E / temperature, selection, sharpness_of(a), b, rng_state, row_offset)
+    """See `psm_kernels.ops.bank_pass`: mined first, so that sums can leave out what was mined."""
+    _check("topk", topk, bank)
+    mined = bank_topk(query if key is None else key, bank, topk, count, exclude)
+    if exclude_mined and topk:
+        lists = [t for t in (exclude.slots, mined[1]) if t is not None]
+        exclude = exclude._replace(slots=lists[0] if len(lists) == 1 else torch.cat(lists, 1))
+    args = (LOG2E / temperature, selection, sharpness_of(a), b, rng_state, row_offset, col_offset)
     with _device_of(bank):
-        return _run(query, key, bank, count, topk, sums, col_offset)
+        return *_sums(query, bank, count, s_pos, exclude, *args), *mined
 
 
-def bank_topk(query: Tensor, bank: Tensor, k: int, count: Tensor) -> tuple[Tensor, Tensor]:
-    _check("k", k)
+def bank_topk(
+    query: Tensor, bank: Tensor, k: int, count: Tensor, exclude: Exclude = NOTHING
+) -> tuple[Tensor, Tensor]:
+    """See `psm_kernels.ops.bank_topk`."""
+    _check("k", k, bank)
     with _device_of(bank):
-        return _run(None, query, bank, count, k, None, 0)[4:]
+        return _mine(query, bank, k, count, exclude)
 
 
 def psm_finish(query: Tensor, *args, **settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,92 +89,99 @@ class Tile(NamedTuple):
     warps: int
     stages: int  # bank tiles in flight
     resident: int  # programs on one multiprocessor, for the number of splits
-    fused: bool  # mining and sums in one pass over the bank
     columns: int  # of a block in score products
 
 
 @functools.cache
 def tile(dtype: torch.dtype, padded: int, chip: str, sums: bool = True) -> Tile:
     """Block sizes without spills and with few instructions per element: `benchmarks/sass.py`."""
-    if not sums and chip == "hopper" and dtype is not torch.float32 and padded <= 256:
-        return Tile(128, 128, 8, 2, 1, False, padded)  # the sums' registers hold a wider tile
     if dtype is torch.float32:  # true fp32 products run on the vector units
-        return Tile(32 if padded <= 128 else 16, 16, 4, 1, 2, padded <= 256, 16)
+        return Tile(32 if padded <= 128 else 16, 16, 4, 1, 2, 16)
     if padded > 256:
-        return Tile(64, 32, 8, 1, 1, False, 64)
+        return Tile(64, 32, 8, 1, 1, 64)
     if chip == "hopper":
+        if not sums:  # the sums' registers hold a wider tile
+            return Tile(128, 128, 8, 2, 1, padded)
         if padded > 128:
-            return Tile(128, 64, 8, 2, 1, False, padded)
-        return Tile(64, 64, 4, 3, 2, True, padded)
-    if chip == "hip" or padded <= 64:
-        return Tile(64, 64 if padded <= 128 else 32, 4, 2, 2, padded <= 128, padded)
-    if padded > 128 and sums:
-        return Tile(64, 64, 8, 2, 1, False, 64)
-    if padded > 128:
-        return Tile(64, 64, 4, 2, 2, False, 64)  # 7.4 instructions, 9.9 with 8 warps
-    return Tile(128, 64, 8, 2, 1, False, padded)
+            return Tile(128, 64, 8, 2, 1, padded)
+        return Tile(64, 64, 4, 3, 2, padded)
+    if chip == "hip":
+        return Tile(64, 64 if padded <= 128 else 32, 4, 2, 2, padded)
+    if not sums:
+        return Tile(128, 64, 4, 2, 2, padded if padded <= 128 else 64)
+    if padded <= 64:
+        return Tile(64, 64, 4, 2, 2, padded)
+    if padded <= 128:  # 64 columns spill where listed slots are left out
+        return Tile(128, 32, 8, 2, 1, padded)
+    return Tile(64, 64, 8, 2, 1, 64)
 
 
-def launches(fused: bool, mine: bool, total: bool) -> list[tuple[bool, bool]]:
-    """What each launch of the pass does: (mine, sum)."""
-    if fused and mine and total:
-        return [(True, True)]
-    return [(True, False)] * mine + [(False, True)] * total
+def _mine(key, bank, k, count, exclude) -> tuple[Tensor, Tensor]:
+    from psm_kernels.ops.triton_mine import mine_kernel, select_kernel
+
+    batch, (size, dim) = key.shape[0], bank.shape
+    topk_sim, topk_index = _new(bank, batch, k), _new(bank, batch, k, dtype=torch.int64)
+    if k == 0:
+        return topk_sim, topk_index
+    padded, chip, cells = _power_of_2(dim, 16), _chip(bank.device), -(-size // CELL)
+    cell_max = _new(bank, batch, cells)
+    rows, cols, warps, stages, resident, columns = tile(bank.dtype, padded, chip, False)
+    blocks = -(-batch // rows)
+    splits = _splits(blocks, cells, resident, bank.device)
+    mine_kernel[(blocks * splits,)](
+        key, bank, _descriptor(bank, cols, padded), count, exclude.ids, exclude.bank_ids, cell_max,
+        batch, size, dim, cells, splits,
+        BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages,
+        num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    length = _length(exclude)
+    chosen = _power_of_2(k + length, 2)
+    select_kernel[(batch,)](
+        key, bank, count, exclude.slots, exclude.ids, exclude.bank_ids, cell_max,
+        topk_sim, topk_index, size, dim, cells, k, length,
+        KP=chosen, DBLOCK=min(padded, 64), CHUNK=max(1024, chosen),
+        GROUP=max(4, _power_of_2(k, 2) // CELL), num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return topk_sim, topk_index
 
 
-def _run(query, key, bank, count, k, sums, col_offset) -> tuple[Tensor, ...]:
-    from psm_kernels.ops.triton_kernels import bank_pass_kernel
-    from psm_kernels.ops.triton_merge import merge_kernel
+def _sums(
+    query, bank, count, s_pos, exclude,
+    scale, selection, sharpness, b, rng_state, row_offset, col_offset,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    from psm_kernels.ops.triton_sums import sum_kernel
 
-    size, dim = bank.shape
-    if size > MAX_SIZE:
-        raise ValueError(f"bank: got {size} rows, the triton backend takes at most {MAX_SIZE}")
-    batch = (key if query is None else query).shape[0]
+    batch, (size, dim) = query.shape[0], bank.shape
     padded = _power_of_2(dim, 16)
-    chip = _chip(bank.device)
-    cells = -(-(size + 15) // CELL)
-    block = tile(bank.dtype, padded, chip)
-    s_pos, scale, selection, sharpness, b, rng_state, row_offset = sums or (
-        None, 0.0, "all", 0.0, 0.0, None, 0,
+    rows, cols, warps, stages, resident, columns = tile(bank.dtype, padded, _chip(bank.device))
+    blocks = -(-batch // rows)
+    splits = _splits(blocks, -(-size // CELL), resident, bank.device)
+    parts = _new(bank, batch, splits, dim + 4)
+    sum_kernel[(blocks * splits,)](
+        query, bank, _descriptor(bank, cols, padded), count, s_pos, rng_state,
+        exclude.slots, exclude.ids, exclude.bank_ids, parts,
+        batch, size, dim, splits, _length(exclude), scale, sharpness, b, row_offset, col_offset,
+        SELECTION=selection, FAST=bank.dtype is not torch.float16,  # unshifted weights overflow it
+        BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages,
+        num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
+    return _merge(parts)
 
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=bank.device)
 
-    cell_max = new(batch, cells) if k else None
-    parts = None
+def _merge(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-sum-exp, mean, log-sum of the squares and count of all splits."""
+    from psm_kernels.ops.triton_sums import merge_kernel
+
+    (batch, splits, _), dim = parts.shape, parts.shape[2] - 4
     # Three tensors, not views of one: outputs of a registered operator may not alias.
-    neg_lse, neg_sq_lse, neg_count = (new(batch) if sums else None for _ in range(3))
-    neg_mean = new(batch, dim) if sums else None
-    topk_sim, topk_index = new(batch, k), new(batch, k, dtype=torch.int64)
-
-    for mine, total in launches(block.fused, k > 0, sums is not None):
-        rows, cols, warps, stages, resident, _, columns = tile(bank.dtype, padded, chip, total)
-        blocks = -(-batch // rows)
-        splits = _splits(blocks, cells, resident, bank.device)
-        if total:
-            parts = new(batch, splits, dim + 4)
-        descriptor = _descriptor(bank, cols, padded) if chip == "hopper" else None
-        # What a launch does not use is None, so that every mining launch is one compilation.
-        bank_pass_kernel[(blocks * splits,)](
-            query if total else None, key if mine else None, bank, descriptor, count,
-            s_pos if total else None, rng_state if total else None,
-            cell_max if mine else None, parts,
-            batch, size, dim, cells, splits, scale, sharpness, b, row_offset, col_offset,
-            SELECTION=selection if total else "all", MINE=mine, SUM=total,
-            FAST=bank.dtype is not torch.float16,  # unshifted weights leave its range
-            BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages,
-            num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
-    kp = _power_of_2(k, 2)
+    lse, sq_lse, count = (_new(parts, batch) for _ in range(3))
+    mean = _new(parts, batch, dim)
+    padded = _power_of_2(dim, 16)
     merge_kernel[(batch,)](
-        parts, neg_lse, neg_sq_lse, neg_count, neg_mean,
-        key, bank, count, cell_max, topk_sim, topk_index, size, dim, cells, splits, k, col_offset,
-        MINE=k > 0, SUM=sums is not None, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
-        KP=kp, DBLOCK=min(padded, 64), CHUNK=max(1024, kp),
-        GROUP=max(4, kp // CELL), num_warps=4, enable_fp_fusion=True,
+        parts, lse, sq_lse, count, mean, splits, dim,
+        SPLITS=32 if padded <= 128 else 16, DPAD=padded, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return neg_lse, neg_mean, neg_sq_lse, neg_count, topk_sim, topk_index
+    return lse, mean, sq_lse, count
 
 
 def weighted_pass(
@@ -172,33 +191,34 @@ def weighted_pass(
     temperature: float,
     affine: Tensor,  # (5, B)
     rho: Tensor,  # (K,)
+    exclude: Exclude = NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `psm_kernels.ops.affine.weighted_pass`."""
     from psm_kernels.ops.triton_affine import weighted_pass_kernel
-    from psm_kernels.ops.triton_merge import merge_kernel
 
     (batch, dim), size = query.shape, len(bank)
     padded = _power_of_2(dim, 16)
-    rows, cols, warps, stages, resident, _, columns = tile(bank.dtype, padded, _chip(bank.device))
+    rows, cols, warps, stages, resident, columns = tile(bank.dtype, padded, _chip(bank.device))
     blocks = -(-batch // rows)
     splits = _splits(blocks, -(-size // CELL), resident, bank.device)
-    parts = torch.empty(batch, splits, dim + 4, device=bank.device)
-    log_sum, unused, weight = (torch.empty(batch, device=bank.device) for _ in range(3))
-    mean = torch.empty(batch, dim, device=bank.device)
+    parts = _new(bank, batch, splits, dim + 4)
     with _device_of(bank):
         weighted_pass_kernel[(blocks * splits,)](
-            query, bank, count, affine, rho, parts,
-            batch, size, dim, splits, LOG2E / temperature,
+            query, bank, count, affine, rho, exclude.slots, exclude.ids, exclude.bank_ids, parts,
+            batch, size, dim, splits, _length(exclude), LOG2E / temperature,
             BM=rows, BN=cols, DPAD=padded, DBLOCK=columns, STAGES=stages,
             num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
-        merge_kernel[(batch,)](
-            parts, log_sum, unused, weight, mean,
-            None, bank, count, None, None, None, size, dim, 0, splits, 0, 0,
-            MINE=False, SUM=True, SPLITS=32 if padded <= 128 else 16, DPAD=padded,
-            KP=2, DBLOCK=min(padded, 64), CHUNK=1024, GROUP=4, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        log_sum, mean, _, weight = _merge(parts)
     return log_sum, mean, weight
+
+
+def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _length(exclude: Exclude) -> int:
+    return 0 if exclude.slots is None else exclude.slots.shape[1]
 
 
 def _device_of(tensor: Tensor):
@@ -224,6 +244,8 @@ def _chip(device: torch.device) -> str:
 
 def _descriptor(bank: Tensor, rows: int, padded: int):
     """A tensor descriptor of the bank for TMA, whose rows must be multiples of 16 bytes."""
+    if _chip(bank.device) != "hopper":
+        return None
     if bank.stride(0) * bank.element_size() % 16 or bank.data_ptr() % 16 or padded > 256:
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -240,12 +262,14 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _check(name: str, k: int) -> None:
+def _check(name: str, k: int, bank: Tensor) -> None:
     if k > MAX_K:
         raise ValueError(
             f"{name}: got {k}, the triton backend takes at most {MAX_K}; 'cpp' and 'reference' "
             "take more"
         )
+    if (size := bank.shape[0]) > MAX_SIZE:
+        raise ValueError(f"bank: got {size} rows, the triton backend takes at most {MAX_SIZE}")
 
 
 def _power_of_2(n: int, least: int) -> int:

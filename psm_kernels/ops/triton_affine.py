@@ -5,18 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from psm_kernels.ops.triton_tiles import add_weighted_rows, partial_sum, products, store_part
+from psm_kernels.ops.triton_tiles import (
+    add_weighted_rows,
+    columns_of,
+    listed,
+    own,
+    partial_sum,
+    products,
+    store_part,
+)
 
 
-@triton.jit(do_not_specialize=["count", "B", "K", "splits"])
+@triton.jit(do_not_specialize=["count", "slots", "ids", "bank_ids", "B", "K", "splits", "length"])
 def weighted_pass_kernel(
     query,  # (B, D)
     bank,  # (K, D)
     count,  # ()
     affine,  # (5, B): alpha, beta, gamma, top, cap
     rho,  # (K,)
+    slots,  # (B, length), or None
+    ids, bank_ids,  # (B,) and (K,), or None
     parts,  # (B, splits, D + 4): mean before division; shift, sum, sum of squares, of weights
-    B: tl.int32, K: tl.int32, D: tl.int32, splits: tl.int32, scale,
+    B: tl.int32, K: tl.int32, D: tl.int32, splits: tl.int32, length: tl.int32, scale,
     BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -50,9 +60,9 @@ def weighted_pass_kernel(
     weight = tl.zeros((BM, 8), tl.float32)
     mean = tl.zeros((BM, DPAD), tl.float32)
     for tile in tl.range(first, tl.minimum(first + per_split, tiles), num_stages=STAGES):
-        slots = tile * BN + local
-        slot_valid = slots < size
-        bank_rows = bank + slots.to(tl.int64)[:, None] * D
+        slot = tile * BN + local
+        slot_valid = slot < size
+        bank_rows = bank + slot.to(tl.int64)[:, None] * D
         m = tl.load(
             bank_rows + d[None, :], mask=slot_valid[:, None] & d_valid[None, :], other=0.0
         )  # (BN, D)
@@ -60,10 +70,19 @@ def weighted_pass_kernel(
             q, query_rows, row_valid[:, None], m, bank_rows, slot_valid[:, None],
             D, BM, BN, DPAD, DBLOCK,
         )  # (BM, BN)  # fmt: skip
+        seen = tl.broadcast_to(slot_valid[None, :], (BM, BN))
+        if slots is not None:
+            lists = slots + tl.minimum(rows, B - 1) * length
+            bits, _ = listed(lists, length, tile * BN, BN)
+            seen = seen & ~columns_of(bits, BN)
+        if ids is not None:
+            held = tl.load(bank_ids + slot, mask=slot_valid, other=0)
+            seen = seen & ~own(tl.load(ids + rows, mask=row_valid, other=0), held)
         e = tl.math.exp2((s - top[:, None]) * scale)
-        line = alpha + beta * s + tl.load(rho + slots, mask=slot_valid, other=0.0)[None, :]
+        e = tl.where(seen, e, 0.0)  # what is hidden may be larger than the top, and overflow
+        line = alpha + beta * s + tl.load(rho + slot, mask=slot_valid, other=0.0)[None, :]
         w = tl.maximum(line + gamma * tl.minimum(e, cap), 0.0)
-        w = tl.where(slot_valid[None, :], w, 0.0)
+        w = tl.where(seen, w, 0.0)
         weight += partial_sum(w, BM, BN)
         w *= e
         total += partial_sum(w, BM, BN)

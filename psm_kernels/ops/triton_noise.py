@@ -1,4 +1,4 @@
-"""Canonical noise and the keep rule in Triton, the same for the pass and the finish.
+"""Canonical noise and the keep rule in Triton.
 
 Constants are written in place, here and in the other kernels: a launch compares every global that
 its kernel uses with the value it was compiled for, at 3 us each.

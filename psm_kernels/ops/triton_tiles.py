@@ -1,4 +1,5 @@
-"""What passes over bank tiles share: products, row sums, and the partial result of one split."""
+"""What passes over bank tiles share: products, row sums, what rows must not see, and the partial
+result of one split."""
 
 from __future__ import annotations
 
@@ -53,6 +54,37 @@ def add_weighted_rows(mean, weight, m, SMALL: tl.constexpr):
         largest = tl.maximum(tl.max(weight, 1), 1e-37)[:, None]
         return mean + largest * dot((weight / largest).to(m.dtype), m)
     return dot(weight.to(m.dtype), m, mean)
+
+
+@triton.jit
+def listed(slots, length, first, WIDTH: tl.constexpr):
+    """Of each list, a bit for every slot of [first, first + WIDTH) that it names, (N,) int64; and
+    how far behind `first` the next slot that it names is, (N,). slots: (N,) addresses of lists,
+    all `length` long; first: a scalar or (N,)."""
+    bits = tl.zeros(slots.shape, tl.int64)
+    FAR: tl.constexpr = 2**31 - 1
+    ahead = tl.full(slots.shape, FAR, tl.int32)
+    for entry in range(0, length):
+        at = tl.load(slots + entry) - first
+        bits |= tl.where((at >= 0) & (at < WIDTH), 1 << at, 0)
+        ahead = tl.minimum(ahead, tl.where((at >= WIDTH) & (at < FAR), at.to(tl.int32), FAR))
+    return bits, ahead
+
+
+@triton.jit
+def columns_of(bits, BN: tl.constexpr):
+    """(BM, BN) bool: the bit of each column, BN <= 64, in the row's `bits` (BM,)."""
+    # Halves of 32 bits: in a register the half and the mask of its column are constants.
+    column = tl.arange(0, BN)[None, :]
+    low, high = bits.to(tl.uint32)[:, None], (bits >> 32).to(tl.uint32)[:, None]
+    return (tl.where(column < 32, low, high) & (1 << (column % 32).to(tl.uint32))) != 0
+
+
+@triton.jit
+def own(ids, held):
+    """(BM, BN) bool: a slot holds the row's id, or nothing. ids: (BM,), held: (BN,)."""
+    EMPTY: tl.constexpr = -2
+    return (held[None, :] == ids[:, None]) | (held == EMPTY)[None, :]
 
 
 @triton.jit

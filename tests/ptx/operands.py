@@ -78,4 +78,4 @@ def literal(text: str) -> int:
     """The bits of a constant."""
     if text[:2] in ("0f", "0d"):
         return int(text[2:], 16)
-    return int(text, 0) & 0xFFFFFFFFFFFFFFFF
+    return int(text.removesuffix("U"), 0) & 0xFFFFFFFFFFFFFFFF
