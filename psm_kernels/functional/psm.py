@@ -126,6 +126,7 @@ def psm_loss(
 
     with torch.autocast(bank.device.type, enabled=False):
         sweep = draw._asdict() | {"temperature": temperature, "topk": topk, "backend": backend}
+        sweep["exclude_mined"] = True
         if negatives == "bank" and projection is None and not (return_stats or key.requires_grad):
             weighting = {
                 "soft_weights": soft_weights,
@@ -248,8 +249,7 @@ def _positives(
 ) -> _Positives:
     found = index >= 0
     rows = bank_rows(bank, index, query.dtype)  # (B, k, D)
-    seen = query + (query.to(bank.dtype).to(query.dtype) - query).detach()  # as the pass rounds it
-    similarity = torch.cat(((query * key).sum(1, keepdim=True), (seen[:, None] * rows).sum(2)), 1)
+    similarity = torch.cat(((query * key).sum(1, keepdim=True), (query[:, None] * rows).sum(2)), 1)
     found = torch.nn.functional.pad(found, (1, 0), value=True)
     return _Positives(torch.where(found, similarity / temperature, -torch.inf), rows, index)
 
@@ -265,28 +265,9 @@ def _bank_sides(
     s_pos, temperature = (query * key).sum(1).detach(), sweep["temperature"]
     swept = bank_pass(query, key if sweep["topk"] else None, bank, count, s_pos, **sweep)
     pos = _positives(query, key, bank, swept.topk_index, temperature)
-    # The pass summed over mined rows too: take out those that were kept.
     found = swept.topk_index >= 0
-    logits = torch.where(found, pos.logits[:, 1:], 0.0)
-    keep = draw.weights(logits * temperature, s_pos, swept.topk_index.clamp_min(0)) * found
-    left = swept.neg_count - keep.sum(1)
-    none = (left <= 0) if draw.selection != "expected" else torch.zeros_like(left, dtype=torch.bool)
-    neg = _Negatives(
-        _log_without(swept.neg_lse, logits, keep, none),
-        _log_without(swept.neg_sq_lse, 2 * logits.detach(), keep, none),
-        left.clamp_min(0),
-        (count - found.sum(1)).to(query.dtype),
-    )
-    return pos, neg
-
-
-def _log_without(log_sum: Tensor, logits: Tensor, weight: Tensor, none: Tensor) -> Tensor:
-    """log(exp(log_sum) - sum_c weight_c exp(logits_c)), -inf where `none` is left."""
-    shift = torch.where(log_sum == -torch.inf, 0.0, log_sum).detach()
-    taken = torch.exp(logits + weight.log() - shift[:, None]).sum(1)
-    rest = torch.exp(log_sum - shift) - taken
-    none = none | (rest <= 0)
-    return torch.where(none, -torch.inf, shift + torch.where(none, 1.0, rest).log())
+    candidates = (count - found.sum(1)).to(query.dtype)
+    return pos, _Negatives(swept.neg_lse, swept.neg_sq_lse, swept.neg_count, candidates)
 
 
 def _soft_weights(
