@@ -29,42 +29,56 @@ void convert(const Task& t, const void* src, int64_t row, float* dst) {
     if (t.dtype == Dtype::kFloat16) convert_row<Dtype::kFloat16>(src, first, t.dim, t.padded, dst);
 }
 
-// Whether rows of the bank can be read where they lie, in fp32 and padded.
-bool in_place(const Task& t) { return t.dtype == Dtype::kFloat32 && t.dim == t.padded; }
+template <Dtype kDtype>
+struct As {
+    static constexpr Dtype dtype = kDtype;
+};
 
-INLINE const float* bank_row(const Task& t, int64_t slot, float* buffer) {
-    if (in_place(t)) return (const float*)t.bank + slot * t.dim;
-    convert(t, t.bank, slot, buffer);
-    return buffer;
+// Calls read(As<dtype>, rows, first element) for a row of the bank: where it lies, if it needs no
+// padding, else in `buffer`.
+template <class Read>
+INLINE void read_row(const Task& t, int64_t slot, float* buffer, Read read) {
+    const int64_t first = slot * t.dim;
+    if (t.dim != t.padded) {
+        convert(t, t.bank, slot, buffer);
+        read(As<Dtype::kFloat32>{}, buffer, 0);
+    } else if (t.dtype == Dtype::kFloat32) {
+        read(As<Dtype::kFloat32>{}, t.bank, first);
+    } else if (t.dtype == Dtype::kBFloat16) {
+        read(As<Dtype::kBFloat16>{}, t.bank, first);
+    } else {
+        read(As<Dtype::kFloat16>{}, t.bank, first);
+    }
 }
 
 // One row as signed bytes times `step`, with what the bound on the error of a product needs.
 // A row that holds NaN or inf has residual inf: no bound.
 struct Quantized {
-    float step, norm, residual;  // norm of the row, norm of (row - step * bytes)
+    float step, norm, residual;  // squares of the norms of the row and of (row - step * bytes)
 };
 
 #if PSM_QUADS
-Quantized quantize_row(const float* row, int64_t padded, int8_t* bytes) {
+template <Dtype kDtype>
+Quantized quantize_row(const void* rows, int64_t first, int64_t padded, int8_t* bytes) {
     V top = set1(0.0f), norm = set1(0.0f), residual = set1(0.0f);
     for (int64_t d = 0; d < padded; d += kWidth) {
-        const V x = load(row + d);
+        const V x = load_as<kDtype>(rows, first + d);
         top = max(top, abs(x));
         norm = fma(x, x, norm);
     }
-    Quantized q{largest(top) / 127.0f, square_root(sum(norm)), kInfinity};
-    if (!(q.norm < 1e18f && q.norm > 1e-18f)) {  // squares would overflow, vanish or be NaN
+    Quantized q{largest(top) / 127.0f, sum(norm), kInfinity};
+    if (!(q.norm < 1e36f && q.norm > 1e-36f)) {  // overflows, vanishes or is NaN
         for (int64_t d = 0; d < padded; ++d) bytes[d] = 0;
         const bool zero = largest(top) == 0.0f && q.norm == 0.0f;
         return zero ? Quantized{1.0f, 0.0f, 0.0f} : Quantized{1.0f, q.norm, kInfinity};
     }
-    const V inverse = set1(1.0f / q.step), step = set1(q.step);
+    const V inverse = set1(127.0f / largest(top)), step = set1(q.step);
     for (int64_t d = 0; d < padded; d += kWidth) {
-        const V x = load(row + d);
+        const V x = load_as<kDtype>(rows, first + d);
         const V error = sub(x, mul(step, quantize(mul(x, inverse), bytes + d)));
         residual = fma(error, error, residual);
     }
-    q.residual = square_root(sum(residual));
+    q.residual = sum(residual);
     return q;
 }
 #endif
@@ -96,14 +110,14 @@ void prepare(const Task& t) {
 #if PSM_QUADS
         if (!t.sums) {
             int8_t* bytes = (int8_t*)scratch;
-            const Quantized q = quantize_row(row, t.padded, bytes);
+            const Quantized q = quantize_row<Dtype::kFloat32>(row, 0, t.padded, bytes);
             uint32_t* panel = t.query_quads + block * (t.padded / 4) * kBlock + r;
             for (int64_t d = 0; d < t.padded / 4; ++d) {
                 uint32_t quad;
                 __builtin_memcpy(&quad, bytes + 4 * d, 4);
                 panel[d * kBlock] = quad ^ 0x80808080u;  // byte + 128 as an unsigned byte
             }
-            set_bound(t, i, 1.0f / q.step, q.norm, q.residual);
+            set_bound(t, i, 1.0f / q.step, square_root(q.norm), square_root(q.residual));
             continue;
         }
 #endif
@@ -169,12 +183,15 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
 #if PSM_QUADS
     if (!t.sums) {
         for (int j = 0; j < tile.high; ++j) {
-            const float* row = bank_row(t, tile.slot + j, w.rows);
-            const Quantized q = quantize_row(row, ld, w.bytes + j * ld);
+            Quantized q;
+            read_row(t, tile.slot + j, w.rows, [&](auto as, const void* rows, int64_t first) {
+                q = quantize_row<as.dtype>(rows, first, ld, w.bytes + j * ld);
+            });
             w.slot_step[j] = q.step;
             tile.residual = larger(tile.residual, q.residual);
             tile.norm = larger(tile.norm, q.norm);
         }
+        tile.residual = square_root(tile.residual), tile.norm = square_root(tile.norm);
         __builtin_memset(w.bytes + tile.high * ld, 0, size_t((tile.width - tile.high) * ld));
         for (int j = tile.high; j < tile.width; ++j) w.slot_step[j] = 1.0f;
         transpose_panels((const uint32_t*)w.bytes, ld / 4, ld / 4, tile.width, w.quads);
@@ -188,8 +205,9 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
         return tile;
     }
 #endif
-    if (in_place(t) && tile.low == 0 && tile.high == tile.width) {
-        tile.rows = bank_row(t, tile.slot, nullptr);
+    const bool in_place = t.dtype == Dtype::kFloat32 && t.dim == ld;
+    if (in_place && tile.low == 0 && tile.high == tile.width) {
+        tile.rows = (const float*)t.bank + tile.slot * ld;
     } else {
         tile.rows = w.rows;
         for (int j = 0; j < tile.width; ++j) {

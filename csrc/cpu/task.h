@@ -85,8 +85,7 @@ struct Worker {
 struct MinedRow {
     int64_t found;
     const int64_t* slots;    // (topk,)
-    const float** rows;      // (topk,) in fp32
-    float* copies;           // (topk, padded) those of `rows` that are not in the bank as they are
+    float* rows;             // (topk, padded)
     float *query, *scratch;  // (padded,)
     float* similarity;       // (topk,)
     float* to_mined;         // (topk,) how much of each vector is in the query's gradient
