@@ -172,6 +172,54 @@ void mark_slots(const Task& t, Worker& w, Tile& tile) {
     tile.whole = unseen == 0;
 }
 
+#if PSM_QUADS
+// For mining: bytes along D.
+void pack_quads(const Task& t, Worker& w, Tile& tile) {
+    const int64_t ld = t.padded;
+    for (int j = 0; j < tile.high; ++j) {
+        Quantized q;
+        read_row(t, tile.slot + j, w.rows, [&](auto as, const void* rows, int64_t first) {
+            q = quantize_row<as.dtype>(rows, first, ld, w.bytes + j * ld);
+        });
+        w.slot_step[j] = q.step;
+        tile.residual = larger(tile.residual, q.residual);
+        tile.norm = larger(tile.norm, q.norm);
+    }
+    tile.residual = square_root(tile.residual), tile.norm = square_root(tile.norm);
+    __builtin_memset(w.bytes + tile.high * ld, 0, size_t((tile.width - tile.high) * ld));
+    for (int j = tile.high; j < tile.width; ++j) w.slot_step[j] = 1.0f;
+    transpose_panels((const uint32_t*)w.bytes, ld / 4, ld / 4, tile.width, w.quads);
+    for (int j = 0; j < tile.width; j += kWidth) {
+        const uint32_t* quads = w.quads + j / kSub * (ld / 4) * kSub + j % kSub;
+        I biased{};
+        for (int64_t d = 0; d < ld / 4; ++d)
+            biased = dot_bytes(biased, set1_i(0x80808080u), load_i(quads + d * kSub));
+        store_i(w.slot_bias + j, -biased);
+    }
+}
+#endif
+
+#if PSM_PAIRS
+// For sums over bf16, whose rows are pairs along D already: pairs along D and along slots.
+void pack_pairs(const Task& t, Worker& w, const Tile& tile, bool in_place) {
+    const int64_t ld = t.padded;
+    const auto* bank = (const uint16_t*)t.bank;
+    auto* rows = (uint16_t*)w.rows;
+    if (!in_place) {
+        __builtin_memset(rows, 0, size_t(tile.width * ld) * sizeof *rows);
+        for (int j = tile.low; j < tile.high; ++j)
+            __builtin_memcpy(rows + j * ld, bank + (tile.slot + j) * t.dim,
+                             size_t(t.dim) * sizeof *rows);
+    }
+    const uint16_t* source = in_place ? bank + tile.slot * ld : rows;
+    transpose_panels((const uint32_t*)source, ld / 2, ld / 2, tile.width, w.pairs);
+    for (int j = 0; j < tile.width; j += 2)
+        for (int64_t d = 0; d < ld; d += kWidth)
+            store_interleaved(w.row_pairs + j / 2 * ld + d, load_bf16(source + j * ld + d),
+                              load_bf16(source + (j + 1) * ld + d));
+}
+#endif
+
 Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     Tile tile{};
     tile.slot = index * t.tile - t.lead;
@@ -179,34 +227,24 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     tile.high = int(smaller(t.count - tile.slot, t.tile));
     tile.width = (tile.high + kSub - 1) / kSub * kSub;
     mark_slots(t, w, tile);
+    if (t.sums && t.selection == Selection::kAffine)
+        for (int j = 0; j < tile.width; ++j)
+            w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
     const int64_t ld = t.padded;
 #if PSM_QUADS
     if (!t.sums) {
-        for (int j = 0; j < tile.high; ++j) {
-            Quantized q;
-            read_row(t, tile.slot + j, w.rows, [&](auto as, const void* rows, int64_t first) {
-                q = quantize_row<as.dtype>(rows, first, ld, w.bytes + j * ld);
-            });
-            w.slot_step[j] = q.step;
-            tile.residual = larger(tile.residual, q.residual);
-            tile.norm = larger(tile.norm, q.norm);
-        }
-        tile.residual = square_root(tile.residual), tile.norm = square_root(tile.norm);
-        __builtin_memset(w.bytes + tile.high * ld, 0, size_t((tile.width - tile.high) * ld));
-        for (int j = tile.high; j < tile.width; ++j) w.slot_step[j] = 1.0f;
-        transpose_panels((const uint32_t*)w.bytes, ld / 4, ld / 4, tile.width, w.quads);
-        for (int j = 0; j < tile.width; j += kWidth) {
-            const uint32_t* quads = w.quads + j / kSub * (ld / 4) * kSub + j % kSub;
-            I biased{};
-            for (int64_t d = 0; d < ld / 4; ++d)
-                biased = dot_bytes(biased, set1_i(0x80808080u), load_i(quads + d * kSub));
-            store_i(w.slot_bias + j, -biased);
-        }
+        pack_quads(t, w, tile);
         return tile;
     }
 #endif
-    const bool in_place = t.dtype == Dtype::kFloat32 && t.dim == ld;
-    if (in_place && tile.low == 0 && tile.high == tile.width) {
+    const bool in_place = t.dim == ld && tile.low == 0 && tile.high == tile.width;
+#if PSM_PAIRS
+    if (t.query_pairs) {
+        pack_pairs(t, w, tile, in_place);
+        return tile;
+    }
+#endif
+    if (in_place && t.dtype == Dtype::kFloat32) {
         tile.rows = (const float*)t.bank + tile.slot * ld;
     } else {
         tile.rows = w.rows;
@@ -221,35 +259,17 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     if (!t.sums)
         for (int j = 0; j < tile.width; ++j)
             tile.norm = larger(tile.norm, norm_of(tile.rows + j * ld, ld));
-    if (t.query_pairs) {
-#if PSM_PAIRS
-        uint32_t* pairs = w.row_pairs;  // first as pairs along D, then as pairs along slots
-        for (int j = 0; j < tile.width; ++j)
-            for (int64_t d = 0; d < ld; d += 2 * kWidth)
-                store_pairs(pairs + (j * ld + d) / 2, load(tile.rows + j * ld + d),
-                            load(tile.rows + j * ld + d + kWidth));
-        transpose_panels(pairs, ld / 2, ld / 2, tile.width, w.pairs);
-        for (int j = 0; j < tile.width; j += 2)
-            for (int64_t d = 0; d < ld; d += kWidth)
-                store_interleaved(pairs + j / 2 * ld + d, load(tile.rows + j * ld + d),
-                                  load(tile.rows + (j + 1) * ld + d));
-#endif
-    } else {
-        // The panel holds D columns, not `padded`: the last four of a row may be partly padding.
-        const int64_t whole = t.dim / 4 * 4;
-        const auto* rows = (const uint32_t*)tile.rows;
-        for (int p = 0; p < tile.width / kSub; ++p) {
-            uint32_t* panel = (uint32_t*)w.panel + p * t.dim * kSub;
-            for (int64_t c = 0; c < whole; c += 4)
-                for (int j = 0; j < kSub; j += kTransposed)
-                    transpose(rows + (p * kSub + j) * ld + c, ld, panel + c * kSub + j, kSub);
-            for (int64_t c = whole; c < t.dim; ++c)
-                for (int j = 0; j < kSub; ++j)
-                    panel[c * kSub + j] = rows[(p * kSub + j) * ld + c];
-        }
+    // The panel holds D columns, not `padded`: the last four of a row may be partly padding.
+    const int64_t whole = t.dim / 4 * 4;
+    const auto* rows = (const uint32_t*)tile.rows;
+    for (int p = 0; p < tile.width / kSub; ++p) {
+        uint32_t* panel = (uint32_t*)w.panel + p * t.dim * kSub;
+        for (int64_t c = 0; c < whole; c += 4)
+            for (int j = 0; j < kSub; j += kTransposed)
+                transpose(rows + (p * kSub + j) * ld + c, ld, panel + c * kSub + j, kSub);
+        for (int64_t c = whole; c < t.dim; ++c)
+            for (int j = 0; j < kSub; ++j)
+                panel[c * kSub + j] = rows[(p * kSub + j) * ld + c];
     }
-    if (t.sums && t.selection == Selection::kAffine)
-        for (int j = 0; j < tile.width; ++j)
-            w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
     return tile;
 }

@@ -57,7 +57,7 @@ struct Task {
 
 // Buffers of one thread.
 struct Worker {
-    float* rows;          // (tile, padded) the tile in fp32, or of mining by bytes one row of it
+    float* rows;          // (tile, padded) the tile in fp32, or what little mining needs of it
     float* panel;         // (tile / kSub, D, kSub)
     uint32_t* pairs;      // (tile / kSub, padded / 2, kSub) bf16 pairs along D
     uint32_t* row_pairs;  // (tile / 2, padded) bf16 pairs along slots
