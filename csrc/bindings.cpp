@@ -90,8 +90,8 @@ void bank_pass(uintptr_t query, uintptr_t key, uintptr_t bank, uintptr_t s_pos, 
                double b, int64_t topk, int64_t seed, int64_t offset, int64_t row_offset,
                int64_t col_offset, uintptr_t affine, uintptr_t rho, uintptr_t exclude,
                int64_t listed, uintptr_t ids, uintptr_t bank_ids, bool exclude_mined,
-               uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse, uintptr_t neg_count, uintptr_t topk_sim,
-               uintptr_t topk_index, const std::string& isa, int threads,
+               uintptr_t neg_lse, uintptr_t neg_mean, uintptr_t neg_sq_lse, uintptr_t neg_count,
+               uintptr_t topk_sim, uintptr_t topk_index, const std::string& isa, int threads,
                const py::function& allocate) {
     const Sizes sizes = check_sizes(batch, count, dim, topk, dtype, threads);
     check_size("selection", selection, 0, 3);
@@ -210,7 +210,8 @@ PYBIND11_MODULE(_C, m) {
           arg("topk_index"), arg("isa"), arg("threads"), arg("allocate"));
     m.def("bank_topk", &bank_topk, py::kw_only(), arg("query"), arg("bank"), arg("batch"),
           arg("count"), arg("dim"), arg("dtype"), arg("topk"), arg("exclude"), arg("listed"),
-          arg("ids"), arg("bank_ids"), arg("topk_sim"), arg("topk_index"), arg("isa"), arg("threads"), arg("allocate"));
+          arg("ids"), arg("bank_ids"), arg("topk_sim"), arg("topk_index"), arg("isa"),
+          arg("threads"), arg("allocate"));
     m.def("psm_finish", &psm_finish, py::kw_only(), arg("query"), arg("key"), arg("bank"),
           arg("s_pos"), arg("neg_lse"), arg("neg_mean"), arg("neg_sq_lse"), arg("neg_count"),
           arg("topk_index"), arg("batch"), arg("slots"), arg("dim"), arg("dtype"),

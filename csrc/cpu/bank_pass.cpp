@@ -321,7 +321,8 @@ std::vector<std::string> instruction_sets() {
 
 size_t workspace_bytes(const BankPassArgs& args, const std::string& isa, int threads) {
     const size_t mining = args.topk ? workspace_bytes(mining_of(args), isa, threads) : 0;
-    return std::max(mining, lay_out(make_task(args), choose(isa, args.dtype), threads, nullptr).bytes);
+    const Kernels& kernels = choose(isa, args.dtype);
+    return std::max(mining, lay_out(make_task(args), kernels, threads, nullptr).bytes);
 }
 size_t workspace_bytes(const BankTopkArgs& args, const std::string& isa, int threads) {
     return lay_out(make_task(args), choose(isa, args.dtype), threads, nullptr).bytes;

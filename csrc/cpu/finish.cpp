@@ -17,22 +17,20 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // The memory behind a MinedRow and what else finish_row needs per mined row.
 struct Buffers {
-    std::vector<const float*> rows;
     std::vector<float> floats;
     std::vector<double> logit, share, weight;  // (topk,) s / tau; share of Z; soft weight
     MinedRow mined{};
 
     explicit Buffers(const Task& t)
-        : rows(size_t(t.topk)), logit(rows.size()), share(rows.size()), weight(rows.size()) {
-        const size_t k = rows.size(), columns = size_t(t.padded);
+        : logit(size_t(t.topk)), share(logit.size()), weight(logit.size()) {
+        const size_t k = logit.size(), columns = size_t(t.padded);
         floats.resize((k + 2) * columns + 2 * k);
         float* next = floats.data();
         mined.query = next, next += columns;
         mined.scratch = next, next += columns;
-        mined.copies = next, next += k * columns;
+        mined.rows = next, next += k * columns;
         mined.similarity = next, next += k;
         mined.to_mined = next;
-        mined.rows = rows.data();
     }
 };
 

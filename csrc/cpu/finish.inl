@@ -5,8 +5,8 @@
 void read_mined(const Task& t, const MinedRow& m, const float* query, int64_t row) {
     convert_row<Dtype::kFloat32>(query, row * t.dim, t.dim, t.padded, m.query);
     for (int64_t c = 0; c < m.found; ++c) {
-        m.rows[c] = bank_row(t, m.slots[c], m.copies + c * t.padded);
-        m.similarity[c] = dot(m.query, m.rows[c], t.padded);
+        convert(t, t.bank, m.slots[c], m.rows + c * t.padded);
+        m.similarity[c] = dot<Dtype::kFloat32>(m.query, m.rows, c * t.padded, t.padded);
     }
 }
 
@@ -19,7 +19,7 @@ void combine(const Task& t, const MinedRow& m, const float* key, const float* me
     for (int64_t d = 0; d < t.padded; d += kWidth) {
         V total = fma(to_mean, load(m.query + d), mul(to_key, load(m.scratch + d)));
         for (int64_t c = 0; c < m.found; ++c)
-            total = fma(set1(m.to_mined[c]), load(m.rows[c] + d), total);
+            total = fma(set1(m.to_mined[c]), load(m.rows + c * t.padded + d), total);
         store(m.scratch + d, total);
     }
     __builtin_memcpy(gradient + row * t.dim, m.scratch, size_t(t.dim) * sizeof(float));

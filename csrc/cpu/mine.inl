@@ -63,15 +63,26 @@ void screen(const Task& t, const Worker& w, int64_t block, int panel, const floa
     }
 }
 
-INLINE float dot(const float* x, const float* y, int64_t padded) {
+template <Dtype kDtype>
+INLINE float dot(const float* x, const void* rows, int64_t first, int64_t padded) {
     constexpr int kChains = kPad / kWidth < 4 ? kPad / kWidth : 4;  // hide the latency of an fma
     V acc[kChains];
     for (V& chain : acc) chain = set1(0.0f);
     for (int64_t d = 0; d < padded; d += kChains * kWidth)
         for (int n = 0; n < kChains; ++n)
-            acc[n] = fma(load(x + d + n * kWidth), load(y + d + n * kWidth), acc[n]);
+            acc[n] = fma(load(x + d + n * kWidth), load_as<kDtype>(rows, first + d + n * kWidth),
+                         acc[n]);
     for (int n = 1; n < kChains; ++n) acc[0] = add(acc[0], acc[n]);
     return sum(acc[0]);
+}
+
+// Of a query, padded, and a row of the bank; `buffer` is for a row that is not.
+INLINE float product_with(const Task& t, const float* query, int64_t slot, float* buffer) {
+    float product;
+    read_row(t, slot, buffer, [&](auto as, const void* rows, int64_t first) {
+        product = dot<as.dtype>(query, rows, first, t.padded);
+    });
+    return product;
 }
 
 bool is_hidden(const Task& t, int64_t i, int64_t slot) {
@@ -79,6 +90,26 @@ bool is_hidden(const Task& t, int64_t i, int64_t slot) {
     bool hidden = x.ids && x.bank_ids[slot] == x.ids[i];
     for (int64_t e = 0; e < x.listed; ++e) hidden |= x.slots[i * x.listed + e] == slot;
     return hidden;
+}
+
+// Offers slots to the heap of row i.
+INLINE void mine_row(const Task& t, const Worker& w, int64_t i, int64_t slot, uint64_t slots) {
+    const float* query = t.query_rows + i * t.padded;
+    uint64_t* heap = w.heaps + i * t.topk;
+    // All products first: a branch on one waits for it, 4 % of bank_topk at k = 200.
+    float exact[kSub];
+    for (uint64_t mask = slots; mask; mask &= mask - 1) {
+        const int j = __builtin_ctzll(mask);
+        exact[j] = product_with(t, query, slot + j, w.rows);
+    }
+    for (uint64_t mask = slots; mask; mask &= mask - 1) {
+        const int j = __builtin_ctzll(mask);
+        if (exact[j] != exact[j]) continue;
+        const uint64_t entry = heap_entry(exact[j], slot + j);
+        if (entry <= heap[0] || is_hidden(t, i, slot + j)) continue;
+        heap_replace_root(heap, t.topk, entry);
+        w.bars[i] = heap_similarity(heap[0]) * t.inverse[i];
+    }
 }
 
 template <int kRows>
@@ -90,6 +121,7 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
     float from_residual = tile.norm + tile.residual;
     if (!(from_norm < kInfinity)) from_norm = from_residual = kInfinity;  // no bound: take all
     for (int panel = 0; panel < tile.width / kSub; ++panel) {
+        const int64_t slot = tile.slot + panel * kSub;
         float floor[kRows];
         uint64_t masks[kRows];
         for (int r = 0; r < kRows; ++r) {
@@ -99,25 +131,7 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
             floor[r] = w.bars[i] - error;
         }
         screen<kRows>(t, w, block, panel, floor, masks);
-        const int64_t slot = tile.slot + panel * kSub;
-        for (int r = 0; r < kRows; ++r) {
-            uint64_t* heap = w.heaps + (first_row + r) * t.topk;
-            const float* query = t.query_rows + (first_row + r) * t.padded;
-            const uint64_t found = masks[r] & tile.seen[panel];
-            // All products first: a branch on one waits for it, 4 % of bank_topk at k = 200.
-            float exact[kSub];
-            for (uint64_t mask = found; mask; mask &= mask - 1) {
-                const int j = __builtin_ctzll(mask);
-                exact[j] = dot(query, bank_row(t, slot + j, w.rows), t.padded);
-            }
-            for (uint64_t mask = found; mask; mask &= mask - 1) {
-                const int j = __builtin_ctzll(mask);
-                if (exact[j] != exact[j]) continue;
-                const uint64_t entry = heap_entry(exact[j], slot + j);
-                if (entry <= heap[0] || is_hidden(t, first_row + r, slot + j)) continue;
-                heap_replace_root(heap, t.topk, entry);
-                w.bars[first_row + r] = heap_similarity(heap[0]) * t.inverse[first_row + r];
-            }
-        }
+        for (int r = 0; r < kRows; ++r)
+            mine_row(t, w, first_row + r, slot, masks[r] & tile.seen[panel]);
     }
 }

@@ -29,42 +29,56 @@ void convert(const Task& t, const void* src, int64_t row, float* dst) {
     if (t.dtype == Dtype::kFloat16) convert_row<Dtype::kFloat16>(src, first, t.dim, t.padded, dst);
 }
 
-// Whether rows of the bank can be read where they lie, in fp32 and padded.
-bool in_place(const Task& t) { return t.dtype == Dtype::kFloat32 && t.dim == t.padded; }
+template <Dtype kDtype>
+struct As {
+    static constexpr Dtype dtype = kDtype;
+};
 
-INLINE const float* bank_row(const Task& t, int64_t slot, float* buffer) {
-    if (in_place(t)) return (const float*)t.bank + slot * t.dim;
-    convert(t, t.bank, slot, buffer);
-    return buffer;
+// Calls read(As<dtype>, rows, first element) for a row of the bank: where it lies, if it needs no
+// padding, else in `buffer`.
+template <class Read>
+INLINE void read_row(const Task& t, int64_t slot, float* buffer, Read read) {
+    const int64_t first = slot * t.dim;
+    if (t.dim != t.padded) {
+        convert(t, t.bank, slot, buffer);
+        read(As<Dtype::kFloat32>{}, buffer, 0);
+    } else if (t.dtype == Dtype::kFloat32) {
+        read(As<Dtype::kFloat32>{}, t.bank, first);
+    } else if (t.dtype == Dtype::kBFloat16) {
+        read(As<Dtype::kBFloat16>{}, t.bank, first);
+    } else {
+        read(As<Dtype::kFloat16>{}, t.bank, first);
+    }
 }
 
 // One row as signed bytes times `step`, with what the bound on the error of a product needs.
 // A row that holds NaN or inf has residual inf: no bound.
 struct Quantized {
-    float step, norm, residual;  // norm of the row, norm of (row - step * bytes)
+    float step, norm, residual;  // squares of the norms of the row and of (row - step * bytes)
 };
 
 #if PSM_QUADS
-Quantized quantize_row(const float* row, int64_t padded, int8_t* bytes) {
+template <Dtype kDtype>
+Quantized quantize_row(const void* rows, int64_t first, int64_t padded, int8_t* bytes) {
     V top = set1(0.0f), norm = set1(0.0f), residual = set1(0.0f);
     for (int64_t d = 0; d < padded; d += kWidth) {
-        const V x = load(row + d);
+        const V x = load_as<kDtype>(rows, first + d);
         top = max(top, abs(x));
         norm = fma(x, x, norm);
     }
-    Quantized q{largest(top) / 127.0f, square_root(sum(norm)), kInfinity};
-    if (!(q.norm < 1e18f && q.norm > 1e-18f)) {  // squares would overflow, vanish or be NaN
+    Quantized q{largest(top) / 127.0f, sum(norm), kInfinity};
+    if (!(q.norm < 1e36f && q.norm > 1e-36f)) {  // overflows, vanishes or is NaN
         for (int64_t d = 0; d < padded; ++d) bytes[d] = 0;
         const bool zero = largest(top) == 0.0f && q.norm == 0.0f;
         return zero ? Quantized{1.0f, 0.0f, 0.0f} : Quantized{1.0f, q.norm, kInfinity};
     }
-    const V inverse = set1(1.0f / q.step), step = set1(q.step);
+    const V inverse = set1(127.0f / largest(top)), step = set1(q.step);
     for (int64_t d = 0; d < padded; d += kWidth) {
-        const V x = load(row + d);
+        const V x = load_as<kDtype>(rows, first + d);
         const V error = sub(x, mul(step, quantize(mul(x, inverse), bytes + d)));
         residual = fma(error, error, residual);
     }
-    q.residual = square_root(sum(residual));
+    q.residual = sum(residual);
     return q;
 }
 #endif
@@ -96,14 +110,14 @@ void prepare(const Task& t) {
 #if PSM_QUADS
         if (!t.sums) {
             int8_t* bytes = (int8_t*)scratch;
-            const Quantized q = quantize_row(row, t.padded, bytes);
+            const Quantized q = quantize_row<Dtype::kFloat32>(row, 0, t.padded, bytes);
             uint32_t* panel = t.query_quads + block * (t.padded / 4) * kBlock + r;
             for (int64_t d = 0; d < t.padded / 4; ++d) {
                 uint32_t quad;
                 __builtin_memcpy(&quad, bytes + 4 * d, 4);
                 panel[d * kBlock] = quad ^ 0x80808080u;  // byte + 128 as an unsigned byte
             }
-            set_bound(t, i, 1.0f / q.step, q.norm, q.residual);
+            set_bound(t, i, 1.0f / q.step, square_root(q.norm), square_root(q.residual));
             continue;
         }
 #endif
@@ -158,6 +172,54 @@ void mark_slots(const Task& t, Worker& w, Tile& tile) {
     tile.whole = unseen == 0;
 }
 
+#if PSM_QUADS
+// For mining: bytes along D.
+void pack_quads(const Task& t, Worker& w, Tile& tile) {
+    const int64_t ld = t.padded;
+    for (int j = 0; j < tile.high; ++j) {
+        Quantized q;
+        read_row(t, tile.slot + j, w.rows, [&](auto as, const void* rows, int64_t first) {
+            q = quantize_row<as.dtype>(rows, first, ld, w.bytes + j * ld);
+        });
+        w.slot_step[j] = q.step;
+        tile.residual = larger(tile.residual, q.residual);
+        tile.norm = larger(tile.norm, q.norm);
+    }
+    tile.residual = square_root(tile.residual), tile.norm = square_root(tile.norm);
+    __builtin_memset(w.bytes + tile.high * ld, 0, size_t((tile.width - tile.high) * ld));
+    for (int j = tile.high; j < tile.width; ++j) w.slot_step[j] = 1.0f;
+    transpose_panels((const uint32_t*)w.bytes, ld / 4, ld / 4, tile.width, w.quads);
+    for (int j = 0; j < tile.width; j += kWidth) {
+        const uint32_t* quads = w.quads + j / kSub * (ld / 4) * kSub + j % kSub;
+        I biased{};
+        for (int64_t d = 0; d < ld / 4; ++d)
+            biased = dot_bytes(biased, set1_i(0x80808080u), load_i(quads + d * kSub));
+        store_i(w.slot_bias + j, -biased);
+    }
+}
+#endif
+
+#if PSM_PAIRS
+// For sums over bf16, whose rows are pairs along D already: pairs along D and along slots.
+void pack_pairs(const Task& t, Worker& w, const Tile& tile, bool in_place) {
+    const int64_t ld = t.padded;
+    const auto* bank = (const uint16_t*)t.bank;
+    auto* rows = (uint16_t*)w.rows;
+    if (!in_place) {
+        __builtin_memset(rows, 0, size_t(tile.width * ld) * sizeof *rows);
+        for (int j = tile.low; j < tile.high; ++j)
+            __builtin_memcpy(rows + j * ld, bank + (tile.slot + j) * t.dim,
+                             size_t(t.dim) * sizeof *rows);
+    }
+    const uint16_t* source = in_place ? bank + tile.slot * ld : rows;
+    transpose_panels((const uint32_t*)source, ld / 2, ld / 2, tile.width, w.pairs);
+    for (int j = 0; j < tile.width; j += 2)
+        for (int64_t d = 0; d < ld; d += kWidth)
+            store_interleaved(w.row_pairs + j / 2 * ld + d, load_bf16(source + j * ld + d),
+                              load_bf16(source + (j + 1) * ld + d));
+}
+#endif
+
 Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     Tile tile{};
     tile.slot = index * t.tile - t.lead;
@@ -165,31 +227,25 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     tile.high = int(smaller(t.count - tile.slot, t.tile));
     tile.width = (tile.high + kSub - 1) / kSub * kSub;
     mark_slots(t, w, tile);
+    if (t.sums && t.selection == Selection::kAffine)
+        for (int j = 0; j < tile.width; ++j)
+            w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
     const int64_t ld = t.padded;
 #if PSM_QUADS
     if (!t.sums) {
-        for (int j = 0; j < tile.high; ++j) {
-            const float* row = bank_row(t, tile.slot + j, w.rows);
-            const Quantized q = quantize_row(row, ld, w.bytes + j * ld);
-            w.slot_step[j] = q.step;
-            tile.residual = larger(tile.residual, q.residual);
-            tile.norm = larger(tile.norm, q.norm);
-        }
-        __builtin_memset(w.bytes + tile.high * ld, 0, size_t((tile.width - tile.high) * ld));
-        for (int j = tile.high; j < tile.width; ++j) w.slot_step[j] = 1.0f;
-        transpose_panels((const uint32_t*)w.bytes, ld / 4, ld / 4, tile.width, w.quads);
-        for (int j = 0; j < tile.width; j += kWidth) {
-            const uint32_t* quads = w.quads + j / kSub * (ld / 4) * kSub + j % kSub;
-            I biased{};
-            for (int64_t d = 0; d < ld / 4; ++d)
-                biased = dot_bytes(biased, set1_i(0x80808080u), load_i(quads + d * kSub));
-            store_i(w.slot_bias + j, -biased);
-        }
+        pack_quads(t, w, tile);
         return tile;
     }
 #endif
-    if (in_place(t) && tile.low == 0 && tile.high == tile.width) {
-        tile.rows = bank_row(t, tile.slot, nullptr);
+    const bool in_place = t.dim == ld && tile.low == 0 && tile.high == tile.width;
+#if PSM_PAIRS
+    if (t.query_pairs) {
+        pack_pairs(t, w, tile, in_place);
+        return tile;
+    }
+#endif
+    if (in_place && t.dtype == Dtype::kFloat32) {
+        tile.rows = (const float*)t.bank + tile.slot * ld;
     } else {
         tile.rows = w.rows;
         for (int j = 0; j < tile.width; ++j) {
@@ -203,35 +259,17 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     if (!t.sums)
         for (int j = 0; j < tile.width; ++j)
             tile.norm = larger(tile.norm, norm_of(tile.rows + j * ld, ld));
-    if (t.query_pairs) {
-#if PSM_PAIRS
-        uint32_t* pairs = w.row_pairs;  // first as pairs along D, then as pairs along slots
-        for (int j = 0; j < tile.width; ++j)
-            for (int64_t d = 0; d < ld; d += 2 * kWidth)
-                store_pairs(pairs + (j * ld + d) / 2, load(tile.rows + j * ld + d),
-                            load(tile.rows + j * ld + d + kWidth));
-        transpose_panels(pairs, ld / 2, ld / 2, tile.width, w.pairs);
-        for (int j = 0; j < tile.width; j += 2)
-            for (int64_t d = 0; d < ld; d += kWidth)
-                store_interleaved(pairs + j / 2 * ld + d, load(tile.rows + j * ld + d),
-                                  load(tile.rows + (j + 1) * ld + d));
-#endif
-    } else {
-        // The panel holds D columns, not `padded`: the last four of a row may be partly padding.
-        const int64_t whole = t.dim / 4 * 4;
-        const auto* rows = (const uint32_t*)tile.rows;
-        for (int p = 0; p < tile.width / kSub; ++p) {
-            uint32_t* panel = (uint32_t*)w.panel + p * t.dim * kSub;
-            for (int64_t c = 0; c < whole; c += 4)
-                for (int j = 0; j < kSub; j += kTransposed)
-                    transpose(rows + (p * kSub + j) * ld + c, ld, panel + c * kSub + j, kSub);
-            for (int64_t c = whole; c < t.dim; ++c)
-                for (int j = 0; j < kSub; ++j)
-                    panel[c * kSub + j] = rows[(p * kSub + j) * ld + c];
-        }
+    // The panel holds D columns, not `padded`: the last four of a row may be partly padding.
+    const int64_t whole = t.dim / 4 * 4;
+    const auto* rows = (const uint32_t*)tile.rows;
+    for (int p = 0; p < tile.width / kSub; ++p) {
+        uint32_t* panel = (uint32_t*)w.panel + p * t.dim * kSub;
+        for (int64_t c = 0; c < whole; c += 4)
+            for (int j = 0; j < kSub; j += kTransposed)
+                transpose(rows + (p * kSub + j) * ld + c, ld, panel + c * kSub + j, kSub);
+        for (int64_t c = whole; c < t.dim; ++c)
+            for (int j = 0; j < kSub; ++j)
+                panel[c * kSub + j] = rows[(p * kSub + j) * ld + c];
     }
-    if (t.sums && t.selection == Selection::kAffine)
-        for (int j = 0; j < tile.width; ++j)
-            w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
     return tile;
 }

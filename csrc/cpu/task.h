@@ -57,7 +57,7 @@ struct Task {
 
 // Buffers of one thread.
 struct Worker {
-    float* rows;          // (tile, padded) the tile in fp32, or of mining by bytes one row of it
+    float* rows;          // (tile, padded) the tile in fp32, or what little mining needs of it
     float* panel;         // (tile / kSub, D, kSub)
     uint32_t* pairs;      // (tile / kSub, padded / 2, kSub) bf16 pairs along D
     uint32_t* row_pairs;  // (tile / 2, padded) bf16 pairs along slots
@@ -85,8 +85,7 @@ struct Worker {
 struct MinedRow {
     int64_t found;
     const int64_t* slots;    // (topk,)
-    const float** rows;      // (topk,) in fp32
-    float* copies;           // (topk, padded) those of `rows` that are not in the bank as they are
+    float* rows;             // (topk, padded)
     float *query, *scratch;  // (padded,)
     float* similarity;       // (topk,)
     float* to_mined;         // (topk,) how much of each vector is in the query's gradient

@@ -46,7 +46,8 @@ INLINE bool holds(const int64_t* ids, int width, int64_t id) {
 
 // Whether there are slots of the tile that row i must not see; their bits are then in w.hidden.
 // Tiles of an item come in ascending order, so a list that ends with kNoSlot takes one comparison.
-INLINE bool hide(const Task& t, const Worker& w, const Tile& tile, int64_t i, const int64_t*& next) {
+INLINE bool hide(const Task& t, const Worker& w, const Tile& tile, int64_t i,
+                 const int64_t*& next) {
     const int64_t end = tile.slot + tile.width;
     const int64_t id = t.exclude.ids ? t.exclude.ids[i] : kEmpty;
     const bool own = id != kEmpty && holds(w.ids, tile.width, id);
