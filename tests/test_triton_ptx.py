@@ -3,6 +3,7 @@ instruction at a time (tests/ptx), where Triton's interpreter knows neither layo
 
 import importlib.util
 
+import cold
 import pytest
 import torch
 from conftest import problem
@@ -134,3 +135,10 @@ def test_finish_is_the_loss_and_its_gradient(gpu, selection, topk):
     torch.testing.assert_close(loss, want.detach(), atol=1e-3, rtol=1e-5)
     along = (grad * query).sum(1, keepdim=True) * query  # psm_loss normalizes its query
     torch.testing.assert_close(grad - along, leaf.grad, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("selection", ["bernoulli", "expected"])
+def test_cold_temperatures(gpu, selection, dtype):
+    p, settings = cold.problem(size=230), {"selection": selection, "temperature": 0.02}
+    cold.assert_step(cold.step(backend, p, dtype, **settings), cold.answer(p, **settings), dtype)
