@@ -144,3 +144,23 @@ def test_a_rank_that_validates_alone_leaves_nobody_behind(pool):  # noqa: F811
 def test_a_rank_that_trains_alone_is_noticed(pool):  # noqa: F811
     for error in pool.refused(validate_alone, 2, "gather_distributed", False):
         assert "calls so far: got [2, 1]" in error
+
+
+def both_directions(at, state, options):
+    criterion = make(at, "psm", **options)
+    criterion.load_state_dict(state)
+    q1, k2, q2, _ = (at.own(x) for x in (*whole_batch()[:3], whole_batch()[0]))
+    losses = criterion.symmetric(q1, k2, q2, k2, ids=at.own(ids_of(0)))
+    return losses, criterion.memory_bank.count.clone()
+
+
+@pytest.mark.parametrize("flag", ["shard_bank", "gather_distributed"])
+def test_both_directions_equal_one_process(pool, flag):  # noqa: F811
+    single = make(At(0, 1, None), "psm")
+    single.enqueue(unit(20, seed=7), ids=torch.arange(20) % 7)
+    state = single.state_dict()
+    want, count = both_directions(At(0, 1, None), state, {})
+    for world in (2, 4):
+        got = pool.run(both_directions, world, state, {flag: True})
+        torch.testing.assert_close(torch.cat([x for x, _ in got]), want, rtol=1e-10, atol=1e-12)
+        assert all(int(c) == int(count) for _, c in got)

@@ -226,6 +226,10 @@ def test_symmetric_options():
     criterion.symmetric(q1, k2, q2, k1, enqueue_both=True)
     torch.testing.assert_close(criterion.memory_bank.bank[24:30], nn.functional.normalize(k2))
     torch.testing.assert_close(criterion.memory_bank.bank[30:36], nn.functional.normalize(k1))
+    calm = trained(reduction="none", selection="all")
+    one, two = (calm(q, k, update=False) for q, k in ((q1, k2), (q2, k1)))
+    both = calm.symmetric(q1, k2, q2, k1)
+    torch.testing.assert_close(both, torch.stack((one, two), 1).flatten())
     criterion.symmetric(q1, k2, q2, k1, update=False)
     with torch.no_grad():
         criterion.symmetric(q1, k2, q2, k1)

@@ -32,8 +32,9 @@ torch.set_default_dtype(torch.float64)
 train.METHODS["psm"] = functools.partial(train.METHODS["psm"], bank_dtype=torch.float64)
 single = Views.__getitem__
 def double(views, index):
-    *images, label = single(views, index)
-    return *(image.double() for image in images), label
+    image, *rest = single(views, index)
+    images = [x.double() for x in (image, *rest) if torch.is_tensor(x)]
+    return *images, *(x for x in rest if not torch.is_tensor(x))
 Views.__getitem__ = double
 pathlib.Path("pid" + os.environ.get("RANK", "")).write_text(str(os.getpid()))
 sys.exit(train.main())

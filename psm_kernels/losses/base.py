@@ -210,7 +210,7 @@ class BankLoss(HeldState):
             options: further arguments of `forward`; `projection` as a pair for the two queries.
 
         Returns:
-            What `forward` returns of 2B rows, those of the first direction first.
+            What `forward` returns of 2B rows, the two directions of each sample side by side.
         """
         bank = self.memory_bank
         if update and bank is None:
@@ -222,8 +222,8 @@ class BankLoss(HeldState):
         pairs |= {n: (x, x) for n, x in (("labels", labels), ("ids", ids)) if x is not None}
         options = {"update": False, **options}
         if self._rows_are_apart():
-            options |= {name: torch.cat(pair) for name, pair in pairs.items()}
-            result = self(torch.cat((query1, query2)), torch.cat((key2, key1)), **options)
+            options |= {name: alternate(pair) for name, pair in pairs.items()}
+            result = self(alternate((query1, query2)), alternate((key2, key1)), **options)
         else:
             calls = ((query1, key2), (query2, key1))
             parts = [{name: pair[n] for name, pair in pairs.items()} for n in (0, 1)]
@@ -241,7 +241,7 @@ class BankLoss(HeldState):
     def _joined(self, losses: list[Tensor]) -> Tensor:
         """The results of two directions as one."""
         if self.reduction == "none":
-            return torch.cat(losses)
+            return alternate(losses)
         return getattr(torch.stack(losses), self.reduction)(0)
 
     def _learns(self) -> bool:
@@ -326,6 +326,12 @@ class BankLoss(HeldState):
             rows = [None if x is None else gather(x, self.process_group) for x in rows]
             key, labels, ids = rows
         self.memory_bank.enqueue(key, labels, ids=ids, backend=self.backend)
+
+
+def alternate(pair: Sequence[Tensor]) -> Tensor:
+    """(B, ...) twice -> (2B, ...), row by row: a sample's place, hence its noise, is that of one
+    process however many there are."""
+    return torch.stack(tuple(pair), 1).flatten(0, 1)
 
 
 class PairLoss(BankLoss):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psm_kernels import functional
 from psm_kernels.distributed import rank_and_world
-from psm_kernels.losses.base import BankLoss
+from psm_kernels.losses.base import BankLoss, alternate
 from psm_kernels.stats import MiningStats, PSMOutput
 
 
@@ -107,7 +107,7 @@ class PSMLoss(BankLoss):
             return super()._joined(results)
         both = [[getattr(r.stats, f.name) for r in results] for f in fields(MiningStats)]
         stats = [
-            None if pair[0] is None else torch.cat(pair) if pair[0].ndim else sum(pair) / 2
+            None if pair[0] is None else alternate(pair) if pair[0].ndim else sum(pair) / 2
             for pair in both
         ]
         return PSMOutput(super()._joined([r.loss for r in results]), MiningStats(*stats))
