@@ -40,14 +40,15 @@ def carry(query: Tensor, swept: BankPass, temperature: float) -> BankPass:
 
 
 def naive_pass(
-    query, key, bank, count, s_pos, *, temperature, selection="all", a=0.5, b=0.0, topk=0, **unused
-) -> BankPass:
+    query, key, bank, count, s_pos, *, temperature, selection="all", a=0.5, b=0.0, topk=0,
+    exclude_mined=False, **unused,
+) -> BankPass:  # fmt: skip
     with torch.no_grad():
         seen = query.to(bank.dtype)
         mine = None if key is None else key.to(bank.dtype)
         swept = reference.bank_pass(
             seen, mine, bank, count, s_pos, temperature, selection, a, b, topk, None, 0, 0,
-            noise="torch", exact_ties=False,
+            exclude_mined=exclude_mined, noise="torch", exact_ties=False,
         )  # fmt: skip
     return carry(query, BankPass(*swept), temperature)
 

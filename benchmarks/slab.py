@@ -34,13 +34,20 @@ def _weigh(selection: str):
 
 
 def slab_pass(
-    query, key, bank, count, s_pos, *, temperature, selection="all", a=0.5, b=0.0, topk=0, **unused
-) -> BankPass:
+    query, key, bank, count, s_pos, *, temperature, selection="all", a=0.5, b=0.0, topk=0,
+    exclude_mined=False, **unused,
+) -> BankPass:  # fmt: skip
     with torch.no_grad():
         seen, weigh = query.to(bank.dtype), _weigh(selection)
-        parts = []
+        mined = slab_topk(seen if key is None else key.to(bank.dtype), bank, topk)
+        parts, start = [], 0
         for rows in bank.split(_rows(len(query))):
             scores = (seen @ rows.T).float()
+            if exclude_mined:
+                local = mined[1] - start
+                row, place = ((local >= 0) & (local < len(rows))).nonzero(as_tuple=True)
+                scores[row, local[row, place]] = -torch.inf
+            start += len(rows)
             weights, *sums = weigh(scores, s_pos, temperature, a, b)
             parts.append((*sums, (weights.to(bank.dtype) @ rows).float()))
         top, total, squares, kept, mean = (torch.stack(part) for part in zip(*parts, strict=True))
@@ -52,7 +59,7 @@ def slab_pass(
             (mean * scale[..., None]).sum(0) / total[:, None],
             2 * shift + (squares * scale.square()).sum(0).log(),
             kept.sum(0),
-            *slab_topk(seen if key is None else key.to(bank.dtype), bank, topk),
+            *mined,
         )
     return carry(query, swept, temperature)
 

@@ -98,10 +98,10 @@ def test_every_argument_reaches_the_runtime(kernel, monkeypatch):
         ),
         "bank_topk": lambda: cuda.bank_topk(query, bank, 3, memory.count),
         "psm_finish": lambda: cuda.psm_finish(
-            query, key, bank, s_pos, swept, rng_state=rng_state, row_offset=0, **draw, **weighting
+            query, key, bank, s_pos, swept, temperature=0.2, **weighting
         ),
         "enqueue": lambda: cuda.enqueue(
-            key, None, memory.bank, memory.labels, memory.ptr, memory.count
+            key, None, None, memory.bank, memory.labels, memory.ids, memory.ptr, memory.count
         ),
     }
     with pytest.raises(RuntimeError, match=r"^psm_kernels: cudaGetDevice: cudaError"):
@@ -122,6 +122,7 @@ def test_the_ticket_of_an_enqueue_lives_until_the_launch(monkeypatch):
     monkeypatch.setattr("psm_kernels._C", SimpleNamespace(cuda=kernels), raising=False)
     monkeypatch.setattr(cuda, "_place", lambda bank: {})
     monkeypatch.setattr(torch, "zeros", watched)
-    cuda.enqueue(keys, None, memory.bank, memory.labels, memory.ptr, memory.count)
+    state = memory.bank, memory.labels, memory.ids, memory.ptr, memory.count
+    cuda.enqueue(keys, None, None, *state)
     assert len(alive) == 1
     assert alive[0] is not None

@@ -28,6 +28,18 @@ def test_plain_call_equals_the_functional_twin(backend):
         assert criterion.rng_state.tolist() == [9, step + 1]
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_length_of_rows_does_not_matter(backend, scale):
+    query, key, bank, _ = problem(6, 40, 8)
+    settings = {"rng_state": torch.tensor([1, 2]), "backend": backend}
+    want = functional.psm_loss(query, key, bank, **settings)
+    leaf = (query * scale).requires_grad_()
+    got = functional.psm_loss(leaf, key * scale, bank, **settings)
+    got.backward()
+    torch.testing.assert_close(got, want)
+    assert (leaf.grad * scale).abs().sum() > 0.01
+
+
 def test_read_before_write():
     """A batch is not its own negative: with the keys already in, the first loss would not be 0."""
     query, key = batches(1)[0]

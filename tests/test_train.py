@@ -167,17 +167,17 @@ def test_accumulation_moves_the_bank_once_per_step(tmp_path, monkeypatch):
         seen.append((len(query), self.memory_bank.ptr.item()))
         return forward(self, query, key, **kwargs)
 
-    def spy_enqueue(self, key, labels=None):
+    def spy_enqueue(self, key, labels=None, **kwargs):
         written.append(len(key))
-        return enqueue(self, key, labels)
+        return enqueue(self, key, labels, **kwargs)
 
     monkeypatch.setattr(train.PSMLoss, "forward", spy_forward)
     monkeypatch.setattr(train.PSMLoss, "enqueue", spy_enqueue)
     assert run(tmp_path, *TINY, "--epochs", 1, "--accumulate", 2, "--no-probe") == 0
     assert written == [16] * (2 + 4)  # two to fill the bank, then one an optimizer step
-    assert [rows for rows, _ in seen] == [8] * (4 * 2 * 2)  # steps, passes, directions
-    # 16 rows a step into 32 slots: the four calls of one step see one state of the bank.
-    assert [ptr for _, ptr in seen] == [0] * 4 + [16] * 4 + [0] * 4 + [16] * 4
+    assert [rows for rows, _ in seen] == [2 * 8] * (4 * 2)  # both directions; steps, passes
+    # 16 rows a step into 32 slots: the two calls of one step see one state of the bank.
+    assert [ptr for _, ptr in seen] == [0] * 2 + [16] * 2 + [0] * 2 + [16] * 2
 
 
 REFUSED = {
@@ -239,10 +239,10 @@ def test_damaged_checkpoint(finished, tmp_path, capsys, damage):
 def test_a_diverged_run_keeps_its_last_checkpoint(tmp_path, monkeypatch, capsys):
     contrast, calls = train.contrast, []
 
-    def diverge(*args):
+    def diverge(*args, **kwargs):
         calls.append(0)
-        factor = float("nan") if len(calls) > 8 else 1  # 4 steps, 2 directions
-        return [value * factor for value in contrast(*args)]
+        factor = float("nan") if len(calls) > 4 else 1  # steps of an epoch
+        return [value * factor for value in contrast(*args, **kwargs)]
 
     monkeypatch.setattr(train, "contrast", diverge)
     assert run(tmp_path, *TINY, "--no-probe") == 2

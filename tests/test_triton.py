@@ -24,14 +24,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GOLDEN = sorted(Path(__file__).parent.glob("golden/*.npz"))
 
 
+def interpreted(selected: str, *files: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", selected]
+    command += [str(Path(__file__).with_name(name)) for name in files]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_everything_below_passes_in_the_interpreter():
-    files = [__file__, str(Path(__file__).with_name("test_finish.py"))]
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not cpp"]
-    command += files
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+    done = interpreted("not cpp", "test_triton.py", "test_finish.py")
     unfit = "only 0-dimensional arrays can be converted to Python scalars"
     if unfit in done.stdout:  # Triton 3.6 with NumPy 2.5, in every loop of a kernel
         pytest.skip(f"this Triton's interpreter does not know this NumPy: {unfit}")
