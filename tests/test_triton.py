@@ -24,6 +24,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GOLDEN = sorted(Path(__file__).parent.glob("golden/*.npz"))
 
 
+# Triton 3.6 with NumPy 2.5, in every loop of a kernel
+UNFIT = "only 0-dimensional arrays can be converted to Python scalars"
+
+
 def interpreted(selected: str, *files: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", selected]
     command += [str(Path(__file__).with_name(name)) for name in files]
@@ -34,11 +38,20 @@ def interpreted(selected: str, *files: str) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_everything_below_passes_in_the_interpreter():
     done = interpreted("not cpp", "test_triton.py", "test_finish.py")
-    unfit = "only 0-dimensional arrays can be converted to Python scalars"
-    if unfit in done.stdout:  # Triton 3.6 with NumPy 2.5, in every loop of a kernel
-        pytest.skip(f"this Triton's interpreter does not know this NumPy: {unfit}")
+    if UNFIT in done.stdout:
+        pytest.skip(f"this Triton's interpreter does not know this NumPy: {UNFIT}")
     assert done.returncode == 0, done.stdout[-4000:]
     assert "passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts that process")
+def test_cold_temperatures_and_ids_in_the_interpreter():
+    """Of those files what an interpreter does in a minute; all of them take it ten."""
+    selected = "triton and (0.02 and nearer or copies or lists)"
+    done = interpreted(selected, "test_cold.py", "test_ids.py")
+    if UNFIT in done.stdout:
+        pytest.skip(f"this Triton's interpreter does not know this NumPy: {UNFIT}")
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.fixture(
