@@ -92,6 +92,25 @@ def test_unremix_weighs_what_a_row_sees(backend):
     torch.testing.assert_close(both, alike.float())
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.003])
+def test_unremix_when_the_hidden_are_the_nearest(backend, temperature):
+    """Exact copies of the queries: their exponentials, relative to what is seen, overflow."""
+    query, key, bank, _ = problem(4, 90, 16)
+    ids, bank_ids = torch.arange(4), torch.full((90,), -1)
+    for slot, row in ((5, 0), (70, 1), (71, 1)):
+        bank[slot], bank_ids[slot] = query[row], row
+    found = []
+    for dtype, own in ((torch.float64, "reference"), (torch.float32, backend)):
+        leaf = query.to(dtype).requires_grad_()
+        rows = functional.unremix_loss(
+            leaf, key.to(dtype), bank.to(dtype), ids=ids, bank_ids=bank_ids,
+            temperature=temperature, reduction="none", backend=own,
+        )  # fmt: skip
+        rows.sum().backward()
+        found.append((rows.detach().float(), leaf.grad.float()))
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_bank_of_nothing_but_own_copies_is_an_empty_bank(backend, name):
     make, settings = LOSSES[name]
