@@ -32,7 +32,7 @@ from torch import Tensor
 from psm_kernels import backends
 from psm_kernels.functional import psm_loss
 from psm_kernels.memory_bank import MemoryBank, unit_rows
-from psm_kernels.ops import bank_pass, bank_topk
+from psm_kernels.ops import NOTHING, bank_pass, bank_topk
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {  # kind -> B, K, D and for topk k; the smallest first
@@ -134,13 +134,15 @@ def pass_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
 
     def step():
         out = bank_pass(
-            leaf, key, bank, count, s_pos, **DRAW, topk=TOPK, rng_state=rng_state, backend=group
-        )
+            leaf, key, bank, count, s_pos, **DRAW, topk=TOPK, exclude_mined=True,
+            rng_state=rng_state, backend=group,
+        )  # fmt: skip
         return torch.autograd.grad(out.neg_lse.sum(), leaf)
 
     yield Run(group, step, True)
     low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos, *DRAW.values()
-    direct = functools.partial(backends.load(group).bank_pass, *low, TOPK, rng_state, 0, 0)
+    rest = (TOPK, rng_state, 0, 0, NOTHING, True)
+    direct = functools.partial(backends.load(group).bank_pass, *low, *rest)
     yield Run(f"{group} kernels", direct, True)  # without the casts and autograd's few kernels
     if group == "cuda":
         yield Run("cuda null epilogue", functools.partial(direct, null_epilogue=True), True)
@@ -153,12 +155,12 @@ def eager_pass(query: Tensor, key: Tensor, bank: Tensor, s_pos: Tensor) -> tuple
     similarity = (query @ bank.T).float()  # (B, K)
     distance = similarity - s_pos[:, None] - DRAW["b"]
     p = torch.exp(-DRAW["a"] * distance.square()).clamp_max(0.999)
-    keep = torch.rand_like(p) < p
+    mined = (key @ bank.T).topk(TOPK)
+    keep = (torch.rand_like(p) < p).scatter(1, mined.indices, False)
     logits = torch.where(keep, similarity / DRAW["temperature"], -torch.inf)
     neg_lse = logits.logsumexp(1)
     neg_mean = (logits - neg_lse[:, None]).exp().to(bank.dtype) @ bank
     neg_sq_lse = (2 * logits).logsumexp(1)
-    mined = (key @ bank.T).topk(TOPK)
     return neg_lse, neg_mean.float(), neg_sq_lse, keep.sum(1), *mined
 
 

@@ -3,6 +3,7 @@ canonical, so that the same negatives are drawn."""
 
 import copy
 
+import cold
 import pytest
 import torch
 from conftest import problem
@@ -105,3 +106,25 @@ def test_a_graph_holds_a_training_step(backend):
         torch.testing.assert_close(captured, step(twin))
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(criterion.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
+@pytest.mark.parametrize("copies", [False, True], ids=["", "own copies"])
+def test_cold_temperatures(backend, copies, selection, dtype):
+    """Mined rows, and older copies of the queries, hold nearly all of what may not be summed."""
+    p, settings = cold.problem(), {"selection": selection, "temperature": 0.02}
+    given, unseen = {}, None
+    if copies:
+        ids, bank_ids = torch.arange(len(p.query)), torch.full((len(p.bank),), -1)
+        far = (p.key @ p.bank.T).amax(0).argsort()[: len(ids)]
+        p.bank[far], bank_ids[far] = p.query, ids
+        unseen = bank_ids == ids[:, None]
+        given = {"ids": ids.cuda(), "bank_ids": bank_ids.cuda()}
+    leaf = p.query.cuda().requires_grad_()
+    loss = functional.psm_loss(
+        leaf, p.key.cuda(), p.bank.cuda().to(dtype), rng_state=cold.RNG_STATE.cuda(),
+        reduction="none", backend=backend, **settings, **given,
+    )  # fmt: skip
+    loss.sum().backward()
+    cold.assert_step((loss, leaf.grad), cold.answer(p, unseen=unseen, **settings), dtype)
