@@ -28,7 +28,7 @@ def make_step(batch: int, edge: int, device: str) -> Callable[[Problem, Run], tu
     seconds of all of it and of the loss."""
     sys.path.insert(0, str(ROOT))
     train = pytest.importorskip("train", exc_type=ImportError)
-    online = train.make_encoder(train.Settings(data="cifar10")).to(device)
+    online = train.make_encoder("resnet18", 128).to(device)
     momentum = copy.deepcopy(online)
     optimizer = torch.optim.SGD(online.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(batch, 3, edge, edge, device=device)
