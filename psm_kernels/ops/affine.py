@@ -166,10 +166,10 @@ def _row_ranges(
         exclude = Exclude(slots, ids, bank_ids)
         top, index = bank_topk(query, bank, 2, count=count, exclude=exclude, backend=backend)
         # Left out of the sum, not subtracted from it: 1 - pi of the largest is what matters.
-        nearest = index[:, :1] if slots is None else torch.cat((slots, index[:, :1]), 1)
-        exclude = exclude._replace(slots=nearest.contiguous())
+        named = exclude.naming(index[:, :1])
+        exclude = named._replace(slots=named.slots.contiguous())
         if own is not None:
-            rest, lowest, *_ = own(query, bank, count, temperature, exclude)
+            rest, lowest = own(query, bank, count, temperature, exclude)
         else:
             swept = bank_pass(
                 query,

@@ -237,14 +237,14 @@ def row_ranges(
     bank: Tensor,  # (K, D)
     count: Tensor,  # ()
     temperature: float,
-    exclude: Exclude = NOTHING,
-) -> tuple[Tensor, ...]:
+    exclude: Exclude,
+) -> tuple[Tensor, Tensor]:
     """See `psm_kernels.ops.affine.row_ranges`."""
     lse, *_, lowest, _ = bank_pass(
         query, -query, bank, count, query.new_zeros(len(query), dtype=torch.float32), temperature,
         "all", 0.0, 0.0, 1, None, 0, 0, exclude, mean=False,
     )  # fmt: skip
-    return lse, -lowest[:, 0], *bank_topk(query, bank, 2, count, exclude)
+    return lse, -lowest[:, 0]
 
 
 def weighted_pass(
