@@ -164,3 +164,16 @@ def test_both_directions_equal_one_process(pool, flag):  # noqa: F811
         got = pool.run(both_directions, world, state, {flag: True})
         torch.testing.assert_close(torch.cat([x for x, _ in got]), want, rtol=1e-10, atol=1e-12)
         assert all(int(c) == int(count) for _, c in got)
+
+
+def one_rank_brings_a_wrong_id(at, flag):
+    criterion = make(at, "psm", **{flag: True, "indexed_bank": True})
+    q1, k2 = (at.own(x) for x in whole_batch()[:2])
+    ids = torch.arange(len(q1)) + (SIZE if at.rank else 0)
+    criterion.symmetric(q1, k2, q1, k2, ids=ids)
+
+
+@pytest.mark.parametrize("flag", ["shard_bank", "gather_distributed"])
+def test_a_wrong_id_in_both_directions_is_refused_on_all(pool, flag):  # noqa: F811
+    for error in pool.refused(one_rank_brings_a_wrong_id, 2, flag):
+        assert "ids: got 41, wanted 0 to 40" in error

@@ -179,9 +179,15 @@ class BankLoss(HeldState):
         """
         if self.memory_bank is None:
             raise ValueError("memory_bank_size: got 0, wanted (rows, columns), for a bank to write")
+        self._check_write(key, labels, ids)
+        self._write(key, labels, ids)
+
+    def _check_write(self, key: Tensor, labels: Tensor | None, ids: Tensor | None) -> None:
+        """Raise the ValueError that an enqueue would raise: on all ranks, where they gather."""
         if self.collective:
             agree(self.process_group, lambda: self._facts(key, labels, ids))
-        self._write(key, labels, ids)
+        else:
+            self.memory_bank.check(key, labels, ids)
 
     def symmetric(
         self,
@@ -217,7 +223,7 @@ class BankLoss(HeldState):
             raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
         update = self._learns() and bank is not None if update is None else update
         if update:  # before anything is computed: a failed call leaves all as it was
-            bank.check(key2, labels, ids)
+            self._check_write(key2, labels, ids)
         pairs = {n: pair for n, pair in options.items() if isinstance(pair, tuple)}
         pairs |= {n: (x, x) for n, x in (("labels", labels), ("ids", ids)) if x is not None}
         options = {"update": False, **options}
@@ -231,7 +237,7 @@ class BankLoss(HeldState):
             result = self._joined(results)
         if update:
             for key in (key2, key1) if enqueue_both else (key2,):
-                self.enqueue(key, labels, ids=ids)
+                self._write(key, labels, ids)
         return result
 
     def _rows_are_apart(self) -> bool:
