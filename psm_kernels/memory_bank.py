@@ -176,19 +176,15 @@ class MemoryBank(HeldState):
         ordered, order = ids.sort(stable=True)
         last = order[torch.searchsorted(ordered, ids, right=True) - 1]
         rows, labels = rows[last], labels[last]
-        before, held = self._read(ids, rows.dtype)
         first = torch.ones_like(ordered, dtype=torch.bool)
         first[1:] = ordered[1:] != ordered[:-1]
-        fresh = held == EMPTY
+        fresh = self.ids[ids] == EMPTY
         if self.momentum:
+            before = self.bank[ids].to(rows.dtype)
             mixed = unit_rows(self.momentum * before + (1 - self.momentum) * rows, rows.dtype)
             rows = torch.where(fresh[:, None], rows, mixed)
         self._write(ids, rows, labels, ids)
         self.count.add_((first & fresh[order]).sum())
-
-    def _read(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rows (n, D) and ids (n,) of the slots (n,)."""
-        return self.bank[slots].to(dtype), self.ids[slots]
 
     def _write(self, slots: Tensor, rows: Tensor, labels: Tensor, ids: Tensor) -> None:
         bank, known_labels, known_ids = self._stored()

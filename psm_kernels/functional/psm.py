@@ -176,9 +176,14 @@ def psm_loss(
             kept = neg.count.clamp_min(1)
             grad_mean = torch.exp(neg.log_sum + log_pull) / kept
             grad_sq = torch.exp(neg.log_sq + 2 * log_pull) / kept
+            candidates, copies = neg.candidates, None
+            if exclude.ids is not None:
+                copies, empty = hidden(exclude, count)
+                if negatives == "bank":
+                    candidates = candidates - (copies + empty)
             stats = MiningStats(
                 kept_count=neg.count,
-                kept=neg.count.sum() / neg.candidates.sum().clamp_min(1),
+                kept=neg.count.sum() / candidates.sum().clamp_min(1),
                 grad_mean=grad_mean,
                 grad_var=(grad_sq - grad_mean.square()).clamp_min(0),
                 positive_similarity=pos.logits[:, 0] * temperature,
@@ -186,7 +191,7 @@ def psm_loss(
                     query, pos, bank, count, temperature, exclude, backend
                 ),
                 bank_fill=count.to(query.dtype) / len(bank),
-                own_copies=None if ids is None else hidden(exclude, count)[0],
+                own_copies=None if ids is None else copies,
             )
             if labels is not None and bank_labels is not None:
                 stats = dataclasses.replace(
@@ -259,7 +264,7 @@ class _Negatives(NamedTuple):
     log_sum: Tensor  # (B,) log sum keep exp(s/tau), mined positives not among them
     log_sq: Tensor  # (B,) log sum keep exp(2 s/tau)
     count: Tensor  # (B,) sum keep
-    candidates: Tensor  # (B,) how many there were to keep
+    candidates: Tensor  # (B,) how many there were to keep, hidden slots of a bank among them
 
 
 def _positives(
@@ -275,12 +280,10 @@ def _positives(
 def _bank_sides(
     query: Tensor, key: Tensor, bank: Tensor | Shard, count: Tensor, sweep: dict
 ) -> tuple[_Positives, _Negatives]:
-    s_pos, exclude = (query * key).sum(1).detach(), sweep["exclude"]
+    s_pos = (query * key).sum(1).detach()
     swept = bank_pass(query, key if sweep["topk"] else None, bank, count, s_pos, **sweep)
     pos = _positives(query, key, bank, swept.topk_index, sweep["temperature"])
     candidates = count - (swept.topk_index >= 0).sum(1)
-    if exclude.ids is not None:
-        candidates = candidates - sum(hidden(exclude, count))
     sums = (swept.neg_lse, swept.neg_sq_lse, swept.neg_count)
     return pos, _Negatives(*sums, candidates.to(query.dtype))
 
