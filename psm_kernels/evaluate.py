@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from psm_kernels import _checks as checks
+from psm_kernels import checks
 from psm_kernels.ops import bank_topk
 
 

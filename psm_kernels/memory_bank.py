@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from psm_kernels import _checks as checks
+from psm_kernels import checks
 from psm_kernels import backends
 from psm_kernels.ops import EMPTY, excluded, hidden
 from psm_kernels.rows import unit_rows, unit_rows_and_norms

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psm_kernels import _checks as checks
+from psm_kernels import checks
 from psm_kernels.ops import bank_pass, bank_topk, excluded
 from psm_kernels.rows import unit_rows
 

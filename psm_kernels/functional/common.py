@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psm_kernels import _checks as checks
+from psm_kernels import checks
 from psm_kernels._autograd import refuse_tracing
 from psm_kernels.distributed import Shard
 from psm_kernels.ops import NOTHING, Exclude, excluded

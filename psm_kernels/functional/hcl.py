@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psm_kernels import _checks as checks
+from psm_kernels import checks
 from psm_kernels import noise
 from psm_kernels.distributed import Shard, bank_pass, bank_rows
 from psm_kernels.functional import common

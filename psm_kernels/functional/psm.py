@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psm_kernels import _checks as checks
+from psm_kernels import checks
 from psm_kernels import noise
 from psm_kernels.distributed import Shard, bank_pass, bank_rows, bank_topk, hidden
 from psm_kernels.functional.common import (

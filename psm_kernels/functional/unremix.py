@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psm_kernels import _checks as checks
+from psm_kernels import checks
 from psm_kernels.distributed import hidden
 from psm_kernels.functional import common
 from psm_kernels.ops import EMPTY, Exclude, bank_pass, bank_rows, snapshot

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from psm_kernels import _checks as checks
+from psm_kernels import checks
 from psm_kernels import backends, functional
 from psm_kernels._autograd import refuse_recompute
 from psm_kernels.distributed import ShardedBank, agree, gather, rank_and_world

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psm_kernels import _checks as checks
+from psm_kernels import checks
 from psm_kernels import backends
 from psm_kernels._autograd import once, refuse_transforms
 

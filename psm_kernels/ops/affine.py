@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psm_kernels import _checks as checks
+from psm_kernels import checks
 from psm_kernels import backends
 from psm_kernels._autograd import once, refuse_transforms
 from psm_kernels.ops import NOTHING, Exclude, bank_pass, bank_topk, differentiable, seen_query

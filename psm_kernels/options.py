@@ -1,0 +1,119 @@
+"""Frozen settings of a pass and of the losses: name, default and check, each once.
+
+What is made here is right: whoever gets one hands it on whole and checks nothing again. The structs
+of the same names in csrc/args.h are what crosses into compiled code.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+from psm_kernels import checks
+
+SELECTIONS = ("bernoulli", "expected", "all")
+SOFT_WEIGHTS = ("attention", "uniform", "binary")
+NEGATIVES = ("bank", "neighbors")
+REDUCTIONS = ("mean", "sum", "none")
+
+F = TypeVar("F", bound=Callable)
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """A pass over the bank, see `psm_kernels.ops.bank_pass`."""
+
+    temperature: float
+    selection: str = "all"
+    a: float = 0.5
+    b: float = 0.0
+    topk: int = 0
+    exclude_mined: bool = False
+    row_offset: int = 0  # global index of query row 0 and bank slot 0, for the noise
+    col_offset: int = 0
+
+    def __post_init__(self):
+        checks.check_number("temperature", self.temperature, above=0)
+        checks.check_option("selection", self.selection, SELECTIONS)
+        checks.check_number("a", self.a, least=0)
+        checks.check_number("b", self.b)
+        checks.check_int("topk", self.topk, 0)
+        checks.check_option("exclude_mined", self.exclude_mined, (False, True))
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What every loss has. A method's own settings are a subclass, in the method's file."""
+
+    temperature: float = 0.5
+    reduction: str = "mean"
+
+    def __post_init__(self):
+        checks.check_number("temperature", self.temperature, above=0)
+        checks.check_option("reduction", self.reduction, REDUCTIONS)
+
+    def check_size(self, size: int) -> None:
+        """Raise the ValueError of a setting that does not fit a bank of `size` rows."""
+
+
+@dataclass(frozen=True)
+class PSMOptions(LossOptions):
+    """See `psm_kernels.functional.psm_loss`. Here, not in its file: backends fuse it."""
+
+    topk: int = 5
+    a: float = 0.5
+    b: float = 0.0
+    selection: str = "bernoulli"
+    soft_weights: str = "attention"
+    weight_temperature: float = 1.0
+    hard_weight: float = 1.0
+    negatives: str = "bank"
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.check_int("topk", self.topk, 0)
+        checks.check_number("a", self.a, least=0)
+        checks.check_number("b", self.b)
+        checks.check_option("selection", self.selection, SELECTIONS)
+        checks.check_option("soft_weights", self.soft_weights, SOFT_WEIGHTS)
+        checks.check_number("weight_temperature", self.weight_temperature, above=0)
+        checks.check_number("hard_weight", self.hard_weight, least=0)
+        checks.check_option("negatives", self.negatives, NEGATIVES)
+
+    def check_size(self, size: int) -> None:
+        checks.check_int("topk", self.topk, 0, size, "the bank's rows")
+
+
+def takes(options: type) -> Callable[[F], F]:
+    """For a function whose `**settings` are the fields of `options`: shows them in its signature."""
+
+    def show(function: F) -> F:
+        function.__signature__ = with_fields(inspect.signature(function), options)
+        return function
+
+    return show
+
+
+def with_fields(signature: inspect.Signature, options: type) -> inspect.Signature:
+    """`signature` with the fields of `options` in the place of its **settings."""
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    taken = {p.name for p in named}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        inspect.Parameter(f.name, kind, default=f.default, annotation=f.type)
+        for f in fields(options)
+        if f.name not in taken
+    ]
+    return signature.replace(parameters=[*named, *own])
+
+
+@functools.lru_cache(maxsize=256)
+def pass_of(options: PSMOptions, row_offset: int) -> PassOptions:
+    """The pass of a PSM step: what it mines is not summed."""
+    return PassOptions(
+        options.temperature, options.selection, options.a, options.b, options.topk,
+        exclude_mined=True, row_offset=row_offset,
+    )  # fmt: skip
