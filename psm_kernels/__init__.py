@@ -1,18 +1,1 @@
-"""Contrastive losses with memory banks, never a B x K matrix."""
-
-from psm_kernels.losses import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, UnReMixLoss
-from psm_kernels.memory_bank import MemoryBank
-from psm_kernels.stats import MiningStats, PSMOutput, rank_gradient_stats
-
 __version__ = "0.1.0"
-__all__ = [
-    "HCLLoss",
-    "InfoNCELoss",
-    "MemoryBank",
-    "MiningStats",
-    "PSMLoss",
-    "PSMOutput",
-    "SSCLLoss",
-    "UnReMixLoss",
-    "rank_gradient_stats",
-]
