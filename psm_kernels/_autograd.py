@@ -1,4 +1,4 @@
-"""The one backward of the fused passes, and what they cannot do as errors instead of wrong numbers."""
+"""The one backward of the fused passes, and what they cannot do, as errors, not wrong numbers."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ _AGAIN = (
 )
 
 
-def with_gradient(
-    rows: Tensor, slope: Tensor, query: Tensor, temperature: float = 1.0
-) -> Tensor:
+def with_gradient(rows: Tensor, slope: Tensor, query: Tensor, temperature: float = 1.0) -> Tensor:
     """rows (B,) as a function of `query`, whose gradient slope / temperature came with them."""
     if not (query.requires_grad and torch.is_grad_enabled()):
         return rows

@@ -10,6 +10,7 @@ from psm_kernels._autograd import backward, refuse_transforms, remember, with_gr
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import EMPTY, NOTHING, BankPass, Exclude
 from psm_kernels.options import PassOptions, PSMOptions, takes
+from psm_kernels.rows import wide
 
 MAX_EXCLUDE = 64  # slots per row: kernels look them up in a short list
 
@@ -193,8 +194,7 @@ def seen_query(query: Tensor, bank: Tensor, differentiable: bool) -> Tensor:
     rounded = query.detach().to(bank.dtype).contiguous()
     if not (query.requires_grad and torch.is_grad_enabled() and differentiable):
         return rounded
-    wide = torch.promote_types(bank.dtype, torch.float32)
-    return rounded.to(wide) + (query - query.detach())  # zero, whose gradient is not rounded
+    return rounded.to(wide(bank)) + (query - query.detach())  # zero, whose gradient is not rounded
 
 
 def check_backend(backend: str, bank: Tensor) -> None:
@@ -278,7 +278,7 @@ def _run_pass(query, key, bank, count, s_pos, options, exclude, rng_state, backe
     with torch.autocast(bank.device.type, enabled=False):
         query = seen_query(query, bank, chosen.differentiable)
         key = None if key is None else key.to(bank.dtype).contiguous()
-        s_pos = s_pos.to(sums_of(bank)).contiguous()
+        s_pos = s_pos.to(wide(bank)).contiguous()
         exclude = _contiguous(*exclude)
         return chosen.bank_pass(query, key, bank, count, s_pos, options, exclude, rng_state)
 
@@ -301,11 +301,6 @@ def _run_topk(
 
 def _contiguous(*exclude: Tensor | None) -> Exclude:
     return Exclude(*(None if value is None else value.contiguous() for value in exclude))
-
-
-def sums_of(bank: Tensor) -> torch.dtype:
-    """The dtype of sums over a bank."""
-    return torch.promote_types(bank.dtype, torch.float32)
 
 
 def _bank_rows(bank: Tensor, index: Tensor) -> Tensor:
@@ -333,9 +328,7 @@ def _bank_pass(
     exclude_mined: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`run_pass` as torch registers it: a schema has no objects."""
-    options = PassOptions(
-        temperature, selection, a, b, topk, exclude_mined, row_offset, col_offset
-    )
+    options = PassOptions(temperature, selection, a, b, topk, exclude_mined, row_offset, col_offset)
     exclude = Exclude(exclude, ids, bank_ids)
     return tuple(_run_pass(query, key, bank, count, s_pos, options, exclude, rng_state, backend))
 
@@ -357,12 +350,12 @@ def _(bank, index):
 @_bank_topk_op.register_fake
 def _(query, bank, k, *unused):
     shape = (query.shape[0], k)
-    return query.new_empty(shape, dtype=sums_of(bank)), query.new_empty(shape, dtype=torch.int64)
+    return query.new_empty(shape, dtype=wide(bank)), query.new_empty(shape, dtype=torch.int64)
 
 
 @_bank_pass_op.register_fake
 def _(query, key, bank, count, s_pos, temperature, selection, a, b, topk, *unused):
-    (batch, dim), sums = query.shape, sums_of(bank)
+    (batch, dim), sums = query.shape, wide(bank)
     shapes = ((batch,), (batch, dim), (batch,), (batch,), (batch, topk))
     index = query.new_empty((batch, topk), dtype=torch.int64)
     return *(query.new_empty(shape, dtype=sums) for shape in shapes), index

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import TypeVar
 
 from psm_kernels import checks
@@ -54,6 +54,13 @@ class LossOptions:
         checks.check_number("temperature", self.temperature, above=0)
         checks.check_option("reduction", self.reduction, REDUCTIONS)
 
+    @classmethod
+    def of(cls, options: LossOptions | None, settings: dict) -> LossOptions:
+        """`options`, the defaults where there are none, with `settings` in the place of their own."""
+        if options is None:
+            return cls(**settings)
+        return replace(options, **settings) if settings else options
+
     def check_size(self, size: int) -> None:
         """Raise the ValueError of a setting that does not fit a bank of `size` rows."""
 
@@ -94,7 +101,7 @@ class PSMOptions(LossOptions):
 
 
 def takes(options: type) -> Callable[[F], F]:
-    """For a function whose `**settings` are the fields of `options`: shows them in its signature."""
+    """For a function whose **settings are the fields of `options`: its signature shows them."""
 
     def show(function: F) -> F:
         function.__signature__ = with_fields(inspect.signature(function), options)

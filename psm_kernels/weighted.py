@@ -12,7 +12,8 @@ from psm_kernels import checks
 from psm_kernels._autograd import backward, refuse_transforms, remember
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import NOTHING, Exclude
-from psm_kernels.ops import check_queries, run_topk, seen_query, sums_of
+from psm_kernels.ops import check_queries, run_topk, seen_query
+from psm_kernels.rows import wide
 
 
 class RowRanges(NamedTuple):
@@ -135,7 +136,7 @@ def _row_ranges(
 
 @_row_ranges.register_fake
 def _(query, bank, *unused):
-    sums, batch = sums_of(bank), len(query)
+    sums, batch = wide(bank), len(query)
     rows = [query.new_empty(batch, dtype=sums) for _ in range(2)]
     index = query.new_empty((batch, 2), dtype=torch.int64)
     return *rows, query.new_empty((batch, 2), dtype=sums), index
@@ -157,7 +158,7 @@ def _run_weighted_pass(
     ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chosen, sums = registry.choose(backend, bank), sums_of(bank)
+    chosen, sums = registry.choose(backend, bank), wide(bank)
     with torch.autocast(bank.device.type, enabled=False):
         query = seen_query(query, bank, chosen.differentiable)
         affine = torch.stack((alpha, beta, gamma, top, cap)).to(sums)
@@ -172,7 +173,7 @@ _weighted_pass = torch.library.custom_op(
 
 @_weighted_pass.register_fake
 def _(query, bank, *unused):
-    sums = sums_of(bank)
+    sums = wide(bank)
     rows = [query.new_empty(len(query), dtype=sums) for _ in range(2)]
     return rows[0], query.new_empty(query.shape, dtype=sums), rows[1]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels.options import PassOptions, PSMOptions
+from psm_kernels.rows import wide
 
 _SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cache
 EMPTY = -2  # in `bank_ids`: the slot holds nothing, no row sees it
@@ -194,7 +195,7 @@ class Backend:
         exclude: Exclude = NOTHING,
     ) -> tuple[Tensor, Tensor]:
         """Log-sum-exp and lowest similarity (B,) of what each row sees: its negative mines it."""
-        wide = torch.promote_types(query.dtype, torch.float32)
-        s_pos, options = query.new_zeros(len(query), dtype=wide), PassOptions(temperature, topk=1)
+        s_pos = query.new_zeros(len(query), dtype=wide(query))
+        options = PassOptions(temperature, topk=1)
         found = self.bank_pass(query, -query, bank, count, s_pos, options, exclude)
         return found.neg_lse, -found.topk_sim[:, 0]
