@@ -56,7 +56,7 @@ class LossOptions:
 
     @classmethod
     def of(cls, options: LossOptions | None, settings: dict) -> LossOptions:
-        """`options`, the defaults where there are none, with `settings` in the place of their own."""
+        """`options`, or else the defaults, with `settings` in the place of their own."""
         if options is None:
             return cls(**settings)
         return replace(options, **settings) if settings else options

@@ -48,13 +48,15 @@ class BankLoss(HeldState):
 
     def __init_subclass__(cls, **more):
         super().__init_subclass__(**more)
-        signature = inspect.signature(cls.__init__)
         own = {"temperature": cls.Options().temperature, "memory_bank_size": cls.memory_bank_size}
-        parameters = [
-            p.replace(default=own[p.name]) if p.default is _OWN else p
-            for p in list(signature.parameters.values())[1:]
-        ]
-        cls.__signature__ = with_fields(signature.replace(parameters=parameters), cls.Options)
+        takes = inspect.signature(cls.__init__).parameters
+        if cls.__init__ is not BankLoss.__init__:  # whose **settings go on to it
+            shared = inspect.signature(BankLoss.__init__).parameters.items()
+            takes = takes | {n: p for n, p in shared if p.kind is p.KEYWORD_ONLY and n not in takes}
+        takes = [p.replace(default=own[n]) if p.default is _OWN else p for n, p in takes.items()]
+        last = [p for p in takes if p.kind is p.VAR_KEYWORD]
+        takes = [p for p in takes[1:] if p.kind is not p.VAR_KEYWORD] + last
+        cls.__signature__ = with_fields(inspect.Signature(takes), cls.Options)
 
     def __init__(
         self,

@@ -73,8 +73,8 @@ def unremix_loss(
         temperature: tau > 0 (0.5, inferred: that of HCL and SSCL).
         similarity_weight, uncertainty_weight, representativeness_weight: >= 0, not all 0 (1/3
             each, inferred).
-        ids, bank_ids, reduction, backend, options: as in `info_nce_loss`. r_ij is the slot's alone: its
-            mean runs over all other slots, a row's own copies among them.
+        ids, bank_ids, reduction, backend, options: as in `info_nce_loss`. r_ij is the slot's alone:
+            its mean runs over all other slots, a row's own copies among them.
 
     Returns:
         The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
