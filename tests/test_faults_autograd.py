@@ -8,6 +8,7 @@ from test_methods import expected_unremix
 from torch.autograd import forward_ad, gradgradcheck
 
 from psm_kernels import InfoNCELoss, MemoryBank, PSMLoss, SSCLLoss, functional, ops
+from psm_kernels.backends import registry
 from psm_kernels.bank import Shard
 from psm_kernels.checkpoint import full_state_dict
 from psm_kernels.ops import bank_pass
