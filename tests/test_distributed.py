@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, distributed
-from psm_kernels.checkpoint import full_state_dict
 from psm_kernels.ops import BankPass, bank_pass
+from psm_kernels.training.checkpoint import full_state_dict
 
 DIM, BATCH = 12, 8  # columns; rows of all ranks together
 WORLDS = (1, 2, 4)

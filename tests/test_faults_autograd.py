@@ -8,9 +8,9 @@ from test_methods import expected_unremix
 from torch.autograd import forward_ad, gradgradcheck
 
 from psm_kernels import InfoNCELoss, MemoryBank, PSMLoss, SSCLLoss, functional, ops
-from psm_kernels.checkpoint import full_state_dict
 from psm_kernels.distributed import Shard, bank_pass
 from psm_kernels.ops import affine, reference
+from psm_kernels.training.checkpoint import full_state_dict
 
 BANK_LOSSES = ("psm", "info_nce", "hcl", "sscl", "unremix")
 
@@ -352,7 +352,7 @@ def test_a_plain_module_names_full_state_dict():
         (torch.nn.ModuleList([plain]), torch.nn.ModuleList([sharded]).state_dict()),
         (MemoryBank(24, 6), sharded.memory_bank.state_dict()),
     ):
-        with pytest.raises(ValueError, match=r"psm_kernels\.checkpoint\.full_state_dict"):
+        with pytest.raises(ValueError, match=r"psm_kernels\.training\.checkpoint\.full_state_dict"):
             target.load_state_dict(state)
     assert int(plain.memory_bank.count) == 0
     plain.load_state_dict(full_state_dict(sharded))
