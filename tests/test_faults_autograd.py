@@ -10,8 +10,8 @@ from torch.autograd import forward_ad, gradgradcheck
 from psm_kernels import InfoNCELoss, MemoryBank, PSMLoss, SSCLLoss, functional, ops
 from psm_kernels.backends import registry
 from psm_kernels.bank import Shard
-from psm_kernels.checkpoint import full_state_dict
 from psm_kernels.ops import bank_pass
+from psm_kernels.training.checkpoint import full_state_dict
 from psm_kernels.weighted import row_ranges, weighted_pass
 
 BANK_LOSSES = ("psm", "info_nce", "hcl", "sscl", "unremix")
@@ -354,7 +354,7 @@ def test_a_plain_module_names_full_state_dict():
         (torch.nn.ModuleList([plain]), torch.nn.ModuleList([sharded]).state_dict()),
         (MemoryBank(24, 6), sharded.memory_bank.state_dict()),
     ):
-        with pytest.raises(ValueError, match=r"psm_kernels\.checkpoint\.full_state_dict"):
+        with pytest.raises(ValueError, match=r"psm_kernels\.training\.checkpoint\.full_state_dict"):
             target.load_state_dict(state)
     assert int(plain.memory_bank.count) == 0
     plain.load_state_dict(full_state_dict(sharded))
