@@ -11,6 +11,7 @@ from psm_kernels import InfoNCELoss, MemoryBank, PSMLoss, SSCLLoss, functional, 
 from psm_kernels.backends import registry
 from psm_kernels.bank import Shard
 from psm_kernels.ops import bank_pass
+from psm_kernels.options import SELECTIONS
 from psm_kernels.training.checkpoint import full_state_dict
 from psm_kernels.weighted import row_ranges, weighted_pass
 
@@ -84,7 +85,7 @@ def test_reference_is_right_for_unremix(form):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("selection", ops.SELECTIONS)
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_reference_pass_is_right_with_empty_rows(selection):
     query, key, bank = double()
     slots = torch.full((4, 24), -1)
