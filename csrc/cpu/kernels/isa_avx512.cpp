@@ -1,6 +1,6 @@
 #include <immintrin.h>
 
-#include "../philox.h"
+#include "../../philox.h"
 #include "task.h"
 
 #define PSM_QUADS 1
@@ -9,11 +9,11 @@
 namespace psm::cpu {
 namespace {
 #include "scalar.inl"
-#include "simd_avx512.h"
+#include "../simd/avx512.h"
 using namespace simd;
 #include "kernel.inl"
-#include "finish.inl"
-constexpr Kernels kKernels{"avx512", true, false, prepare, process, read_mined, combine};
+constexpr Kernels kKernels{"avx512", true, false, unit_rows, prepare, process,
+                           merge_mean, similarities, gradient};
 }  // namespace
 
 const Kernels* avx512_kernels() {

@@ -1,4 +1,4 @@
-#include "../philox.h"
+#include "../../philox.h"
 #include "task.h"
 
 #define PSM_QUADS 0
@@ -7,11 +7,11 @@
 namespace psm::cpu {
 namespace {
 #include "scalar.inl"
-#include "simd_portable.h"
+#include "../simd/portable.h"
 using namespace simd;
 #include "kernel.inl"
-#include "finish.inl"
-constexpr Kernels kKernels{"portable", false, false, prepare, process, read_mined, combine};
+constexpr Kernels kKernels{"portable", false, false, unit_rows, prepare, process,
+                           merge_mean, similarities, gradient};
 }  // namespace
 
 const Kernels* portable_kernels() { return &kKernels; }
