@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "bank_pass_cpu.h"
+#include "cpu.h"
 
 namespace psm::cpu {
 namespace {

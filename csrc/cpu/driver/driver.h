@@ -1,10 +1,10 @@
-// What the drivers (bank_pass.cpp, finish.cpp) share. Compiled for the baseline processor.
+// What the drivers (pass.cpp, step.cpp) share. Compiled for the baseline processor.
 #pragma once
 
 #include <functional>
 
-#include "bank_pass_cpu.h"
-#include "task.h"
+#include "cpu.h"
+#include "../kernels/task.h"
 
 namespace psm::cpu {
 

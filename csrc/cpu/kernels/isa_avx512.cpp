@@ -1,6 +1,6 @@
 #include <immintrin.h>
 
-#include "../philox.h"
+#include "../../philox.h"
 #include "task.h"
 
 #define PSM_QUADS 1
@@ -9,7 +9,7 @@
 namespace psm::cpu {
 namespace {
 #include "scalar.inl"
-#include "simd_avx512.h"
+#include "../simd/avx512.h"
 using namespace simd;
 #include "kernel.inl"
 #include "finish.inl"

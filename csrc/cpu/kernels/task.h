@@ -1,9 +1,9 @@
-// What the driver (bank_pass.cpp) hands to the kernels of one instruction set. Plain data only:
+// What the driver (driver/pass.cpp) hands to the kernels of one instruction set. Plain data only:
 // a template or inline function shared with translation units built for another instruction set
 // could be merged by the linker into code that this machine cannot run.
 #pragma once
 
-#include "../bank_pass.h"
+#include "../../args.h"
 
 namespace psm::cpu {
 

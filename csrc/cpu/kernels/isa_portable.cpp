@@ -1,4 +1,4 @@
-#include "../philox.h"
+#include "../../philox.h"
 #include "task.h"
 
 #define PSM_QUADS 0
@@ -7,7 +7,7 @@
 namespace psm::cpu {
 namespace {
 #include "scalar.inl"
-#include "simd_portable.h"
+#include "../simd/portable.h"
 using namespace simd;
 #include "kernel.inl"
 #include "finish.inl"

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -282,33 +283,35 @@ void run_task(Task problem, const Kernels& kernels, int threads, void* workspace
     });
 }
 
-Task make_task(const BankPassArgs& args) {
+int64_t valid_slots(const Bank& bank) {
+    return std::clamp<int64_t>(bank.slots ? *bank.count : 0, 0, bank.slots);
+}
+
+Task common_task(const PassArgs& args) {
     Task t{};
-    t.query = args.query, t.bank = args.bank, t.s_pos = args.s_pos;
-    t.rows = args.batch, t.count = args.count, t.dim = args.dim;
-    t.dtype = args.dtype, t.selection = args.selection, t.sums = true;
-    t.mean = args.neg_mean != nullptr;
-    t.scale = float(kLog2e / args.temperature), t.slope = float(-args.a * kLog2e), t.b = args.b;
-    t.seed = args.seed, t.offset = args.offset;
-    t.row_offset = args.row_offset, t.col_offset = args.col_offset;
-    t.affine = args.affine, t.rho = args.rho;
-    t.exclude = args.exclude, t.mined = args.topk_index;
-    t.most_hidden = args.exclude.listed + (args.exclude_mined ? args.topk : 0) + 1;
+    t.bank = args.bank.rows, t.dtype = args.bank.dtype, t.dim = args.bank.dim;
+    t.count = valid_slots(args.bank), t.rows = args.batch, t.exclude = args.exclude;
     return t;
 }
 
-Task make_task(const BankTopkArgs& args) {
-    Task t{};
-    t.query = args.query, t.bank = args.bank;
-    t.rows = args.batch, t.count = args.count, t.dim = args.dim;
-    t.dtype = args.dtype, t.topk = args.topk, t.exclude = args.exclude;
+Task mining_task(const PassArgs& args) {
+    Task t = common_task(args);
+    t.query = args.key, t.topk = args.options.topk;
     return t;
 }
 
-// What a pass mines before it sums.
-BankTopkArgs mining_of(const BankPassArgs& args) {
-    return {args.key,  args.bank,    args.batch,    args.count,     args.dim, args.dtype,
-            args.topk, args.exclude, args.topk_sim, args.topk_index};
+Task summing_task(const PassArgs& args) {
+    Task t = common_task(args);
+    const PassOptions& o = args.options;
+    t.query = args.query, t.s_pos = args.s_pos;
+    t.selection = o.selection, t.sums = true, t.mean = args.neg_mean != nullptr;
+    t.scale = float(kLog2e / o.temperature), t.slope = float(-o.a * kLog2e), t.b = o.b;
+    if (args.rng_state)
+        t.seed = uint64_t(args.rng_state[0]), t.offset = uint64_t(args.rng_state[1]);
+    t.row_offset = o.row_offset, t.col_offset = o.col_offset;
+    t.affine = args.affine, t.rho = args.rho, t.mined = args.topk_index;
+    t.most_hidden = args.exclude.listed + (o.exclude_mined ? o.topk : 0) + 1;
+    return t;
 }
 
 }  // namespace
@@ -319,23 +322,22 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-size_t workspace_bytes(const BankPassArgs& args, const std::string& isa, int threads) {
-    const size_t mining = args.topk ? workspace_bytes(mining_of(args), isa, threads) : 0;
-    const Kernels& kernels = choose(isa, args.dtype);
-    return std::max(mining, lay_out(make_task(args), kernels, threads, nullptr).bytes);
-}
-size_t workspace_bytes(const BankTopkArgs& args, const std::string& isa, int threads) {
-    return lay_out(make_task(args), choose(isa, args.dtype), threads, nullptr).bytes;
+size_t workspace_bytes(const PassArgs& args, const std::string& isa, int threads) {
+    const Kernels& kernels = choose(isa, args.bank.dtype);
+    size_t bytes = 0;
+    if (args.options.topk) bytes = lay_out(mining_task(args), kernels, threads, nullptr).bytes;
+    if (args.query)
+        bytes = std::max(bytes, lay_out(summing_task(args), kernels, threads, nullptr).bytes);
+    return bytes;
 }
 
-void run(const BankPassArgs& args, const std::string& isa, int threads, void* workspace) {
-    if (args.topk) run(mining_of(args), isa, threads, workspace);
-    const Outputs out{args.neg_lse, args.neg_mean, args.neg_sq_lse, args.neg_count, {}, {}};
-    run_task(make_task(args), choose(isa, args.dtype), threads, workspace, out);
-}
-void run(const BankTopkArgs& args, const std::string& isa, int threads, void* workspace) {
-    const Outputs out{nullptr, nullptr, nullptr, nullptr, args.topk_sim, args.topk_index};
-    run_task(make_task(args), choose(isa, args.dtype), threads, workspace, out);
+void bank_pass(const PassArgs& args, const std::string& isa, int threads) {
+    const Kernels& kernels = choose(isa, args.bank.dtype);
+    const std::unique_ptr<char[]> workspace(new char[workspace_bytes(args, isa, threads)]);
+    const Outputs out{args.neg_lse,   args.neg_mean, args.neg_sq_lse,
+                      args.neg_count, args.topk_sim, args.topk_index};
+    if (args.options.topk) run_task(mining_task(args), kernels, threads, workspace.get(), out);
+    if (args.query) run_task(summing_task(args), kernels, threads, workspace.get(), out);
 }
 
 }  // namespace psm::cpu

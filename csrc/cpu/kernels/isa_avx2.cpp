@@ -1,6 +1,6 @@
 #include <immintrin.h>
 
-#include "../philox.h"
+#include "../../philox.h"
 #include "task.h"
 
 #define PSM_QUADS 0
@@ -9,7 +9,7 @@
 namespace psm::cpu {
 namespace {
 #include "scalar.inl"
-#include "simd_avx2.h"
+#include "../simd/avx2.h"
 using namespace simd;
 #include "kernel.inl"
 #include "finish.inl"
