@@ -50,13 +50,13 @@ def golden(request) -> Golden:
 
 def _able(name: str) -> bool:
     try:
-        backends.choose(name, torch.zeros(1, 8))
+        registry.choose(name, torch.zeros(1, 8))
     except ValueError:
         return False
     return True
 
 
-@pytest.fixture(params=[name for name in backends.TABLE if _able(name)])
+@pytest.fixture(params=[name for name in registry.TABLE if _able(name)])
 def backend(request) -> str:
     return request.param
 
