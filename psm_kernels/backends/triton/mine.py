@@ -3,55 +3,54 @@ best cells."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from psm_kernels.ops.triton_tiles import listed, own, products
+from psm_kernels.backends.base import Exclude
+from psm_kernels.backends.triton import config
+from psm_kernels.backends.triton.tiles import (
+    listed,
+    own,
+    per_row,
+    rows_of_program,
+    scores,
+    tiles_of_split,
+    whole_rows,
+)
 
 
 @triton.jit
 def _scan(
-    held, k, key, bank, bank_tiles, ids, bank_ids, cell_max, first, last, size,
-    d, d_valid, D, rows, row_valid, cells,
+    running, k, key, rows, row_valid, bank, bank_tiles, ids, bank_ids, cell_max,
+    first, last, size, D, cells,
     GENERAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr,
     DBLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Write the cell maxima of tiles [first, last), partly valid ones if GENERAL; `held` is that
+    """Write the cell maxima of tiles [first, last), partly valid ones if GENERAL; `running` is that
     of a cell of several tiles, so far."""
     CELL_TILES: tl.constexpr = (63 + BN) // BN
-    local = tl.arange(0, BN)
-    in_tile = local[:, None] * D + d[None, :]  # offsets within a tile fit 32 bits
     for tile in tl.range(first, last, num_stages=STAGES):
         start = tile * BN
-        slot_valid = start + local < size
-        tile_rows = bank + start.to(tl.int64) * D
-        if GENERAL:
-            m = tl.load(
-                tile_rows + in_tile, mask=slot_valid[:, None] & d_valid[None, :], other=0.0
-            )  # (BN, D)
-        elif bank_tiles is not None:
-            m = bank_tiles.load([start, 0])
-        else:
-            m = tl.load(tile_rows + in_tile, mask=d_valid[None, :], other=0.0)
-        s = products(
-            k, key + rows[:, None] * D, row_valid[:, None],
-            m, tile_rows + local[:, None] * D, slot_valid[:, None], D, BM, BN, DPAD, DBLOCK,
-        )  # (BM, BN)  # fmt: skip
+        _, slot_valid, s = scores(
+            k, key, rows, row_valid, bank, bank_tiles, start, size, D,
+            GENERAL, BM, BN, DPAD, DBLOCK,
+        )  # fmt: skip
         if GENERAL:
             s = tl.where(slot_valid[None, :], s, -float("inf"))
         if ids is not None:
-            held_ids = tl.load(bank_ids + start + local, mask=slot_valid, other=0)
-            s = tl.where(own(ids, held_ids), -float("inf"), s)
+            s = tl.where(own(ids, bank_ids, start, slot_valid, BN), -float("inf"), s)
         if BN > 64:
             cell = tile * (BN // 64) + tl.arange(0, BN // 64)[None, :]
             maxima = tl.max(tl.reshape(s, (BM, BN // 64, 64)), 2)
             out = cell_max + rows[:, None] * cells + cell
             tl.store(out, maxima, mask=row_valid[:, None] & (cell < cells))
         else:
-            held = tl.where(tile % CELL_TILES == 0, -float("inf"), held)
-            held = tl.maximum(held, tl.max(s, 1))
-            tl.store(cell_max + rows * cells + tile // CELL_TILES, held, mask=row_valid)
-    return held
+            running = tl.where(tile % CELL_TILES == 0, -float("inf"), running)
+            running = tl.maximum(running, tl.max(s, 1))
+            tl.store(cell_max + rows * cells + tile // CELL_TILES, running, mask=row_valid)
+    return running
 
 
 # Neither a size of 1 nor one divisible by 16 is worth a compilation of its own, here and below.
@@ -67,36 +66,22 @@ def mine_kernel(
     BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows against one split of the bank, in the order of `sum_kernel`."""
-    row_blocks = tl.cdiv(B, BM)
-    split = tl.program_id(0) // row_blocks
-    rows = (tl.program_id(0) % row_blocks * BM + tl.arange(0, BM)).to(tl.int64)
-    row_valid = rows < B
-    d = tl.arange(0, DPAD)
-    d_valid = d < D
-    k = 0.0
-    if DBLOCK == DPAD:
-        valid = row_valid[:, None] & d_valid[None, :]
-        k = tl.load(key + rows[:, None] * D + d[None, :], mask=valid, other=0.0)
-    row_ids = None
-    if ids is not None:
-        row_ids = tl.load(ids + rows, mask=row_valid, other=0)
-
+    """One block of rows against one split of the bank."""
+    split, rows, row_valid = rows_of_program(B, BM)
+    k = whole_rows(key, rows, row_valid, D, DPAD, DBLOCK)
+    row_ids = per_row(ids, rows, row_valid)
     size = tl.minimum(tl.load(count), K).to(tl.int32)
-    tiles = tl.cdiv(size, BN)
     CELL_TILES: tl.constexpr = (63 + BN) // BN
-    per_split = tl.cdiv(tl.cdiv(tiles, CELL_TILES), splits) * CELL_TILES  # whole cells
-    first = tl.minimum(split * per_split, tiles)
-    last = tl.minimum(first + per_split, tiles)
+    first, last = tiles_of_split(tl.cdiv(size, BN), split, splits, CELL_TILES)
     full = tl.maximum(tl.minimum(size // BN, last), first)  # tiles [first, full)
-    held = tl.full((BM,), -float("inf"), tl.float32)
-    held = _scan(
-        held, k, key, bank, bank_tiles, row_ids, bank_ids, cell_max, first, full, size,
-        d, d_valid, D, rows, row_valid, cells, False, BM, BN, DPAD, DBLOCK, STAGES,
+    running = tl.full((BM,), -float("inf"), tl.float32)
+    running = _scan(
+        running, k, key, rows, row_valid, bank, bank_tiles, row_ids, bank_ids, cell_max,
+        first, full, size, D, cells, False, BM, BN, DPAD, DBLOCK, STAGES,
     )  # fmt: skip
     _scan(
-        held, k, key, bank, bank_tiles, row_ids, bank_ids, cell_max, full, last, size,
-        d, d_valid, D, rows, row_valid, cells, True, BM, BN, DPAD, DBLOCK, 1,
+        running, k, key, rows, row_valid, bank, bank_tiles, row_ids, bank_ids, cell_max,
+        full, last, size, D, cells, True, BM, BN, DPAD, DBLOCK, 1,
     )  # fmt: skip
 
 
@@ -206,3 +191,30 @@ def select_kernel(
     out = row * k + rank
     tl.store(topk_sim + out, tl.where(found, _value(best), -float("inf")), mask=rank < k)
     tl.store(topk_index + out, tl.where(found, _index(best), -1).to(tl.int64), mask=rank < k)
+
+
+def mine(
+    key: Tensor, bank: Tensor, k: int, count: Tensor, exclude: Exclude
+) -> tuple[Tensor, Tensor]:
+    """Similarity and slot (B, k) of the rows nearest to `key`."""
+    batch, (size, dim) = key.shape[0], bank.shape
+    topk_sim = config.new(bank, batch, k)
+    topk_index = config.new(bank, batch, k, dtype=torch.int64)
+    if k == 0:
+        return topk_sim, topk_index
+    cells = -(-size // config.CELL)
+    cell_max = config.new(bank, batch, cells)
+    cut = config.cut(key, bank, sums=False)
+    mine_kernel[cut.grid](
+        key, bank, cut.descriptor, count, exclude.ids, exclude.bank_ids, cell_max,
+        batch, size, dim, cells, cut.splits, **cut.options,
+    )  # fmt: skip
+    length = config.listed(exclude)
+    chosen = config.power_of_2(k + length, 2)
+    select_kernel[(batch,)](
+        key, bank, count, exclude.slots, exclude.ids, exclude.bank_ids, cell_max,
+        topk_sim, topk_index, size, dim, cells, k, length,
+        KP=chosen, DBLOCK=min(config.power_of_2(dim, 16), 64), CHUNK=max(1024, chosen),
+        GROUP=max(4, config.power_of_2(k, 2) // config.CELL), num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return topk_sim, topk_index
