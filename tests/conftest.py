@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from psm_kernels import backends
-from psm_kernels.memory_bank import unit_rows
+from psm_kernels.backends import registry
+from psm_kernels.rows import unit_rows
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import problem
 
-from psm_kernels import backends
-from psm_kernels.memory_bank import MemoryBank
+from psm_kernels.backends import registry
+from psm_kernels import MemoryBank
 from psm_kernels.ops import cpp, cuda
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import problem
 
-from psm_kernels import backends
+from psm_kernels.backends import registry
 from psm_kernels.functional import psm_loss
 from psm_kernels.ops import bank_pass
 

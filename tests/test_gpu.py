@@ -9,7 +9,8 @@ import torch
 from conftest import problem
 
 import psm_kernels
-from psm_kernels import backends, functional
+from psm_kernels import functional
+from psm_kernels.backends import registry
 
 pytestmark = [
     pytest.mark.gpu,

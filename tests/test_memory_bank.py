@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psm_kernels import MemoryBank, PSMLoss
-from psm_kernels.memory_bank import unit_rows
+from psm_kernels.rows import unit_rows
 from psm_kernels.ops import reference
 
 

@@ -15,7 +15,7 @@ from psm_kernels.functional import (
     sscl_loss,
     unremix_loss,
 )
-from psm_kernels.ops.affine import row_ranges, weighted_pass
+from psm_kernels.weighted import row_ranges, weighted_pass
 
 LOSSES = {
     "info_nce": (InfoNCELoss, info_nce_loss, {}),

@@ -9,7 +9,7 @@ import torch
 from conftest import problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from psm_kernels import backends
+from psm_kernels.backends import registry
 from psm_kernels.ops import BankPass, bank_pass, bank_topk
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]

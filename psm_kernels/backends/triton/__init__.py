@@ -14,7 +14,7 @@ from torch import Tensor
 
 from psm_kernels.backends.base import NOTHING, Backend, BankPass, Exclude
 from psm_kernels.backends.triton import config
-from psm_kernels.options import PassOptions, PSMOptions, pass_of
+from psm_kernels.options import PassOptions, PSMOptions
 from psm_kernels.rows import unit_rows, unit_rows_and_norms
 
 MAX_SLOTS = 2**31 - 128  # slots are counted in 32 bits, with a tile to spare
@@ -111,7 +111,7 @@ class Triton(Backend):
         s_pos = (unit * key).sum(1)
         result = self.bank_pass(
             unit.to(bank.dtype), key.to(bank.dtype) if options.topk else None, bank, count, s_pos,
-            pass_of(options, row_offset), exclude, rng_state,
+            options.mining_pass(row_offset), exclude, rng_state,
         )  # fmt: skip
         with config.device_of(bank):
             return loss_and_gradient(unit, norms, key, bank, s_pos, result, options)
