@@ -152,8 +152,7 @@ def sum_kernel(
     shift = (col_offset % 16).to(tl.int32)
     size = tl.minimum(tl.load(count), K).to(tl.int32)
     tiles = tl.where(size > 0, tl.cdiv(size + shift, BN), 0)
-    begin, last = tiles_of_split(tiles, split, splits, 1)
-    first = begin
+    first, last = tiles_of_split(tiles, split, splits, 1)
     state = _nothing(BM, DPAD)
     if FAST:
         full = tl.where(first * BN < shift, first, (size + shift) // BN)  # tiles [first, full)
@@ -179,7 +178,7 @@ def sum_kernel(
         sound = ((row_squares > TINY) & (row_squares < HUGE)) | (not any_kept)
         state = tl.where(any_kept, 0.0, top), total, squares, kept, mean
         if tl.min((sound | (not row_valid)).to(tl.int32)) == 0:
-            first = begin
+            first, _ = tiles_of_split(tiles, split, splits, 1)
             state = _nothing(BM, DPAD)
     top, total, squares, kept, mean = _scan(
         state, q, query, rows, row_valid, bank, bank_tiles, hidden, rule, noise,

@@ -31,7 +31,8 @@ def per_row(x, rows, row_valid):
     """The rows' entries of x (B,), or None as x."""
     if x is None:
         return None
-    return tl.load(x + rows, mask=row_valid, other=0)
+    else:  # Triton reads on behind a return
+        return tl.load(x + rows, mask=row_valid, other=0)
 
 
 @triton.jit
@@ -39,8 +40,9 @@ def whole_rows(x, rows, row_valid, D, DPAD: tl.constexpr, DBLOCK: tl.constexpr):
     """Rows (BM, DPAD) of x, or 0 where `products` loads them in blocks of columns."""
     if DBLOCK != DPAD:
         return 0.0
-    d = tl.arange(0, DPAD)[None, :]
-    return tl.load(x + rows[:, None] * D + d, mask=row_valid[:, None] & (d < D), other=0.0)
+    else:
+        d = tl.arange(0, DPAD)[None, :]
+        return tl.load(x + rows[:, None] * D + d, mask=row_valid[:, None] & (d < D), other=0.0)
 
 
 @triton.jit
@@ -137,7 +139,8 @@ def lists_of(slots, rows, B, length):
     """Addresses (BM,) of the rows' lists; rows behind the last read its list."""
     if slots is None:
         return None
-    return slots + tl.minimum(rows, B - 1) * length
+    else:
+        return slots + tl.minimum(rows, B - 1) * length
 
 
 @triton.jit
