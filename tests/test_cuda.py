@@ -10,9 +10,7 @@ import torch
 from conftest import problem
 from test_cuda_host import LOW, MEAN_ATOL, arguments, assert_agree, hidden, widened
 
-from psm_kernels import functional, noise
-from psm_kernels.backends import registry
-from psm_kernels import MemoryBank
+from psm_kernels import MemoryBank, functional, noise
 from psm_kernels.ops import NOTHING, BankPass, Exclude, bank_pass, cuda, reference
 from psm_kernels.weighted import weighted_pass
 

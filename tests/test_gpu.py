@@ -27,7 +27,7 @@ LOSSES = {
 }
 
 
-@pytest.fixture(params=[name for name, row in backends.TABLE.items() if name != "cpp"])
+@pytest.fixture(params=[name for name, row in registry.TABLE.items() if name != "cpp"])
 def backend(request) -> str:
     reason = backends.load(request.param)
     if isinstance(reason, str):

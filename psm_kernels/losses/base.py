@@ -303,9 +303,10 @@ class BankLoss(HeldState):
         labels: Tensor | None,
         ids: Tensor | None,
         update: bool | None,
-        **more: Any,
+        more: dict[str, Any] | None = None,
     ) -> Any:
         """What `function` gives with `more` arguments; then the noise and the bank move on."""
+        more = more or {}
         if self.memory_bank is not None or self._samples:  # what moves on cannot be run again
             refuse_recompute(self.rng_state)
         if update and self.memory_bank is None:

@@ -285,7 +285,7 @@ class PSMLoss(BankLoss):
             more["labels"] = labels
         bank = self.memory_bank
         written = bank.count.float()  # before the keys of this call
-        result = self._step(query, key, labels, ids, update, **more)
+        result = self._step(query, key, labels, ids, update, more)
         if return_stats:
             _, world = rank_and_world(self.process_group) if self.collective else (0, 1)
             more = {"bank_fill": written / bank.size, "bank_age": written / (world * len(key))}
