@@ -243,9 +243,7 @@ PROVIDERS = {
         refuse_compiled,
         functools.partial(make_eager, wrap=functools.partial(torch.compile, dynamic=False)),
     ),
-    "slab": Provider(
-        "slabs of 32 MB, fused pointwise", refuse_slab, functools.partial(make_on, backend="slab")
-    ),
+    "slab": Provider(Slab.what, refuse_slab, functools.partial(make_on, backend=Slab())),
     "matmul": Provider("one query @ bank.T, nothing else", refuse_product, make_product, False),
     "lightly": Provider("NTXentLoss with a bank", peer("lightly", "info_nce"), make_lightly),
     "metric-learning": Provider(
