@@ -29,10 +29,16 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, UnReMixLoss
-from psm_kernels.distributed import average, rank_and_world
+from psm_kernels import (
+    HCLLoss,
+    InfoNCELoss,
+    PSMLoss,
+    SSCLLoss,
+    UnReMixLoss,
+    rank_gradient_stats,
+)
+from psm_kernels.bank.collectives import average, rank_and_world
 from psm_kernels.evaluate import compare, encode, knn_accuracy
-from psm_kernels.stats import rank_gradient_stats
 from psm_kernels.training import plots
 from psm_kernels.training.batch_norm import set_batch_norm
 from psm_kernels.training.checkpoint import full_state_dict, load_checkpoint, save_checkpoint

@@ -1,8 +1,8 @@
 """Contrastive losses with memory banks, never a B x K matrix."""
 
+from psm_kernels.bank import MemoryBank
 from psm_kernels.losses import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, UnReMixLoss
-from psm_kernels.memory_bank import MemoryBank
-from psm_kernels.stats import MiningStats, PSMOutput, rank_gradient_stats
+from psm_kernels.losses.stats import MiningStats, PSMOutput, rank_gradient_stats
 
 __version__ = "0.1.0"
 __all__ = [

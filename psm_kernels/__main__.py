@@ -2,7 +2,8 @@
 
 import torch
 
-from psm_kernels import __version__, backends
+from psm_kernels import __version__
+from psm_kernels.backends import registry
 
 print(f"psm_kernels {__version__}, torch {torch.__version__}")
-print(backends.describe())
+print(registry.describe())

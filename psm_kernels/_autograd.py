@@ -1,4 +1,4 @@
-"""What the fused passes cannot do for autograd and its kin, as errors instead of wrong numbers."""
+"""The one backward of the fused passes, and what they cannot do, as errors, not wrong numbers."""
 
 from __future__ import annotations
 
@@ -26,6 +26,42 @@ _AGAIN = (
     "the loss was run again inside backward, as activation checkpointing does: it would see the "
     "next noise and a bank that holds this batch already; leave it out of the checkpointed part"
 )
+
+
+def with_gradient(rows: Tensor, slope: Tensor, query: Tensor, temperature: float = 1.0) -> Tensor:
+    """rows (B,) as a function of `query`, whose gradient slope / temperature came with them."""
+    if not (query.requires_grad and torch.is_grad_enabled()):
+        return rows
+    return _Rows.apply(query, rows, slope, temperature)
+
+
+class _Rows(torch.autograd.Function):
+    """Eager path: the dispatcher of a registered op costs more than a small pass."""
+
+    @staticmethod
+    def forward(ctx, query, rows, slope, temperature):
+        remember(ctx, query, slope, temperature, inputs=4)
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad_rows):
+        return backward(ctx, grad_rows)
+
+
+def remember(ctx, query: Tensor, slope: Tensor, temperature: float, *, inputs: int) -> None:
+    """What `backward` needs: of an eager Function, and of an operator that torch registers."""
+    ctx.save_for_backward(slope)
+    ctx.query, ctx.temperature = query, temperature  # its values are not needed: not saved
+    ctx.inputs = inputs
+
+
+def backward(ctx, grad_rows: Tensor, *unused) -> tuple[Tensor | None, ...]:
+    """The gradient by `query`, the first of the inputs; multiplied in fp32 before any cast."""
+    slope = once(*ctx.saved_tensors, ctx.query)
+    gradient = grad_rows[:, None] * slope
+    if ctx.temperature != 1:
+        gradient = gradient / ctx.temperature
+    return gradient.to(ctx.query.dtype), *[None] * (ctx.inputs - 1)
 
 
 def once(gradient: Tensor, query: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from psm_kernels import checks
-from psm_kernels.distributed import rank_and_world
+from psm_kernels.bank.collectives import rank_and_world
 from psm_kernels.losses import BankLoss, InfoNCELoss, PSMLoss
 
 

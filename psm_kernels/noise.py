@@ -7,6 +7,8 @@ owns, so that a GPU kernel wastes no output and moves none between threads.
 
 from __future__ import annotations
 
+import enum
+
 import torch
 from torch import Tensor
 
@@ -87,7 +89,7 @@ def keep_weight(
 ) -> Tensor:
     """Weight of each negative under `selection`; `words` serve "bernoulli" alone.
 
-    A Bernoulli draw keeps where word < floor(p 2^32), with p in fp32 so that the scaling is exact.
+    Bernoulli keeps where word < floor(p 2^32), with p in fp32 so that the scaling is exact.
     """
     if selection == "all":
         return torch.ones_like(similarity)
@@ -97,6 +99,17 @@ def keep_weight(
     return (words < (p.float().double() * 2.0**32).long()).to(similarity.dtype)
 
 
-def tagged(rng_state: Tensor, tag: int) -> Tensor:
-    """A stream of its own for draws beside the pass's: `tag` added to the offset's high half."""
-    return torch.stack((rng_state[0], rng_state[1] + (tag << 32)))
+class Stream(enum.IntEnum):
+    """Noise of its own for what samples beside a pass over a bank."""
+
+    PASS = 0
+    SOFT = 1  # PSM's negatives="neighbors": the soft term, the hard term
+    HARD = 2
+    MIX = 3  # SSCL's synthetic negatives
+
+
+def stream_state(rng_state: Tensor, stream: Stream) -> Tensor:
+    """The state of a stream: its number added to the offset's high half."""
+    if stream is Stream.PASS:
+        return rng_state
+    return torch.stack((rng_state[0], rng_state[1] + (int(stream) << 32)))

@@ -6,10 +6,9 @@ of the same names in csrc/args.h are what crosses into compiled code.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import TypeVar
 
 from psm_kernels import checks
@@ -55,6 +54,13 @@ class LossOptions:
         checks.check_number("temperature", self.temperature, above=0)
         checks.check_option("reduction", self.reduction, REDUCTIONS)
 
+    @classmethod
+    def of(cls, options: LossOptions | None, settings: dict) -> LossOptions:
+        """`options`, or else the defaults, with `settings` in the place of their own."""
+        if options is None:
+            return cls(**settings)
+        return replace(options, **settings) if settings else options
+
     def check_size(self, size: int) -> None:
         """Raise the ValueError of a setting that does not fit a bank of `size` rows."""
 
@@ -86,9 +92,16 @@ class PSMOptions(LossOptions):
     def check_size(self, size: int) -> None:
         checks.check_int("topk", self.topk, 0, size, "the bank's rows")
 
+    def mining_pass(self, row_offset: int = 0) -> PassOptions:
+        """What is mined is not summed."""
+        return PassOptions(
+            self.temperature, self.selection, self.a, self.b, self.topk,
+            exclude_mined=True, row_offset=row_offset,
+        )  # fmt: skip
+
 
 def takes(options: type) -> Callable[[F], F]:
-    """For a function whose `**settings` are the fields of `options`: shows them in its signature."""
+    """For a function whose **settings are the fields of `options`: its signature shows them."""
 
     def show(function: F) -> F:
         function.__signature__ = with_fields(inspect.signature(function), options)
@@ -101,19 +114,14 @@ def with_fields(signature: inspect.Signature, options: type) -> inspect.Signatur
     """`signature` with the fields of `options` in the place of its **settings."""
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     taken = {p.name for p in named}
-    kind = inspect.Parameter.KEYWORD_ONLY
     own = [
-        inspect.Parameter(f.name, kind, default=f.default, annotation=f.type)
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if f.default is MISSING else f.default,
+            annotation=f.type,
+        )
         for f in fields(options)
         if f.name not in taken
     ]
     return signature.replace(parameters=[*named, *own])
-
-
-@functools.lru_cache(maxsize=256)
-def pass_of(options: PSMOptions, row_offset: int) -> PassOptions:
-    """The pass of a PSM step: what it mines is not summed."""
-    return PassOptions(
-        options.temperature, options.selection, options.a, options.b, options.topk,
-        exclude_mined=True, row_offset=row_offset,
-    )  # fmt: skip

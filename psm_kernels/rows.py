@@ -1,9 +1,14 @@
-"""Unit rows, in fp32 or better whatever comes in."""
+"""Unit rows, and the one rule of fp32 and fp64."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Of sums, norms and losses over x: fp32, or fp64 where x is."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def unit_rows(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from psm_kernels import backends
-from psm_kernels.memory_bank import unit_rows
+from psm_kernels.backends import registry
+from psm_kernels.rows import unit_rows
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +51,13 @@ def golden(request) -> Golden:
 
 def _able(name: str) -> bool:
     try:
-        backends.choose(name, torch.zeros(1, 8))
+        registry.choose(name, torch.zeros(1, 8))
     except ValueError:
         return False
     return True
 
 
-@pytest.fixture(params=[name for name in backends.TABLE if _able(name)])
+@pytest.fixture(params=[name for name in registry.TABLE if _able(name)])
 def backend(request) -> str:
     return request.param
 

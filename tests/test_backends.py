@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import problem
 
-from psm_kernels import backends
-from psm_kernels.memory_bank import MemoryBank
+from psm_kernels import MemoryBank
+from psm_kernels.backends import registry
 from psm_kernels.ops import cpp, cuda
 
 
@@ -16,9 +16,9 @@ def test_the_command_prints_the_table_and_what_auto_picks():
     run = subprocess.run(
         [sys.executable, "-m", "psm_kernels"], capture_output=True, text=True, check=True
     )
-    for name in backends.TABLE:
+    for name in registry.TABLE:
         assert name in run.stdout
-    picked = backends.choose("auto", torch.ones(2, 8)).__name__.rpartition(".")[2]
+    picked = registry.choose("auto", torch.ones(2, 8)).__name__.rpartition(".")[2]
     assert f"auto on cpu: {picked}" in run.stdout
     if cuda.built_for():
         assert f"CUDA kernels compiled for sm_{cuda.built_for()}\n" in run.stdout
@@ -27,21 +27,21 @@ def test_the_command_prints_the_table_and_what_auto_picks():
 def test_bank_topk_takes_what_bank_pass_does_not(monkeypatch):
     module = ModuleType("psm_kernels.ops.cuda")
     monkeypatch.setattr(backends, "load", lambda name: module)
-    backends._choose.cache_clear()
+    registry._choose.cache_clear()
     bank = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(9, 300))
-    assert backends.choose("cuda", bank, topk_only=True) is module
+    assert registry.choose("cuda", bank, topk_only=True) is module
     with pytest.raises(ValueError, match=r"at most 256 columns, not 300; these can: triton, ref"):
-        backends.choose("cuda", bank)
-    backends._choose.cache_clear()
+        registry.choose("cuda", bank)
+    registry._choose.cache_clear()
 
 
 def test_a_gpu_does_not_make_triton_take_host_memory(monkeypatch):
     module = SimpleNamespace(interpreted=lambda: False)  # as loaded where there is a GPU
     monkeypatch.setattr(backends, "load", lambda name: module)
-    backends._choose.cache_clear()
+    registry._choose.cache_clear()
     with pytest.raises(ValueError, match=r"TRITON_INTERPRET=1; these can: cpp, reference"):
-        backends.choose("triton", torch.ones(2, 8))
-    backends._choose.cache_clear()
+        registry.choose("triton", torch.ones(2, 8))
+    registry._choose.cache_clear()
 
 
 # --- the cuda backend without a GPU --------------------------------------------------------------
@@ -66,7 +66,7 @@ needs_kernels = pytest.mark.skipif(cuda.built_for() is None, reason="built witho
 def test_the_table_has_the_limits_of_the_kernels():
     from psm_kernels import _C
 
-    row = backends.TABLE["cuda"]
+    row = registry.TABLE["cuda"]
     assert (row.max_dim, row.max_topk_dim) == (_C.cuda.max_dim, _C.cuda.max_topk_dim)
     assert _C.cuda.max_finish_topk == cuda.MAX_FINISH_TOPK
 

@@ -10,7 +10,7 @@ from torch import nn
 from psm_kernels import InfoNCELoss, PSMLoss
 from psm_kernels.compat import CrossBatchPSM, NTXentLoss, from_moco
 from psm_kernels.functional import info_nce_loss
-from psm_kernels.memory_bank import unit_rows
+from psm_kernels.rows import unit_rows
 
 BATCH, SIZE, DIM = 8, 24, 16
 

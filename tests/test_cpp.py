@@ -15,9 +15,9 @@ from conftest import problem
 from test_ops import LOW, MEAN_ATOL, assert_agree, run, truth
 
 from psm_kernels import __version__
-from psm_kernels.memory_bank import unit_rows
 from psm_kernels.ops import bank_topk, cpp, excluded
-from psm_kernels.ops.affine import row_ranges, weighted_pass
+from psm_kernels.rows import unit_rows
+from psm_kernels.weighted import row_ranges, weighted_pass
 
 if cpp.unavailable() is not None:
     pytest.skip(f"cpp: {cpp.unavailable()}", allow_module_level=True)

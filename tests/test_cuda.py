@@ -10,10 +10,9 @@ import torch
 from conftest import problem
 from test_cuda_host import LOW, MEAN_ATOL, arguments, assert_agree, hidden, widened
 
-from psm_kernels import backends, functional, noise
-from psm_kernels.memory_bank import MemoryBank
+from psm_kernels import MemoryBank, functional, noise
 from psm_kernels.ops import NOTHING, BankPass, Exclude, bank_pass, cuda, reference
-from psm_kernels.ops.affine import weighted_pass
+from psm_kernels.weighted import weighted_pass
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,10 +16,9 @@ import torch
 from conftest import problem
 from ptx import machine, runtime, text
 
-from psm_kernels import functional, noise
-from psm_kernels.memory_bank import MemoryBank
+from psm_kernels import MemoryBank, functional, noise
 from psm_kernels.ops import EMPTY, NOTHING, BankPass, Exclude, bank_pass, cuda, reference
-from psm_kernels.ops.affine import weighted_pass
+from psm_kernels.weighted import weighted_pass
 
 pytestmark = pytest.mark.skipif(
     runtime.unavailable() is not None, reason=str(runtime.unavailable())

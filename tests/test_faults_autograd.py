@@ -8,9 +8,11 @@ from formulas import expected_unremix
 from torch.autograd import forward_ad, gradgradcheck
 
 from psm_kernels import InfoNCELoss, MemoryBank, PSMLoss, SSCLLoss, functional, ops
-from psm_kernels.distributed import Shard, bank_pass
-from psm_kernels.ops import affine, reference
+from psm_kernels.backends import registry
+from psm_kernels.bank import Shard
+from psm_kernels.ops import bank_pass
 from psm_kernels.training.checkpoint import full_state_dict
+from psm_kernels.weighted import row_ranges, weighted_pass
 
 BANK_LOSSES = ("psm", "info_nce", "hcl", "sscl", "unremix")
 
@@ -126,7 +128,7 @@ def fused(request, backend, monkeypatch):
     if request.param == "emulated":
         if backend != "reference":
             pytest.skip("has the gradient of its own")
-        monkeypatch.setattr(reference, "DIFFERENTIABLE", False)
+        monkeypatch.setattr(registry.TABLE["reference"], "differentiable", False)
     return backend
 
 
@@ -178,7 +180,7 @@ def test_operators_refuse_the_second_derivative(fused):
     )
     rows = dict.fromkeys(("alpha", "beta", "gamma", "top", "cap"), torch.ones(4))
     settings = {"temperature": 0.3, "rho": torch.ones(24), "backend": fused}
-    refused(affine.weighted_pass(query, bank, 20, **rows, **settings).log_sum, query)
+    refused(weighted_pass(query, bank, 20, **rows, **settings).log_sum, query)
 
 
 def test_registered_operators_refuse_the_second_derivative():
@@ -278,7 +280,7 @@ def calls(backend):
     functions["key"] = lambda k: functional.psm_loss(
         query, k, bank, rng_state=state, backend=backend
     )
-    functions["row_ranges"] = lambda q: affine.row_ranges(
+    functions["row_ranges"] = lambda q: row_ranges(
         q, bank, None, temperature=0.3, backend=backend
     ).rest.sum()
     return query, functions

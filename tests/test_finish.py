@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import problem
 
-from psm_kernels import backends
+from psm_kernels.backends import registry
 from psm_kernels.functional import psm_loss
 from psm_kernels.ops import bank_pass
 
@@ -15,9 +15,9 @@ def _places() -> list:
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         marks = [pytest.mark.gpu] * (device == "cuda")
         bank = torch.zeros(1, 8, device=device)
-        for name in backends.TABLE:
+        for name in registry.TABLE:
             try:
-                module = backends.choose(name, bank)
+                module = registry.choose(name, bank)
             except ValueError:
                 continue
             if hasattr(module, "psm_finish"):
@@ -95,7 +95,7 @@ def test_statistics(place, selection):
     draw |= {"rng_state": torch.tensor([11, 5], device=device), "topk": 5, "backend": name}
     weighting = {"soft_weights": "uniform", "weight_temperature": 0.3, "hard_weight": 0.7}
     swept = bank_pass(query, key, bank, None, s_pos, exclude_mined=True, **draw)
-    finish = backends.choose(name, bank).psm_finish
+    finish = registry.choose(name, bank).psm_finish
     loss, _, (kept, mean, var) = finish(
         query, key, bank, s_pos, swept, temperature=0.2, **weighting
     )
@@ -161,7 +161,7 @@ def test_more_mined_rows_than_the_finish_takes(place, monkeypatch):
     settings = {"topk": 5, "selection": "all", "backend": name}
     query.requires_grad_()
     want = psm_loss(query, key, bank, reduction="none", **settings)
-    monkeypatch.setattr(backends.choose(name, bank), "MAX_FINISH_TOPK", 4)
+    monkeypatch.setattr(registry.choose(name, bank), "MAX_FINISH_TOPK", 4)
     got = psm_loss(query, key, bank, reduction="none", **settings)
     assert type(got.grad_fn).__name__ != type(want.grad_fn).__name__ == "_PSMRowsBackward"
     torch.testing.assert_close(got, want)

@@ -9,7 +9,8 @@ import torch
 from conftest import problem
 
 import psm_kernels
-from psm_kernels import backends, functional
+from psm_kernels import functional
+from psm_kernels.backends import registry
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +27,7 @@ LOSSES = {
 }
 
 
-@pytest.fixture(params=[name for name, row in backends.TABLE.items() if name != "cpp"])
+@pytest.fixture(params=[name for name, row in registry.TABLE.items() if name != "cpp"])
 def backend(request) -> str:
     reason = backends.load(request.param)
     if isinstance(reason, str):

@@ -15,8 +15,8 @@ from psm_kernels import (
     UnReMixLoss,
     functional,
 )
-from psm_kernels.memory_bank import unit_rows
 from psm_kernels.ops import bank_pass, bank_topk
+from psm_kernels.rows import unit_rows
 
 LOSSES = {
     "psm": (PSMLoss, {"topk": 3}),

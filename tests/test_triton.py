@@ -17,7 +17,7 @@ import torch
 
 from psm_kernels import ops
 from psm_kernels.ops import triton as backend
-from psm_kernels.ops.affine import weighted_pass
+from psm_kernels.weighted import weighted_pass
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -12,7 +12,7 @@ from test_cuda_host import MEAN_ATOL, OFFSET, SEED, arguments, assert_agree, wid
 from psm_kernels import functional
 from psm_kernels.ops import BankPass, Exclude, bank_pass, reference
 from psm_kernels.ops import triton as backend
-from psm_kernels.ops.affine import weighted_pass
+from psm_kernels.weighted import weighted_pass
 
 if importlib.util.find_spec("triton") is None or backend.interpreted():
     pytest.skip("needs Triton, and not its interpreter", allow_module_level=True)

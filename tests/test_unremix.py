@@ -8,7 +8,7 @@ from conftest import problem
 from formulas import assert_same, data, each_form, expected_unremix
 
 from psm_kernels.functional import info_nce_loss, unremix_loss
-from psm_kernels.ops.affine import row_ranges, weighted_pass
+from psm_kernels.weighted import row_ranges, weighted_pass
 
 
 @each_form

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from psm_kernels.options import PassOptions, PSMOptions
+from psm_kernels.rows import wide
 
+_SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cache
 EMPTY = -2  # in `bank_ids`: the slot holds nothing, no row sees it
 
 
@@ -68,6 +70,10 @@ class Backend:
     def unavailable(self) -> str | None:
         """One line that says why it cannot run on this machine."""
         return None
+
+    def notes(self) -> list[str]:
+        """Further lines of `python -m psm_kernels`."""
+        return []
 
     def supports(
         self, device: str, dtype: torch.dtype, dim: int, topk: int = 0, *, sums: bool = True
@@ -154,8 +160,31 @@ class Backend:
         rho: Tensor,  # (K,)
         exclude: Exclude = NOTHING,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `psm_kernels.ops.weighted_pass`. This default runs slabs of the bank in torch."""
-        raise NotImplementedError
+        """See `psm_kernels.weighted.weighted_pass`. This one runs slabs of the bank in plain torch,
+        never a (B, K) matrix."""
+        alpha, beta, gamma, top, cap = affine[:, :, None]
+        total, weight = rho.new_zeros(len(query)), rho.new_zeros(len(query))
+        mean = rho.new_zeros(query.shape)
+        step = max(1, _SLAB // len(query))
+        for start in range(0, len(bank), step):
+            rows = bank[start : start + step].to(rho.dtype)
+            slots = torch.arange(start, start + len(rows), device=bank.device)
+            rows = torch.where((slots < count)[:, None], rows, 0.0)
+            seen = exclude.seen(slots, count)  # (B, S) or (1, S)
+            similarity = query.to(rho.dtype) @ rows.T  # (B, S)
+            # What is not seen may be nearer than the top: its exponential would be infinite.
+            pull = torch.exp(torch.where(seen, similarity - top, -torch.inf) / temperature)
+            line = alpha + beta * similarity.detach() + rho[start : start + step]
+            w = (line + gamma * torch.minimum(pull.detach(), cap)).clamp_min(0)
+            w = torch.where(seen, w, 0.0)
+            weight += w.sum(1)
+            w = w * pull
+            total = total + w.sum(1)
+            mean.addmm_(w.detach(), rows)
+        none = total == 0
+        some = torch.where(none, 1.0, total)
+        log_sum = top[:, 0] / temperature + torch.where(none, -torch.inf, some.log())
+        return log_sum, mean / some.detach()[:, None], weight
 
     def row_ranges(
         self,
@@ -165,7 +194,8 @@ class Backend:
         temperature: float,
         exclude: Exclude = NOTHING,
     ) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp and lowest similarity (B,) of what each row sees; `psm_kernels.ops`."""
+        """Log-sum-exp and lowest similarity (B,) of what each row sees: its negative mines it."""
+        s_pos = query.new_zeros(len(query), dtype=wide(query))
         options = PassOptions(temperature, topk=1)
-        found = self.bank_pass(query, -query, bank, count, query.new_zeros(len(query)), options, exclude)
+        found = self.bank_pass(query, -query, bank, count, s_pos, options, exclude)
         return found.neg_lse, -found.topk_sim[:, 0]

@@ -1,34 +1,27 @@
-"""What every loss shares: the bank, the noise state, settings that may change, when to enqueue."""
+"""What every loss module shares: the bank, the noise state, settings that may change, when to
+enqueue."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypedDict
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from psm_kernels import checks
-from psm_kernels import backends, functional
 from psm_kernels._autograd import refuse_recompute
-from psm_kernels.distributed import ShardedBank, agree, gather, rank_and_world
-from psm_kernels.memory_bank import MemoryBank
-from psm_kernels.ops import check_backend
-from psm_kernels.state import HeldState
+from psm_kernels.backends import registry
+from psm_kernels.bank import BankView, MemoryBank, ShardedBank
+from psm_kernels.bank.collectives import agree, gather, rank_and_world
+from psm_kernels.bank.state import HeldState
+from psm_kernels.losses.common import check_pair
+from psm_kernels.options import LossOptions, with_fields
 
-
-class SharedOptions(TypedDict, total=False):
-    """What every loss takes by keyword, as in `PSMLoss`."""
-
-    reduction: str
-    bank_dtype: torch.dtype
-    indexed_bank: bool
-    gather_distributed: bool
-    shard_bank: bool
-    process_group: dist.ProcessGroup | None
-    seed: int
-    backend: str
+_OWN: Any = object()  # the method's own default
 
 
 class BankLoss(HeldState):
@@ -40,19 +33,36 @@ class BankLoss(HeldState):
     gradient, `memory_bank` is None and nothing is enqueued.
     """
 
+    # A method names these. `function(query, key, bank: BankView | None, *, ids, options)`.
+    Options: type[LossOptions] = LossOptions
+    function: Callable[..., Any]
+    memory_bank_size: tuple[int, int] | int = 0  # the default
     _has_in_batch_form = True
+    _can_shard = True
+    _samples = False  # `function` takes rng_state and row_offset as well
+
     _fixed = (
         *("memory_bank_size", "bank_dtype", "indexed_bank"),
         *("gather_distributed", "shard_bank", "process_group"),
     )
 
+    def __init_subclass__(cls, **more):
+        super().__init_subclass__(**more)
+        own = {"temperature": cls.Options().temperature, "memory_bank_size": cls.memory_bank_size}
+        takes = inspect.signature(cls.__init__).parameters
+        if cls.__init__ is not BankLoss.__init__:  # whose **settings go on to it
+            shared = inspect.signature(BankLoss.__init__).parameters.items()
+            takes = takes | {n: p for n, p in shared if p.kind is p.KEYWORD_ONLY and n not in takes}
+        takes = [p.replace(default=own[n]) if p.default is _OWN else p for n, p in takes.items()]
+        last = [p for p in takes if p.kind is p.VAR_KEYWORD]
+        takes = [p for p in takes[1:] if p.kind is not p.VAR_KEYWORD] + last
+        cls.__signature__ = with_fields(inspect.Signature(takes), cls.Options)
+
     def __init__(
         self,
-        temperature: float,
-        memory_bank_size: tuple[int, int] | int,
-        settings: dict[str, Any],
+        temperature: float = _OWN,
+        memory_bank_size: tuple[int, int] | int = _OWN,
         *,
-        reduction: str = "mean",
         bank_dtype: torch.dtype = torch.float32,
         indexed_bank: bool = False,
         gather_distributed: bool = False,
@@ -60,67 +70,74 @@ class BankLoss(HeldState):
         process_group: dist.ProcessGroup | None = None,
         seed: int = 0,
         backend: str = "auto",
+        **settings,
     ):
         super().__init__()
+        if temperature is not _OWN:
+            settings["temperature"] = temperature
+        if memory_bank_size is _OWN:
+            memory_bank_size = self.memory_bank_size
         self.process_group, self.collective = process_group, gather_distributed or shard_bank
         if self.collective:
             rank_and_world(process_group)  # refuses a group that this rank is not in
-        options = {"dtype": bank_dtype, "indexed": indexed_bank}
-        self.memory_bank = self._make_bank(memory_bank_size, shard_bank, options)
-        self._settings = tuple(settings)
-        shared = {"temperature": temperature, "reduction": reduction}
-        self._check(seed=seed, backend=backend, **shared, **settings)
-        for name, value in {"seed": seed, "backend": backend, **shared, **settings}.items():
-            super().__setattr__(name, value)
-        self._draws = 0  # calls that took noise since the state was set: equal on all ranks
+        kind = {"dtype": bank_dtype, "indexed": indexed_bank}
+        self.memory_bank = self._make_bank(memory_bank_size, shard_bank, kind)
+        self.options = self.Options(**settings)
+        self.seed, self.backend = seed, backend
+        for name in ("options", "seed", "backend"):
+            self._check(name, getattr(self, name))
+        self._calls = 0  # that took noise since the state was set: equal on all ranks
         self.hold("rng_state", torch.tensor([seed, 0]))
         self._register_load_state_dict_pre_hook(self._before_load)
 
     # --- settings ---
 
-    def _check_settings(self, **settings: Any) -> None:
-        """Raise the ValueError of the first wrong setting of the method."""
-        raise NotImplementedError
-
-    def _check(self, *, seed: int, backend: str, **settings: Any) -> None:
-        checks.check_int("seed", seed, -(2**63), 2**63 - 1)
-        backends.require(backend)
-        self._check_settings(**settings)
+    def _check(self, name: str, value: Any) -> None:
+        """Raise the ValueError of a wrong value of what may change."""
+        if name == "seed":
+            checks.check_int("seed", value, -(2**63), 2**63 - 1)
+        elif name == "backend":
+            registry.require(value)
+        elif not isinstance(value, self.Options):
+            raise ValueError(f"options: got {value!r}, wanted {self.Options.__name__}")
+        elif self.memory_bank is not None:
+            value.check_size(self.memory_bank.size)
 
     @property
     def settings(self) -> dict[str, Any]:
         """By name, the method's own."""
-        return {name: getattr(self, name) for name in self._settings}
+        shared = {f.name for f in fields(LossOptions)}
+        return {n: value for n, value in vars(self.options).items() if n not in shared}
 
-    def _call(self) -> dict[str, Any]:
-        """By name, what the functional twin is called with."""
-        names = ("temperature", "reduction", "backend", *self._settings)
-        return {name: getattr(self, name) for name in names}
+    def __getattr__(self, name: str) -> Any:
+        if name != "options" and name in self.Options.__dataclass_fields__:
+            return getattr(self.options, name)
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "rng_state" not in self.__dict__:  # not made yet
             return super().__setattr__(name, value)
         if name in self._fixed:
             raise ValueError(f"{name}: got {value!r} for a loss that exists, wanted a new loss")
-        now = self._call() | {"seed": self.seed}
-        if name in now:
-            self._check(**now | {name: value})
+        if name in self.Options.__dataclass_fields__:
+            name, value = "options", replace(self.options, **{name: value})
+        if name in ("options", "seed", "backend"):
+            self._check(name, value)
         super().__setattr__(name, value)
         if name == "seed":
             self.reset_noise()
 
     def extra_repr(self) -> str:
-        words = {name: value for name, value in self._call().items() if name != "backend"}
-        return ", ".join(f"{name}={value!r}" for name, value in words.items())
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
 
     # --- state ---
 
     def _make_bank(
-        self, memory_bank_size: tuple[int, int] | int, shard_bank: bool, options: dict[str, Any]
+        self, memory_bank_size: tuple[int, int] | int, shard_bank: bool, kind: dict[str, Any]
     ) -> MemoryBank | None:
         none = not isinstance(memory_bank_size, Sequence) and memory_bank_size == 0
         if none and self._has_in_batch_form:
-            if self.collective or options["indexed"]:
+            if self.collective or kind["indexed"]:
                 raise ValueError(
                     "memory_bank_size: got 0 with gather_distributed, shard_bank or indexed_bank, "
                     "wanted (rows, columns): negatives within the batch are this rank's own"
@@ -135,19 +152,21 @@ class BankLoss(HeldState):
         size, dim = map(checks.as_int, memory_bank_size)
         checks.check_int("memory_bank_size[0]", size, 1)
         checks.check_int("memory_bank_size[1]", dim, 1)
+        if shard_bank and not self._can_shard:
+            raise ValueError(f"shard_bank: got True, which {type(self).__name__} does not have")
         if shard_bank:
-            return ShardedBank(size, dim, process_group=self.process_group, **options)
-        return MemoryBank(size, dim, **options)
+            return ShardedBank(size, dim, process_group=self.process_group, **kind)
+        return MemoryBank(size, dim, **kind)
 
     @torch.no_grad()
     def reset_noise(self) -> None:
         """The noise of a new loss: state [seed, 0]."""
-        self._draws = 0
+        self._calls = 0
         self.rng_state.copy_(torch.tensor([self.seed, 0]))
 
     def restore(self, name: str, loaded: Tensor) -> None:
         super().restore(name, loaded)
-        self._draws = 0
+        self._calls = 0
 
     def reset_parameters(self) -> None:
         """An empty bank and the noise of a new loss, also for state made on the meta device."""
@@ -185,7 +204,7 @@ class BankLoss(HeldState):
     def _check_write(self, key: Tensor, labels: Tensor | None, ids: Tensor | None) -> None:
         """Raise the ValueError that an enqueue would raise: on all ranks, where they gather."""
         if self.collective:
-            agree(self.process_group, lambda: self._facts(key, labels, ids))
+            agree(self.process_group, lambda: self._input(key, labels, ids))
         else:
             self.memory_bank.check(key, labels, ids)
 
@@ -254,65 +273,92 @@ class BankLoss(HeldState):
         """Whether a call is a step of training: it enqueues and takes noise of its own."""
         return self.training and torch.is_grad_enabled()
 
-    def _start(
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        update: bool | None = None,
+    ) -> Tensor:
+        """Loss of query (B, D) against key (B, D) and the negatives; then the keys are enqueued.
+
+        Args:
+            query: carries gradient; key: from the momentum encoder, or the other view in-batch.
+            labels: (B,) int64, kept with the keys in the bank.
+            ids: (B,) int64 names of the samples, kept with the keys in the bank: a row does not see
+                the slots that hold its own id. Negative: unknown.
+            update: whether to enqueue; None: when training and grad mode is on.
+
+        Returns:
+            The loss, fp32: 0-d, or (B,) for reduction="none".
+        """
+        return self._step(query, key, labels, ids, update)
+
+    def _step(
         self,
         query: Tensor,
         key: Tensor,
         labels: Tensor | None,
         ids: Tensor | None,
         update: bool | None,
-        projection: Tensor | None = None,
-        **flags: bool,
-    ) -> tuple[bool, dict[str, Any]]:
-        """Before a forward: check, together with the other ranks where they will exchange rows.
-        Returns whether to enqueue afterwards, and what the functional twin gets of the state."""
-        bank, process_group = self.memory_bank, self.process_group
-        noise = self._noise(0)
-        if bank is not None or noise:  # what moves a state on cannot be run again
+        more: dict[str, Any] | None = None,
+    ) -> Any:
+        """What `function` gives with `more` arguments; then the noise and the bank move on."""
+        more = more or {}
+        if self.memory_bank is not None or self._samples:  # what moves on cannot be run again
             refuse_recompute(self.rng_state)
-        if bank is None:
-            if update:
-                raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
-            return False, {"ids": ids} | noise
-        update = self._learns() if update is None else update
-
-        def facts() -> dict[str, object]:
-            functional.check_pair(query, key, bank.bank, projection)
-            check_backend(self.backend, bank.bank)
-            mine = {"query dtype": str(query.dtype), "update": update, "seed": self.seed}
-            mine |= {"calls so far": self._draws}  # a rank that trained alone has other noise
-            return self._facts(key, labels, ids, update) | mine | flags
-
-        rank = 0
-        if not self.collective:
-            bank.check(key, labels, ids, write=update)
-        else:
-            rank = rank_and_world(process_group)[0]
-            if update or isinstance(bank, ShardedBank):
-                agree(process_group, facts)
-            else:
-                facts()
-        known = ids is not None or bank.indexed
-        state = {"bank": bank.bank, "count": bank.extent}
-        state |= {"ids": ids, "bank_ids": bank.ids if known else None}
-        return update, state | self._noise(rank * len(key))
-
-    def _noise(self, row_offset: int) -> dict[str, Any]:
-        """Arguments of a twin that draws noise."""
-        return {}
-
-    def _finish(self, key: Tensor, labels: Tensor | None, ids: Tensor | None, update: bool) -> None:
-        """After a successful forward: the next noise offset, and the keys into the bank. An
-        evaluation leaves the noise as it is, so that it neither changes nor depends on a run."""
-        if update or self._learns():
+        if update and self.memory_bank is None:
+            raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
+        learns = self._learns()
+        update = learns and self.memory_bank is not None if update is None else update
+        bank, rank = self._view(query, key, labels, ids, update, more)
+        if self._samples:
+            more |= {"rng_state": self.rng_state, "row_offset": rank * len(key)}
+        result = self.function(query, key, bank, ids=ids, options=self.options, **more)
+        # An evaluation leaves the noise as it is, so that it neither changes nor depends on a run.
+        if update or learns:
             with torch.no_grad():
                 self.rng_state[1] += 1
-            if self.collective:
-                self._draws += 1
+            self._calls += self.collective
         if update:
             self._write(key, labels, ids)
+        return result
 
-    def _facts(
+    def _view(
+        self,
+        query: Tensor,
+        key: Tensor,
+        labels: Tensor | None,
+        ids: Tensor | None,
+        update: bool,
+        more: dict[str, Any],
+    ) -> tuple[BankView | None, int]:
+        """What the call reads of the bank, and this rank: checked, together with the other ranks
+        where they will exchange rows."""
+        if self.memory_bank is None:
+            return None, 0
+        view = self.memory_bank.view(ids=ids is not None, backend=self.backend)
+        if not self.collective:
+            self.memory_bank.check(key, labels, ids, write=update)
+            return view, 0
+
+        def say() -> dict[str, object]:
+            check_pair(query, key, view, more.get("projection"))
+            view.check()
+            mine = {"query dtype": str(query.dtype), "update": update, "seed": self.seed}
+            mine |= {"calls so far": self._calls}  # a rank that trained alone has other noise
+            flags = {name: value for name, value in more.items() if isinstance(value, bool)}
+            return self._input(key, labels, ids, update) | mine | flags
+
+        if update or isinstance(self.memory_bank, ShardedBank):
+            agree(self.process_group, say)
+        else:
+            say()
+        return view, rank_and_world(self.process_group)[0]
+
+    def _input(
         self, key: Tensor, labels: Tensor | None, ids: Tensor | None, update: bool = True
     ) -> dict[str, object]:
         """Check what will be enqueued; what must be equal on all ranks."""
@@ -338,35 +384,3 @@ def alternate(pair: Sequence[Tensor]) -> Tensor:
     """(B, ...) twice -> (2B, ...), row by row: a sample's place, hence its noise, is that of one
     process however many there are."""
     return torch.stack(tuple(pair), 1).flatten(0, 1)
-
-
-class PairLoss(BankLoss):
-    """What the methods beside PSM share: a functional twin that takes (query, key, bank)."""
-
-    _twin: Any  # the function in `psm_kernels.functional`
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        *,
-        labels: Tensor | None = None,
-        ids: Tensor | None = None,
-        update: bool | None = None,
-    ) -> Tensor:
-        """Loss of query (B, D) against key (B, D) and the negatives; then the keys are enqueued.
-
-        Args:
-            query: carries gradient; key: from the momentum encoder, or the other view in-batch.
-            labels: (B,) int64, kept with the keys in the bank.
-            ids: (B,) int64 names of the samples, kept with the keys in the bank: a slot that holds
-                a row's own id is no negative of it. Negative: unknown.
-            update: whether to enqueue; None: when training and grad mode is on.
-
-        Returns:
-            The loss, fp32: 0-d, or (B,) for reduction="none".
-        """
-        update, state = self._start(query, key, labels, ids, update)
-        loss = self._twin(query, key, **self._call(), **state)
-        self._finish(key, labels, ids, update)
-        return loss

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from psm_kernels import __version__
 from psm_kernels._csrc import source_id
-from psm_kernels.ops import NOTHING, Exclude
+from psm_kernels.backends.base import NOTHING, Backend, BankPass, Exclude
 
 MAX_FINISH_TOPK = 1024  # a thread of psm_finish holds (topk, D) in fp32
 
@@ -25,6 +24,8 @@ _REBUILD = "build it with `pip install -e .` in a checkout, or reinstall the pac
 
 @functools.cache
 def unavailable() -> str | None:
+    from psm_kernels import __version__
+
     try:
         from psm_kernels import _C
     except ImportError as error:
@@ -311,3 +312,73 @@ def _noise(rng_state: Tensor | None) -> tuple[int, int]:
 
 def _valid(count: Tensor, bank: Tensor) -> int:
     return min(max(int(count), 0), bank.shape[0])
+
+
+class Cpp(Backend):
+    name, what = "cpp", "C++ kernels: AVX-512, AVX2, portable"
+    devices = ("cpu",)
+    max_dim = max_topk_dim = 4096
+    max_step_topk = 1024
+
+    def unavailable(self):
+        return unavailable()
+
+    def bank_pass(self, query, key, bank, count, s_pos, options, exclude=NOTHING, rng_state=None):
+        o = options
+        return BankPass(
+            *bank_pass(
+                query,
+                key,
+                bank,
+                count,
+                s_pos,
+                o.temperature,
+                o.selection,
+                o.a,
+                o.b,
+                o.topk,
+                rng_state,
+                o.row_offset,
+                o.col_offset,
+                exclude,
+                o.exclude_mined,
+            )
+        )
+
+    def bank_topk(self, query, bank, k, count, exclude=NOTHING):
+        return bank_topk(query, bank, k, count, exclude)
+
+    def psm_step(
+        self, query, key, bank, count, options, exclude=NOTHING, rng_state=None, row_offset=0
+    ):
+        rows, key, norms, s_pos = unit_pair(query.contiguous(), key.contiguous())
+        o = options
+        seen, mine = rows.to(bank.dtype), key.to(bank.dtype)
+        r = self.bank_pass(
+            seen,
+            mine if o.topk else None,
+            bank,
+            count,
+            s_pos,
+            o.mining_pass(row_offset),
+            exclude,
+            rng_state,
+        )
+        loss, gradient, _ = psm_finish(
+            rows,
+            key,
+            bank,
+            s_pos,
+            r,
+            temperature=o.temperature,
+            soft_weights=o.soft_weights,
+            weight_temperature=o.weight_temperature,
+            hard_weight=o.hard_weight,
+        )
+        return loss, through_norm(gradient, rows, norms)
+
+    def weighted_pass(self, *args):
+        return weighted_pass(*args)
+
+    def row_ranges(self, *args):
+        return row_ranges(*args)

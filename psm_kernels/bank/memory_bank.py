@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from psm_kernels import checks
-from psm_kernels import backends
-from psm_kernels.ops import EMPTY, excluded, hidden
-from psm_kernels.rows import unit_rows, unit_rows_and_norms
-from psm_kernels.state import HeldState
+from psm_kernels.backends import registry
+from psm_kernels.backends.base import EMPTY
+from psm_kernels.bank.state import HeldState
+from psm_kernels.bank.view import BankView
+from psm_kernels.rows import unit_rows, unit_rows_and_norms, wide
 
 
 class MemoryBank(HeldState):
@@ -87,9 +88,20 @@ class MemoryBank(HeldState):
         indexed bank are empty."""
         return torch.full_like(self.count, self.size) if self.indexed else self.count
 
+    def view(self, *, ids: bool = True, backend: str = "auto") -> BankView:
+        """What a loss reads now; `ids`: with the names of what it holds, so that rows do not see
+        their own copies. An indexed bank needs them to tell which slots are empty."""
+        known = self.ids if ids or self.indexed else None
+        return self._view(self.bank, self.extent, known, self.labels, backend)
+
+    def _view(self, *args) -> BankView:
+        return BankView(*args)
+
     def copies(self, ids: Tensor) -> Tensor:
-        """How many slots hold each of the samples ids (B,); 0 for negative, unknown ones."""
-        return hidden(excluded(None, ids, self.ids, self.bank, len(ids)), self.extent)[0]
+        """How many slots hold each of the samples ids (B,); 0 for negative, unknown ones.
+        Collective where the bank is sharded."""
+        view = self.view()
+        return view.hidden(view.own_copies(ids, ids))[0]
 
     def check(
         self,
@@ -149,18 +161,17 @@ class MemoryBank(HeldState):
         if ids is not None:
             ids = ids.clamp_min(-1)
         if not self.indexed and isinstance(self.bank, Tensor) and not torch.compiler.is_compiling():
-            own = getattr(backends.choose(backend, self.bank), "enqueue", None)
-            if own is not None:
-                state = (self.bank, self.labels, self.ids, self.ptr, self.count)
-                return own(keys.detach(), labels, ids, *state)
+            state = (self.bank, self.labels, self.ids, self.ptr, self.count)
+            own = registry.choose(backend, self.bank)
+            if own.enqueue(keys.detach(), labels, ids, *state):
+                return
         batch = keys.shape[0]
         unknown = torch.full((batch,), -1, device=self.ptr.device)
         labels = unknown if labels is None else labels
         ids = unknown if ids is None else ids
         keep = slice(None) if self.indexed else slice(-self.size, None)
-        wide = torch.float64 if self.bank.dtype is torch.float64 else torch.float32
         with torch.autocast(keys.device.type, enabled=False):
-            rows = unit_rows(keys.detach()[keep], wide)
+            rows = unit_rows(keys.detach()[keep], wide(self.bank))
         # With a NaN or an infinity the norm is one too: what it divides is all 0 and NaN.
         rows = rows.nan_to_num_(0.0)
         if self.indexed:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from psm_kernels import checks
-from psm_kernels import backends
-from psm_kernels._autograd import once, refuse_transforms
-from psm_kernels.ops import NOTHING, Exclude, bank_pass, bank_topk, differentiable, seen_query
-
-_SLAB = 1 << 20  # similarities held at a time: 4 MB in fp32, near a core's cache
+from psm_kernels._autograd import backward, refuse_transforms, remember
+from psm_kernels.backends import registry
+from psm_kernels.backends.base import NOTHING, Exclude
+from psm_kernels.ops import check_queries, run_topk, seen_query
+from psm_kernels.rows import wide
 
 
 class RowRanges(NamedTuple):
@@ -42,13 +42,9 @@ def row_ranges(
     exclude: Exclude = NOTHING,
     backend: str = "auto",
 ) -> RowRanges:
-    """Log-sum-exp and extremes of each row's similarities; arguments as in `weighted_pass`.
-
-    A backend may define `row_ranges(query, bank, count, temperature, exclude)` that gives the
-    log-sum-exp and the lowest similarity in one read."""
+    """Log-sum-exp and extremes of each row's similarities; arguments as in `weighted_pass`."""
     refuse_transforms(query, bank)
-    _check(query, bank, temperature)
-    count = checks.as_count(count, bank)
+    count = _checked(query, bank, count, temperature)
     args = (query.detach(), bank.detach(), count, float(temperature), backend, *exclude)
     return RowRanges(*torch.ops.psm_kernels.row_ranges(*args))
 
@@ -90,60 +86,25 @@ def weighted_pass(
         ValueError: an argument is wrong, or the named backend cannot run here.
     """
     refuse_transforms(query, bank, alpha, beta, gamma, top, cap, rho)
-    _check(query, bank, temperature)
+    count = _checked(query, bank, count, temperature)
     rows = {"alpha": alpha, "beta": beta, "gamma": gamma, "top": top, "cap": cap}
     for name, value in (*rows.items(), ("rho", rho)):
         checks.check_vector(name, value, len(bank if name == "rho" else query))
         checks.check_device(name, value, bank.device)
-    args = (
-        query,
-        bank.detach(),
-        checks.as_count(count, bank),
-        float(temperature),
-        *(value.detach() for value in rows.values()),
-        rho.detach(),
-        backend,
-        *exclude,
-    )
+    rows, rho = [value.detach() for value in rows.values()], rho.detach()
+    args = (query, bank.detach(), count, float(temperature), *rows, rho, backend, *exclude)
     run = torch.ops.psm_kernels.weighted_pass
-    if not torch.compiler.is_compiling() and differentiable(backend, bank):
+    if not torch.compiler.is_compiling() and registry.choose(backend, bank).differentiable:
         run = _run_weighted_pass
     log_sum, mean, weight = run(*args)
     return WeightedPass(log_sum, mean.detach(), weight.detach())
 
 
-def _check(query: Tensor, bank: Tensor, temperature: float) -> None:
+def _checked(query: Tensor, bank: Tensor, count, temperature: float) -> Tensor:
     checks.check_bank(bank)
-    checks.check_matrix("query", query, like="the bank", shape=(None, bank.shape[1]))
-    checks.check_device("query", query, bank.device)
+    check_queries("query", query, bank)
     checks.check_number("temperature", temperature, above=0)
-
-
-def _slabs(query, bank, count, temperature, affine, rho, exclude) -> tuple[Tensor, ...]:
-    """The weighted pass in plain torch, never a (B, K) matrix; `affine` is (5, B)."""
-    alpha, beta, gamma, top, cap = affine[:, :, None]
-    total, weight = rho.new_zeros(len(query)), rho.new_zeros(len(query))
-    mean = rho.new_zeros(query.shape)
-    step = max(1, _SLAB // len(query))
-    for start in range(0, len(bank), step):
-        rows = bank[start : start + step].to(rho.dtype)
-        slots = torch.arange(start, start + len(rows), device=bank.device)
-        rows = torch.where((slots < count)[:, None], rows, 0.0)
-        seen = exclude.seen(slots, count)  # (B, S) or (1, S)
-        similarity = query.to(rho.dtype) @ rows.T  # (B, S)
-        # What is not seen may be nearer than the top: its exponential would be infinite.
-        pull = torch.exp(torch.where(seen, similarity - top, -torch.inf) / temperature)
-        line = alpha + beta * similarity.detach() + rho[start : start + step]
-        w = (line + gamma * torch.minimum(pull.detach(), cap)).clamp_min(0)
-        w = torch.where(seen, w, 0.0)
-        weight += w.sum(1)
-        w = w * pull
-        total = total + w.sum(1)
-        mean.addmm_(w.detach(), rows)
-    none = total == 0
-    some = torch.where(none, 1.0, total)
-    log_sum = top[:, 0] / temperature + torch.where(none, -torch.inf, some.log())
-    return log_sum, mean / some.detach()[:, None], weight
+    return checks.as_count(count, bank)
 
 
 # --- registration --------------------------------------------------------------------------------
@@ -160,37 +121,22 @@ def _row_ranges(
     ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    own = getattr(backends.choose(backend, bank), "row_ranges", None)
     with torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
         exclude = Exclude(slots, ids, bank_ids)
-        top, index = bank_topk(query, bank, 2, count=count, exclude=exclude, backend=backend)
+        top, index = run_topk(query, bank, 2, count, exclude, backend)
         # Left out of the sum, not subtracted from it: 1 - pi of the largest is what matters.
         named = exclude.naming(index[:, :1])
         exclude = named._replace(slots=named.slots.contiguous())
-        if own is not None:
-            rest, lowest = own(query, bank, count, temperature, exclude)
-        else:
-            swept = bank_pass(
-                query,
-                -query,
-                bank,
-                count,
-                query.new_zeros(len(query)),
-                temperature=temperature,
-                topk=1,
-                exclude=exclude,
-                backend=backend,
-            )
-            rest, lowest = swept.neg_lse, -swept.topk_sim[:, 0]
+        chosen = registry.choose(backend, bank, 1)
+        rest, lowest = chosen.row_ranges(query, bank, count, temperature, exclude)
         lowest = torch.where(index[:, 0] < 0, torch.inf, torch.minimum(lowest, top[:, 0]))
         return rest, lowest, top, index
 
 
 @_row_ranges.register_fake
 def _(query, bank, *unused):
-    sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
-    batch = len(query)
+    sums, batch = wide(bank), len(query)
     rows = [query.new_empty(batch, dtype=sums) for _ in range(2)]
     index = query.new_empty((batch, 2), dtype=torch.int64)
     return *rows, query.new_empty((batch, 2), dtype=sums), index
@@ -212,14 +158,12 @@ def _run_weighted_pass(
     ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = getattr(backends.choose(backend, bank), "weighted_pass", _slabs)
-    sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
+    chosen, sums = registry.choose(backend, bank), wide(bank)
     with torch.autocast(bank.device.type, enabled=False):
-        query = seen_query(query, bank, backend)
+        query = seen_query(query, bank, chosen.differentiable)
         affine = torch.stack((alpha, beta, gamma, top, cap)).to(sums)
-        rho = rho.to(sums).contiguous()
-        exclude = Exclude(slots, ids, bank_ids)
-        return tuple(run(query, bank, count, temperature, affine, rho, exclude))
+        rho, exclude = rho.to(sums).contiguous(), Exclude(slots, ids, bank_ids)
+        return chosen.weighted_pass(query, bank, count, temperature, affine, rho, exclude)
 
 
 _weighted_pass = torch.library.custom_op(
@@ -229,19 +173,15 @@ _weighted_pass = torch.library.custom_op(
 
 @_weighted_pass.register_fake
 def _(query, bank, *unused):
-    sums = torch.float64 if bank.dtype is torch.float64 else torch.float32
+    sums = wide(bank)
     rows = [query.new_empty(len(query), dtype=sums) for _ in range(2)]
     return rows[0], query.new_empty(query.shape, dtype=sums), rows[1]
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
-    ctx.query, ctx.temperature = inputs[0], inputs[3]
+    query, _, _, temperature, *others = inputs
+    _, mean, _ = output
+    remember(ctx, query, mean, temperature, inputs=4 + len(others))
 
 
-def _backward(ctx, grad, *unused):
-    mean = once(*ctx.saved_tensors, ctx.query)
-    return (grad[:, None] * mean / ctx.temperature).to(ctx.query.dtype), *[None] * 13
-
-
-_weighted_pass.register_autograd(_backward, setup_context=_setup_context)
+_weighted_pass.register_autograd(backward, setup_context=_setup_context)

@@ -1,37 +1,54 @@
-"""UnReMix without state: negatives weighed by similarity, uncertainty and representativeness."""
+"""UnReMix: negatives weighed by similarity, uncertainty and representativeness."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from psm_kernels import checks
-from psm_kernels.distributed import hidden
-from psm_kernels.functional import common
-from psm_kernels.ops import EMPTY, Exclude, bank_pass, bank_rows, snapshot
-from psm_kernels.ops.affine import row_ranges, weighted_pass
+from psm_kernels.backends.base import EMPTY, Exclude
+from psm_kernels.bank import BankView
+from psm_kernels.losses import in_batch
+from psm_kernels.losses.base import BankLoss
+from psm_kernels.losses.common import bank_of, contrast, log_sum, loss_of
+from psm_kernels.ops import snapshot
+from psm_kernels.options import LossOptions, PassOptions, takes
 
 _EQUAL = 1e-6  # indicators whose range is below this share of their size do not tell rows apart
 _COLD = 0.5  # below this temperature the rounding of s/tau blurs u in proportion to 1 / tau
 _FAR = -60.0  # log of (1 - pi)/pi where the pseudo-label outweighs all else beyond any rounding
 
 
+@dataclass(frozen=True)
+class UnReMixOptions(LossOptions):
+    similarity_weight: float = 1 / 3
+    uncertainty_weight: float = 1 / 3
+    representativeness_weight: float = 1 / 3
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = ("similarity_weight", "uncertainty_weight", "representativeness_weight")
+        for name in names:
+            checks.check_number(name, getattr(self, name), least=0)
+        if not any(getattr(self, name) for name in names):
+            raise ValueError("similarity_weight: got 0 as for the two others, wanted one above 0")
+
+
+@takes(UnReMixOptions)
 def unremix_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | None = None,
+    bank: Tensor | BankView | None = None,
     *,
     count: Tensor | int | None = None,
-    temperature: float = 0.5,
-    similarity_weight: float = 1 / 3,
-    uncertainty_weight: float = 1 / 3,
-    representativeness_weight: float = 1 / 3,
     ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
-    reduction: str = "mean",
     backend: str = "auto",
+    options: UnReMixOptions | None = None,
+    **settings,
 ) -> Tensor:
     """UnReMix: importance weights of three indicators (after arXiv 2206.01197).
 
@@ -56,8 +73,8 @@ def unremix_loss(
         temperature: tau > 0 (0.5, inferred: that of HCL and SSCL).
         similarity_weight, uncertainty_weight, representativeness_weight: >= 0, not all 0 (1/3
             each, inferred).
-        ids, bank_ids, reduction, backend: as in `info_nce_loss`. r_ij is the slot's alone: its
-            mean runs over all other slots, a row's own copies among them.
+        ids, bank_ids, reduction, backend, options: as in `info_nce_loss`. r_ij is the slot's alone:
+            its mean runs over all other slots, a row's own copies among them.
 
     Returns:
         The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
@@ -65,53 +82,19 @@ def unremix_loss(
     Raises:
         ValueError: an argument is wrong (named in the message), or the backend cannot run here.
     """
-    common.check_pair(query, key, bank)
-    check_unremix_settings(
-        temperature=temperature,
-        similarity_weight=similarity_weight,
-        uncertainty_weight=uncertainty_weight,
-        representativeness_weight=representativeness_weight,
-        reduction=reduction,
-    )
-    exclude = common.own_copies(query, bank, ids, bank_ids)
-    share = _Shares(similarity_weight, uncertainty_weight, representativeness_weight)
-    with torch.autocast(query.device.type, enabled=False):
-        query, key = common.unit(query, bank), common.unit(key, bank)
-        if bank is None:
-            views = common.views(query, key)
-            log_neg = _view_negatives(views, temperature, share)
-            loss = views.fold(common.contrast(views.positive / temperature, log_neg))
-        else:
-            count = snapshot(checks.as_count(count, bank))
-            log_pos = (query * key).sum(1) / temperature
-            log_neg = _bank_negatives(
-                query, log_pos, bank, count, temperature, share, exclude, backend
-            )
-            loss = common.contrast(log_pos, log_neg)
-        return common.reduce(loss, reduction)
+    options = UnReMixOptions.of(options, settings)
+    return loss_of(_rows, query, key, bank_of(bank, count, bank_ids, None, backend), ids, options)
 
 
-def check_unremix_settings(
-    *,
-    temperature: float,
-    similarity_weight: float,
-    uncertainty_weight: float,
-    representativeness_weight: float,
-    reduction: str,
-) -> None:
-    """Raise the ValueError of the first wrong setting."""
-    common.check_pair_settings(temperature=temperature, reduction=reduction)
-    checks.check_number("similarity_weight", similarity_weight, least=0)
-    checks.check_number("uncertainty_weight", uncertainty_weight, least=0)
-    checks.check_number("representativeness_weight", representativeness_weight, least=0)
-    if not similarity_weight + uncertainty_weight + representativeness_weight:
-        raise ValueError("similarity_weight: got 0 as for the two others, wanted one above 0")
-
-
-class _Shares(NamedTuple):
-    similarity: float
-    uncertainty: float
-    representativeness: float
+def _rows(
+    query: Tensor, key: Tensor, bank: BankView | None, exclude: Exclude, options: UnReMixOptions
+) -> Tensor:
+    if bank is None:
+        views = in_batch.views(query, key)
+        log_neg = _view_negatives(views, options)
+        return views.fold(contrast(views.positive / options.temperature, log_neg))
+    log_pos = (query * key).sum(1) / options.temperature
+    return contrast(log_pos, _bank_negatives(query, log_pos, bank, exclude, options))
 
 
 class _Range(NamedTuple):
@@ -135,8 +118,9 @@ class _Range(NamedTuple):
 # --- within the batch ----------------------------------------------------------------------------
 
 
-def _view_negatives(views: common.Views, temperature: float, share: _Shares) -> Tensor:
+def _view_negatives(views: in_batch.Views, options: UnReMixOptions) -> Tensor:
     """log R (2B,), the formulas as they stand: the matrix is 2B x 2B."""
+    temperature = options.temperature
     logits = torch.where(views.candidate, views.similarity / temperature, -torch.inf)
     with torch.no_grad():
         # u / pi_top, all in logarithms: at small temperatures every pi but one may underflow.
@@ -155,9 +139,9 @@ def _view_negatives(views: common.Views, temperature: float, share: _Shares) -> 
         blur = max(1.0, _COLD / temperature)
         weight = torch.zeros_like(logits)
         for part, value, size in (
-            (share.similarity, views.similarity, torch.ones_like(top)),
-            (share.uncertainty, uncertainty, blur * uncertainty.amax(1, keepdim=True)),
-            (share.representativeness, distance, torch.ones_like(top)),
+            (options.similarity_weight, views.similarity, torch.ones_like(top)),
+            (options.uncertainty_weight, uncertainty, blur * uncertainty.amax(1, keepdim=True)),
+            (options.representativeness_weight, distance, torch.ones_like(top)),
         ):
             least = value.masked_fill(~views.candidate, torch.inf).amin(1, keepdim=True)
             most = value.masked_fill(~views.candidate, -torch.inf).amax(1, keepdim=True)
@@ -171,14 +155,7 @@ def _view_negatives(views: common.Views, temperature: float, share: _Shares) -> 
 
 
 def _bank_negatives(
-    query: Tensor,
-    log_pos: Tensor,
-    bank: Tensor,
-    count: Tensor,
-    temperature: float,
-    share: _Shares,
-    exclude: Exclude,
-    backend: str,
+    query: Tensor, log_pos: Tensor, bank: BankView, exclude: Exclude, options: UnReMixOptions
 ) -> Tensor:
     """log R (B,) in two passes: extremes and softmax of each row, then the weighted sum.
 
@@ -186,11 +163,12 @@ def _bank_negatives(
     one's pi exceeds its 1 - pi, u is x up to a cap; where not, what it lacks is added apart. Where
     1 - pi is next to nothing, the others weigh by u only in the sum of the weights: also apart.
     """
+    temperature = options.temperature
     with torch.no_grad():
-        options = {"temperature": temperature, "exclude": exclude, "backend": backend}
-        ranges = row_ranges(query, bank, count, **options)
+        count = snapshot(bank.count)
+        ranges = bank.row_ranges(query, temperature, exclude)
         empty, single = ranges.index[:, 0] < 0, ranges.index[:, 1] < 0
-        number = count if exclude.ids is None else count - sum(hidden(exclude, count))
+        number = count if exclude.ids is None else count - sum(bank.hidden(exclude))
         top = torch.where(empty, 0.0, ranges.top[:, 0])  # (B,)
         low = torch.where(empty, 0.0, ranges.lowest)
 
@@ -207,43 +185,65 @@ def _bank_negatives(
         uncertain = _Range.of(u_low, u_most, u_most * max(1.0, _COLD / temperature))
 
         extra = torch.where(far, 1 - uncertain.equal, 1 - uncertain.scale(torch.ones_like(top)))
-        extra = share.uncertainty * torch.where(pseudo, extra.clamp_min(0), 0.0)
+        extra = options.uncertainty_weight * torch.where(pseudo, extra.clamp_min(0), 0.0)
         beyond = (torch.exp(others - unit) - (number - 1) * u_low) * uncertain.slope
-        beyond = torch.where(far, share.uncertainty * beyond.clamp_min(0), 0.0)
+        beyond = torch.where(far, options.uncertainty_weight * beyond.clamp_min(0), 0.0)
         least = torch.where(far, uncertain.equal, uncertain.scale(torch.zeros_like(top)))
-        alpha = share.similarity * similar.scale(torch.zeros_like(top)) + share.uncertainty * least
-    swept = weighted_pass(
+        alpha = (
+            options.similarity_weight * similar.scale(torch.zeros_like(top))
+            + options.uncertainty_weight * least
+        )
+    result = bank.weighted_pass(
         query,
-        bank,
-        count,
+        temperature,
         alpha=alpha,
-        beta=share.similarity * similar.slope,
-        gamma=torch.where(far, 0.0, share.uncertainty * uncertain.slope),
+        beta=options.similarity_weight * similar.slope,
+        gamma=torch.where(far, 0.0, options.uncertainty_weight * uncertain.slope),
         top=top,
         cap=u_most.clamp_max(1),
-        rho=share.representativeness * _representativeness(bank, count, exclude, backend),
-        **options,
+        rho=options.representativeness_weight * _representativeness(bank, count, exclude),
+        exclude=exclude,
     )
-    label = bank_rows(bank, ranges.index[:, :1], query.dtype)[:, 0]  # (B, D)
+    label = bank.rows(ranges.index[:, :1], query.dtype)[:, 0]  # (B, D)
     apart = (query * label).sum(1) / temperature + extra.log()
-    log_sum = common.log_sum(swept.log_sum, apart)
-    weight = (swept.weight + extra + beyond) / number.clamp_min(1)  # mean of w
-    return torch.where(empty, -torch.inf, log_sum - torch.where(empty, 1.0, weight).log())
+    total = log_sum(result.log_sum, apart)
+    weight = (result.weight + extra + beyond) / number.clamp_min(1)  # mean of w
+    return torch.where(empty, -torch.inf, total - torch.where(empty, 1.0, weight).log())
 
 
-def _representativeness(bank: Tensor, count: Tensor, exclude: Exclude, backend: str) -> Tensor:
+def _representativeness(bank: BankView, count: Tensor, exclude: Exclude) -> Tensor:
     """r (K,) scaled to [0, 1]: 1 - m_j . (sum of the others) / (n - 1), in O(K D)."""
-    origin = torch.zeros_like(bank[:1])  # similarity 0 to all: its mean is that of the valid rows
-    valid = torch.arange(len(bank), device=bank.device) < count
+    rows = bank.bank
+    origin = torch.zeros_like(rows[:1])  # similarity 0 to all: its mean is that of the valid rows
+    valid = torch.arange(len(rows), device=rows.device) < count
     if exclude.bank_ids is not None:
         exclude = exclude._replace(ids=exclude.ids.new_full((1,), EMPTY))
         valid = valid & (exclude.bank_ids != EMPTY)
-    options = {"temperature": 1.0, "exclude": exclude, "backend": backend}
-    mean = bank_pass(origin, None, bank, count, origin[:, 0], **options).neg_mean[0]
-    count = valid.sum()
-    square = torch.linalg.vector_norm(bank, dim=1, dtype=mean.dtype).square()
-    others = bank.to(mean.dtype) @ (count * mean) - square
-    distance = 1 - torch.where(valid, others, 0.0) / (count - 1).clamp_min(1)
+    mean = bank.scan(origin, None, origin[:, 0], PassOptions(1.0), exclude).neg_mean[0]
+    number = valid.sum()
+    square = torch.linalg.vector_norm(rows, dim=1, dtype=mean.dtype).square()
+    others = rows.to(mean.dtype) @ (number * mean) - square
+    distance = 1 - torch.where(valid, others, 0.0) / (number - 1).clamp_min(1)
     least = distance.masked_fill(~valid, torch.inf).amin()
     most = distance.masked_fill(~valid, -torch.inf).amax()
     return _Range.of(least, most, 1.0).scale(distance)
+
+
+class UnReMixLoss(BankLoss):
+    """UnReMix: negatives weighed by three indicators of importance (after arXiv 2206.01197).
+
+    The structure is the paper's; every formula and coefficient is inferred, because neither its
+    body nor its code could be read: see `psm_kernels.functional.unremix_loss`.
+
+    Args:
+        temperature: tau > 0.
+        memory_bank_size: (rows K, columns D), or 0 for the in-batch form, the paper's.
+        similarity_weight, uncertainty_weight, representativeness_weight: see there.
+        All else: as in `InfoNCELoss`.
+
+    Raises:
+        ValueError: an argument is wrong; bank and noise state are as before.
+    """
+
+    Options, function = UnReMixOptions, staticmethod(unremix_loss)
+    _can_shard = False

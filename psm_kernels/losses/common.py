@@ -1,0 +1,106 @@
+"""What every loss function shares: checks before, unit rows, reduction after, a few logarithms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from psm_kernels import checks
+from psm_kernels._autograd import refuse_tracing
+from psm_kernels.backends.base import NOTHING, Exclude
+from psm_kernels.bank import BankView, Shard, view_of
+from psm_kernels.options import LossOptions
+from psm_kernels.rows import unit_rows, wide
+
+
+def bank_of(
+    bank: Tensor | Shard | BankView | None,
+    count: Tensor | int | None = None,
+    ids: Tensor | Shard | None = None,
+    labels: Tensor | Shard | None = None,
+    backend: str = "auto",
+) -> BankView | None:
+    """What a loss function got of a bank, checked; None is the form within the batch."""
+    if isinstance(bank, BankView):
+        return bank
+    if bank is None:
+        if ids is not None:
+            raise ValueError("bank_ids: got a tensor, wanted None where there is no bank")
+        return None
+    view = view_of(bank, count, ids, labels, backend)
+    view.check()
+    return view
+
+
+def check_pair(
+    query: Tensor, key: Tensor, bank: BankView | None, projection: Tensor | None = None
+) -> None:
+    """query, key, projection are (B, D), on the bank's device and with its D where there is one."""
+    refuse_tracing()
+    shape = () if bank is None else (None, bank.dim)
+    checks.check_matrix("query", query, like="the bank", shape=shape)
+    device = query.device if bank is None else bank.device
+    checks.check_device("query", query, device)
+    for name, value in (("key", key), ("projection", projection)):
+        if value is not None or name == "key":
+            checks.check_matrix(name, value, like="query", shape=query.shape)
+            checks.check_device(name, value, device)
+
+
+def own_copies(query: Tensor, bank: BankView | None, ids: Tensor | None) -> Exclude:
+    """What the rows of `query` must not see of the bank: the slots that hold their own ids."""
+    if bank is not None:
+        return bank.own_copies(query, ids)
+    if ids is not None:
+        raise ValueError("ids: got a tensor, wanted None where there is no bank")
+    return NOTHING
+
+
+def loss_of(
+    rows: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    bank: BankView | None,
+    ids: Tensor | None,
+    options: LossOptions,
+    *more,
+) -> Tensor:
+    """What a method's `rows(query, key, bank, exclude, options, *more) -> (B,)` gives of unit rows,
+    in fp32 or better whatever autocast says, reduced."""
+    check_pair(query, key, bank)
+    exclude = own_copies(query, bank, ids)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key = unit(query, bank), unit(key, bank)
+        return reduce(rows(query, key, bank, exclude, options, *more), options.reduction)
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    return rows if reduction == "none" else getattr(rows, reduction)()
+
+
+def unit(x: Tensor, bank: BankView | None) -> Tensor:
+    """Unit rows in the dtype of the sums: that of the bank, without one that of x."""
+    return unit_rows(x, wide(x if bank is None else bank.bank))
+
+
+def contrast(log_pos: Tensor, log_neg: Tensor) -> Tensor:
+    """-log(pos / (pos + neg)), 0 where there is no negative; small losses keep their digits."""
+    gap = log_neg - log_pos
+    return torch.logaddexp(gap, torch.zeros_like(gap))
+
+
+def log_sum(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b); where both are -inf the gradient is 0, not torch.logaddexp's NaN."""
+    nothing = (a == -torch.inf) & (b == -torch.inf)
+    a, b = torch.where(nothing, 0.0, a), torch.where(nothing, 0.0, b)
+    return torch.where(nothing, -torch.inf, torch.logaddexp(a, b))
+
+
+def sampling_state(rng_state: Tensor | None, device: torch.device) -> Tensor:
+    """The state of the canonical noise: the caller's, or one from torch's default generator."""
+    if rng_state is None:
+        return torch.randint(0, 1 << 62, (2,), device=device)
+    checks.check_rng_state(rng_state, device)
+    return rng_state

@@ -1,0 +1,102 @@
+"""InfoNCE: MoCo against a bank, SimCLR within the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from psm_kernels.backends.base import Exclude
+from psm_kernels.bank import BankView, Shard
+from psm_kernels.losses import in_batch
+from psm_kernels.losses.base import BankLoss
+from psm_kernels.losses.common import bank_of, check_pair, contrast, loss_of, own_copies, reduce
+from psm_kernels.options import LossOptions, PassOptions, PSMOptions, takes
+
+
+@dataclass(frozen=True)
+class InfoNCEOptions(LossOptions):
+    temperature: float = 0.2  # MoCo v2
+
+
+@takes(InfoNCEOptions)
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    bank: Tensor | Shard | BankView | None = None,
+    *,
+    count: Tensor | int | None = None,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | Shard | None = None,
+    backend: str = "auto",
+    options: InfoNCEOptions | None = None,
+    **settings,
+) -> Tensor:
+    """InfoNCE: log(exp(s+/tau) + sum_j exp(s_j/tau)) - s+/tau, cosines s, temperature tau.
+
+    With a bank the negatives are its rows (MoCo, arXiv 1911.05722; solo-learn and lightly agree).
+    Without one they are the 2B - 2 views of other samples and both views are anchors (NT-Xent of
+    SimCLR, arXiv 2002.05709); rows are then the mean of a sample's two anchors.
+
+    Args:
+        query: (B, D), carries gradient.
+        key: (B, D), the other view; carries gradient too where it requires it.
+        bank: (K, D) unit rows, contiguous, fp32 / bf16 / fp16 (fp64 on "reference"), or None; or a
+            rank's `psm_kernels.bank.Shard` of it, which makes the call collective; or a BankView,
+            which has `count`, `bank_ids` and `backend` with it.
+        count: valid slots [0, count): 0-d int64 tensor on the device, int, or None for K. With an
+            empty bank the loss is 0.
+        ids: (B,) int64 names of the samples: a slot that holds a row's own id is no negative of it,
+            however many copies there are. Negative: unknown, matches nothing.
+        bank_ids: (K,) int64 names of what the slots hold, -1 unknown, -2 nothing; or a Shard.
+        backend: "auto" or a name of `python -m psm_kernels`.
+        options: the settings below as an object.
+        temperature: tau > 0 (0.2: MoCo v2; v1 has 0.07: facebookresearch/moco, main_moco.py).
+        reduction: "mean" | "sum" | "none".
+
+    Returns:
+        The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
+
+    Raises:
+        ValueError: an argument is wrong (named in the message), or the backend cannot run here.
+    """
+    options = InfoNCEOptions.of(options, settings)
+    bank = bank_of(bank, count, bank_ids, None, backend)
+    check_pair(query, key, bank)
+    if bank is not None and not key.requires_grad:  # the limit of PSM that mines nothing
+        limit = PSMOptions(options.temperature, topk=0, selection="all", hard_weight=0.0)
+        rows = bank.psm_step(query, key, limit, own_copies(query, bank, ids))
+        if rows is not None:
+            return reduce(rows, options.reduction)
+    return loss_of(_rows, query, key, bank, ids, options)
+
+
+def _rows(
+    query: Tensor, key: Tensor, bank: BankView | None, exclude: Exclude, options: InfoNCEOptions
+) -> Tensor:
+    tau = options.temperature
+    if bank is None:
+        views = in_batch.views(query, key)
+        log_neg = in_batch.masked_lse(views.similarity / tau, views.candidate)
+        return views.fold(contrast(views.positive / tau, log_neg))
+    s_pos = (query * key).sum(1)
+    return contrast(s_pos / tau, bank.scan(query, None, s_pos, PassOptions(tau), exclude).neg_lse)
+
+
+class InfoNCELoss(BankLoss):
+    """InfoNCE: MoCo with a bank (arXiv 1911.05722), NT-Xent of SimCLR without (arXiv 2002.05709).
+
+    Formula: `psm_kernels.functional.info_nce_loss`.
+
+    Args:
+        temperature: tau > 0 (0.2: MoCo v2).
+        memory_bank_size: (rows K, columns D), or 0 for the in-batch form ((65536, 128): MoCo).
+        reduction, bank_dtype, indexed_bank, gather_distributed, shard_bank, process_group, seed,
+            backend: as in `PSMLoss`, with its defaults; all that concerns the bank needs one.
+
+    Raises:
+        ValueError: an argument is wrong; bank and noise state are as before.
+    """
+
+    Options, function = InfoNCEOptions, staticmethod(info_nce_loss)
+    memory_bank_size = (65536, 128)
