@@ -71,12 +71,12 @@ class Cuda(NamedTuple):
 
     def sources(self) -> list[Path]:
         """sm_90a instructions exist nowhere else, so those sources are left out without it."""
-        found = sorted(path.relative_to(ROOT) for path in (ROOT / CUDA).glob("*.cu"))
-        return [path for path in found if "90a" in self.archs or "sm90" not in path.name]
+        found = sorted(path.relative_to(ROOT) for path in (ROOT / CUDA).rglob("*.cu"))
+        return [path for path in found if "90a" in self.archs or path.parent.name != "sm90"]
 
     def flags(self, source: Path) -> list[str]:
         define = ["-DPSM_CUDA_SM90A"] * ("90a" in self.archs)
-        if "sm90" in source.name:
+        if source.parent.name == "sm90":
             return ["-gencode=arch=compute_90a,code=sm_90a", *define]
         # One run of the front end serves all: PTX of the oldest becomes machine code for each, and
         # is kept for chips that are not named.
@@ -256,7 +256,8 @@ class BuildKernels(build_ext):
                 command = [*nvcc, *cuda.flags(source), "-c", str(ROOT / source), "-o"]
                 objects[self.object_dir / f"cuda_{source.stem}.o"] = command
             defines = ["-DPSM_CUDA", f'-DPSM_CUDA_BUILT_FOR="{cuda.describe()}"']
-            command = [compiler, *flags, *defines, "-c", str(ROOT / CUDA / "bindings.cpp"), "-o"]
+            source = ROOT / CUDA / "host/bindings.cpp"
+            command = [compiler, *flags, *defines, "-c", str(source), "-o"]
             objects[self.object_dir / "cuda_bindings.o"] = command
         for source in cpu_sources():
             own = defines if source.name == "bindings.cpp" else OWN_FLAGS.get(source.name, [])
@@ -264,6 +265,8 @@ class BuildKernels(build_ext):
             objects[self.object_dir / f"{source.stem}.o"] = command
         for path, command in objects.items():
             command.append(str(path))
+        for left in set(self.object_dir.glob("*.o")) - set(objects):  # of a source that is gone
+            left.unlink()
         shared = ["-bundle", "-undefined", "dynamic_lookup"]
         shared = shared if sys.platform == "darwin" else ["-shared"]
         link = [compiler, *shared, "-pthread", *sanitizer_flags(), *map(str, objects)]

@@ -17,7 +17,7 @@ namespace py = pybind11;
 
 #ifdef PSM_CUDA
 namespace psm::cuda {
-void bind(py::module_& parent);  // csrc/cuda/bindings.cpp
+void bind(py::module_& parent);  // csrc/cuda/host/bindings.cpp
 }
 #endif
 
