@@ -20,7 +20,7 @@ from psm_kernels import noise
 from psm_kernels.backends.base import EMPTY, NOTHING, BankPass, Exclude
 from psm_kernels.backends.cuda import Cuda
 from psm_kernels.backends.reference import Reference
-from psm_kernels.bank import MemoryBank
+from psm_kernels.bank.memory_bank import MemoryBank
 from psm_kernels.functional import psm_loss
 from psm_kernels.options import PassOptions, PSMOptions
 from psm_kernels.weighted import weighted_pass
@@ -488,7 +488,7 @@ def step_in_float64(query, key, bank, *, count, exclude=NOTHING, row_offset=0, *
     leaf = query.double().requires_grad_()
     loss = psm_loss(
         leaf, key.double(), bank.double(), count=count, rng_state=STATE,
-        row_offset=row_offset, exclude=exclude.slots, ids=exclude.ids, bank_ids=exclude.bank_ids,
+        row_offset=row_offset, ids=exclude.ids, bank_ids=exclude.bank_ids,
         reduction="none", backend="reference", **settings,
     )  # fmt: skip
     loss.sum().backward()
@@ -565,7 +565,7 @@ def test_a_bad_row_spoils_its_own_step_alone(gpu, path, dtype):
 @pytest.mark.parametrize("topk", [0, 5])
 def test_psm_step_sees_nothing_hidden(gpu, path, dtype, topk):
     query, key, bank = exact_rows(19, 200, dtype=dtype)
-    settings = {"exclude": hidden(19, 200, 190), "count": 190, "topk": topk, "temperature": 0.3}
+    settings = {"exclude": hidden(19, 200, 190, lists=False), "count": 190, "topk": topk, "temperature": 0.3}
     got = step(gpu, path, query, key, bank, **settings)
     cold.assert_step(got, step_in_float64(query, key, bank, **settings), dtype)
 
