@@ -7,8 +7,8 @@
     python train.py --help                                every setting
 
 Each run leaves settings, metrics.jsonl, result.json, checkpoint.pt and pictures in runs/<name>/.
-Read from top to bottom: settings, networks, training, evaluation, main. Images and augmentations
-are in psm_kernels/data.py, layers in networks.py, checkpoints in checkpoint.py.
+Read from top to bottom: settings, networks, training, evaluation, main. psm_kernels/training has
+images and augmentations, layers, checkpoints and pictures.
 """
 
 import contextlib
@@ -29,15 +29,22 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, UnReMixLoss, plots
-from psm_kernels.batch_norm import set_batch_norm
-from psm_kernels.checkpoint import full_state_dict, load_checkpoint, save_checkpoint
-from psm_kernels.data import DATA_SETS, MEAN_STD, load_views
-from psm_kernels.distributed import average, rank_and_world
+from psm_kernels import (
+    HCLLoss,
+    InfoNCELoss,
+    PSMLoss,
+    SSCLLoss,
+    UnReMixLoss,
+    rank_gradient_stats,
+)
+from psm_kernels.bank.collectives import average, rank_and_world
 from psm_kernels.evaluate import compare, encode, knn_accuracy
-from psm_kernels.networks import make_encoder, mlp
-from psm_kernels.settings import check, command_line, complete, continued, setting
-from psm_kernels.stats import rank_gradient_stats
+from psm_kernels.training import plots
+from psm_kernels.training.batch_norm import set_batch_norm
+from psm_kernels.training.checkpoint import full_state_dict, load_checkpoint, save_checkpoint
+from psm_kernels.training.data import DATA_SETS, MEAN_STD, load_views
+from psm_kernels.training.networks import make_encoder, mlp
+from psm_kernels.training.settings import check, command_line, complete, continued, setting
 
 METHODS = {  # another method is one more line, and its own settings below
     "psm": PSMLoss,

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from psm_kernels.memory_bank import MemoryBank, unit_rows
+from psm_kernels import MemoryBank
+from psm_kernels.rows import unit_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from psm_kernels import backends
 from psm_kernels.functional import psm_loss
-from psm_kernels.memory_bank import MemoryBank, unit_rows
+from psm_kernels import MemoryBank
+from psm_kernels.rows import unit_rows
 from psm_kernels.ops import NOTHING, bank_pass, bank_topk
 
 ROOT = Path(__file__).parents[1]

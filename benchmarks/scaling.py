@@ -78,7 +78,7 @@ class Step:
 def sent_bytes(
     world: int, batch: int, dim: int, topk: int, itemsize: int, sharded: bool, key_size: int = 4
 ) -> int:
-    """Bytes that one process sends in a forward that enqueues; `tests/test_distributed.py` counts
+    """Bytes that one process sends in a forward that enqueues; `tests/test_collectives.py` counts
     the same for a call that does not."""
     to_each = batch * dim * key_size  # the enqueue: keys
     if sharded:

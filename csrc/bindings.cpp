@@ -170,6 +170,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("instruction_sets", &psm::cpu::instruction_sets, "What this machine runs, best first.");
     using py::arg;
     m.def("bank_pass", checked(&psm::cpu::bank_pass), arg("args"), arg("isa"), arg("threads"));
+    m.def("psm_step", checked(&psm::cpu::psm_step), arg("args"), arg("isa"), arg("threads"));
     m.def("workspace_bytes", checked(&psm::cpu::workspace_bytes), arg("args"), arg("isa"),
           arg("threads"));
 #ifdef PSM_CUDA

@@ -22,6 +22,7 @@ def _each_test_compiles_for_itself():
         torch._dynamo.reset()
 
 
+pytest.register_assert_rewrite("ranks")
 GOLDEN = sorted(Path(__file__).parent.glob("golden/*.npz"))
 
 
@@ -75,3 +76,26 @@ def problem(batch=5, size=70, dim=20, *, seed=0, dtype=torch.float32, few_bits=F
             unit_rows(torch.randn(n, dim, generator=g)) for n in (batch, batch, size)
         )
     return query, key, bank.to(dtype), (query * key).sum(1)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The pool of a file of tests, made again after a test that killed it."""
+    from ranks import Pool, started
+
+    pools = []
+
+    def get():
+        if not pools or not all(p.is_alive() for p in pools[-1].processes):
+            pools.append(Pool(4, tmp_path_factory.mktemp("pool")))
+            pools[-1].outcomes(started, 4, timeout=90)  # importing torch, on a busy machine
+        return pools[-1]
+
+    yield get
+    for pool in pools:
+        pool.close()
+
+
+@pytest.fixture
+def pool(shared):
+    return shared()

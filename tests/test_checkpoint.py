@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from psm_kernels import PSMLoss
-from psm_kernels.checkpoint import load_checkpoint, save_checkpoint
+from psm_kernels.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 def make_parts(seed: int) -> dict:

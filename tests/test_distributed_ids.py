@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_distributed import BATCH, DIM, At, pool, shared, unit, whole_batch  # noqa: F401
+from ranks import BATCH, DIM, At, unit, whole_batch
 
 from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss
 
@@ -47,7 +47,7 @@ def steps(at, name, options, state, number=3):
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("flag", ["shard_bank", "gather_distributed"])
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "neighbors"])
-def test_equal_to_one_process(pool, name, flag, indexed):  # noqa: F811
+def test_equal_to_one_process(pool, name, flag, indexed):
     alone = At(0, 1, None)
     single = make(alone, name, indexed_bank=indexed)
     first = torch.arange(20) if indexed else torch.arange(20) % 7
@@ -85,7 +85,7 @@ def statistics(at, state, options):
     return {n: stats[n] for n in ("kept_count", "grad_mean", "grad_var", "own_copies")}
 
 
-def test_statistics_of_a_shard(pool):  # noqa: F811
+def test_statistics_of_a_shard(pool):
     alone = At(0, 1, None)
     single = PSMLoss(0.2, (SIZE, DIM), bank_dtype=torch.float64)
     single.enqueue(unit(30, seed=7), ids=torch.arange(30) % 9)
@@ -105,7 +105,7 @@ def save_and_load(at, state, indexed):
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-def test_ids_are_saved_and_loaded_by_shards(pool, indexed):  # noqa: F811
+def test_ids_are_saved_and_loaded_by_shards(pool, indexed):
     single = make(At(0, 1, None), "psm", indexed_bank=indexed)
     single.enqueue(unit(9, seed=7), ids=torch.arange(9) * 4)
     for held in pool.run(save_and_load, 2, single.state_dict(), indexed):
@@ -118,7 +118,7 @@ def one_rank_brings_ids(at):
     criterion(query, key, ids=torch.arange(len(key)) if at.rank else None)
 
 
-def test_ids_on_some_ranks_are_refused_on_all(pool):  # noqa: F811
+def test_ids_on_some_ranks_are_refused_on_all(pool):
     for error in pool.refused(one_rank_brings_ids, 2):
         assert "ids given: got [False, True]" in error
 
@@ -135,13 +135,13 @@ def validate_alone(at, flag, evaluate):
     return criterion(*batch)
 
 
-def test_a_rank_that_validates_alone_leaves_nobody_behind(pool):  # noqa: F811
+def test_a_rank_that_validates_alone_leaves_nobody_behind(pool):
     apart = torch.cat(pool.run(validate_alone, 2, "gather_distributed", True))
     together = validate_alone(At(0, 1, None), "gather_distributed", True)
     torch.testing.assert_close(apart, together)
 
 
-def test_a_rank_that_trains_alone_is_noticed(pool):  # noqa: F811
+def test_a_rank_that_trains_alone_is_noticed(pool):
     for error in pool.refused(validate_alone, 2, "gather_distributed", False):
         assert "calls so far: got [2, 1]" in error
 
@@ -155,7 +155,7 @@ def both_directions(at, state, options):
 
 
 @pytest.mark.parametrize("flag", ["shard_bank", "gather_distributed"])
-def test_both_directions_equal_one_process(pool, flag):  # noqa: F811
+def test_both_directions_equal_one_process(pool, flag):
     single = make(At(0, 1, None), "psm")
     single.enqueue(unit(20, seed=7), ids=torch.arange(20) % 7)
     state = single.state_dict()
@@ -174,6 +174,6 @@ def one_rank_brings_a_wrong_id(at, flag):
 
 
 @pytest.mark.parametrize("flag", ["shard_bank", "gather_distributed"])
-def test_a_wrong_id_in_both_directions_is_refused_on_all(pool, flag):  # noqa: F811
+def test_a_wrong_id_in_both_directions_is_refused_on_all(pool, flag):
     for error in pool.refused(one_rank_brings_a_wrong_id, 2, flag):
         assert "ids: got 41, wanted 0 to 40" in error

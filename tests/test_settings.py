@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from psm_kernels.settings import check, command_line, complete, continued, setting
+from psm_kernels.training.settings import check, command_line, complete, continued, setting
 
 
 @dataclasses.dataclass

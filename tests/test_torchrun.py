@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from psm_kernels.batch_norm import set_batch_norm
+from psm_kernels.training.batch_norm import set_batch_norm
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("torchvision")
@@ -26,7 +26,7 @@ SCRIPT = f"""
 import functools, os, pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
-from psm_kernels.data import Views
+from psm_kernels.training.data import Views
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 train.METHODS["psm"] = functools.partial(train.METHODS["psm"], bank_dtype=torch.float64)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("torchvision")
 sys.path.insert(0, str(ROOT))
 train = __import__("train")
-data = sys.modules["psm_kernels.data"]
+data = sys.modules["psm_kernels.training.data"]
 
 # 4 steps an epoch; a bank that the two batches of its filling fill exactly.
 TINY = ["--limit", "64", "--batch-size", "16", "--bank", "32", "--epochs", "2"]

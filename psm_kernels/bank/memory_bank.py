@@ -255,7 +255,7 @@ class MemoryBank(HeldState):
                 if hasattr(state_dict.get(prefix + name), "to_local"):  # a DTensor
                     raise ValueError(
                         f"{name}: the checkpoint is of a sharded bank, this one is whole: save "
-                        "psm_kernels.checkpoint.full_state_dict(module), called on every rank"
+                        "psm_kernels.training.checkpoint.full_state_dict(module) on every rank"
                     )
         if prefix + "queue" in state_dict:
             found = state_dict.pop(prefix + "queue"), state_dict.pop(prefix + "queue_ptr", None)

@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "driver.h"
+#include "pass.h"
 
 namespace psm::cpu {
 namespace {
@@ -48,8 +48,6 @@ void enter(void* argument) {
     call.job(call.next.fetch_add(1));
 }
 
-}  // namespace
-
 void run_threads(size_t count, const std::function<void(size_t)>& job) {
     if (count <= 1) return job(0);
     Call call{job};
@@ -63,6 +61,40 @@ void run_threads(size_t count, const std::function<void(size_t)>& job) {
     }
     enter(&call);
     for (std::thread& other : others) other.join();
+}
+
+// Waits are short: the others are at their last items. But one of them may have lost its processor.
+void wait_until(const std::atomic<int64_t>& value, int64_t wanted) {
+    for (int spins = 0; value.load(std::memory_order_acquire) < wanted;) {
+        if (++spins > 4000) {
+            std::this_thread::yield();
+        } else {
+#if PSM_X86
+            __builtin_ia32_pause();
+#endif
+        }
+    }
+}
+
+}  // namespace
+
+// Threads take items from a shared counter, and wait for items, not for one another: it does not
+// matter how many the system grants.
+void run_phases(size_t threads, const std::vector<Phase>& phases) {
+    struct alignas(64) Progress {
+        std::atomic<int64_t> taken{0}, done{0};
+    };
+    std::vector<Progress> progress(phases.size());
+    run_threads(threads, [&](size_t worker) {
+        for (size_t p = 0; p < phases.size(); ++p) {
+            const auto& [items, run] = phases[p];
+            for (int64_t item; (item = progress[p].taken.fetch_add(1)) < items;) {
+                run(worker, item);
+                progress[p].done.fetch_add(1, std::memory_order_release);
+            }
+            wait_until(progress[p].done, items);
+        }
+    });
 }
 
 }  // namespace psm::cpu

@@ -12,8 +12,8 @@ namespace {
 #include "../simd/avx512.h"
 using namespace simd;
 #include "kernel.inl"
-#include "finish.inl"
-constexpr Kernels kKernels{"avx512_bf16", true, true, prepare, process, read_mined, combine};
+constexpr Kernels kKernels{"avx512_bf16", true, true, unit_rows, prepare, process,
+                           merge_mean, similarities, gradient};
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {

@@ -10,8 +10,8 @@ namespace {
 #include "../simd/portable.h"
 using namespace simd;
 #include "kernel.inl"
-#include "finish.inl"
-constexpr Kernels kKernels{"portable", false, false, prepare, process, read_mined, combine};
+constexpr Kernels kKernels{"portable", false, false, unit_rows, prepare, process,
+                           merge_mean, similarities, gradient};
 }  // namespace
 
 const Kernels* portable_kernels() { return &kKernels; }

@@ -3,11 +3,13 @@
 
 constexpr int kFlight = 4;  // vectors side by side, where each alone would wait for its latencies
 
+#include "rows.inl"
 #include "pack.inl"
 #include "product.inl"
 #include "mine.inl"
 #include "noise.inl"
 #include "weigh.inl"
+#include "finish.inl"
 
 // The next tile on its way from memory to L2, a slice per row block.
 struct Upcoming {

@@ -63,28 +63,6 @@ void screen(const Task& t, const Worker& w, int64_t block, int panel, const floa
     }
 }
 
-template <Dtype kDtype>
-INLINE float dot(const float* x, const void* rows, int64_t first, int64_t padded) {
-    constexpr int kChains = kPad / kWidth < 4 ? kPad / kWidth : 4;  // hide the latency of an fma
-    V acc[kChains];
-    for (V& chain : acc) chain = set1(0.0f);
-    for (int64_t d = 0; d < padded; d += kChains * kWidth)
-        for (int n = 0; n < kChains; ++n)
-            acc[n] = fma(load(x + d + n * kWidth), load_as<kDtype>(rows, first + d + n * kWidth),
-                         acc[n]);
-    for (int n = 1; n < kChains; ++n) acc[0] = add(acc[0], acc[n]);
-    return sum(acc[0]);
-}
-
-// Of a query, padded, and a row of the bank; `buffer` is for a row that is not.
-INLINE float product_with(const Task& t, const float* query, int64_t slot, float* buffer) {
-    float product;
-    read_row(t, slot, buffer, [&](auto as, const void* rows, int64_t first) {
-        product = dot<as.dtype>(query, rows, first, t.padded);
-    });
-    return product;
-}
-
 bool is_hidden(const Task& t, int64_t i, int64_t slot) {
     const Exclude& x = t.exclude;
     bool hidden = x.ids && x.bank_ids[slot] == x.ids[i];

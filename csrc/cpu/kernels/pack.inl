@@ -1,56 +1,5 @@
 // Queries, keys and bank tiles in the forms that the products read. Part of kernel.inl.
 
-template <Dtype kDtype>
-INLINE V load_as(const void* base, int64_t i) {
-    if constexpr (kDtype == Dtype::kFloat32) return load((const float*)base + i);
-    if constexpr (kDtype == Dtype::kBFloat16) return load_bf16((const uint16_t*)base + i);
-    if constexpr (kDtype == Dtype::kFloat16) return load_fp16((const uint16_t*)base + i);
-}
-
-INLINE float element_as_float(const void* base, int64_t i, Dtype dtype) {
-    if (dtype == Dtype::kFloat32) return ((const float*)base)[i];
-    const uint16_t half = ((const uint16_t*)base)[i];
-    return dtype == Dtype::kFloat16 ? half_to_float(half) : bits_to_float(uint32_t(half) << 16);
-}
-
-template <Dtype kDtype>
-void convert_row(const void* src, int64_t first, int64_t dim, int64_t padded, float* dst) {
-    int64_t d = 0;
-    for (; d + kWidth <= dim; d += kWidth) store(dst + d, load_as<kDtype>(src, first + d));
-    for (; d < dim; ++d) dst[d] = element_as_float(src, first + d, kDtype);
-    for (; d < padded; ++d) dst[d] = 0.0f;
-}
-
-void convert(const Task& t, const void* src, int64_t row, float* dst) {
-    const int64_t first = row * t.dim;
-    if (t.dtype == Dtype::kFloat32) convert_row<Dtype::kFloat32>(src, first, t.dim, t.padded, dst);
-    if (t.dtype == Dtype::kBFloat16)
-        convert_row<Dtype::kBFloat16>(src, first, t.dim, t.padded, dst);
-    if (t.dtype == Dtype::kFloat16) convert_row<Dtype::kFloat16>(src, first, t.dim, t.padded, dst);
-}
-
-template <Dtype kDtype>
-struct As {
-    static constexpr Dtype dtype = kDtype;
-};
-
-// Calls read(As<dtype>, rows, first element) for a row of the bank: where it lies, if it needs no
-// padding, else in `buffer`.
-template <class Read>
-INLINE void read_row(const Task& t, int64_t slot, float* buffer, Read read) {
-    const int64_t first = slot * t.dim;
-    if (t.dim != t.padded) {
-        convert(t, t.bank, slot, buffer);
-        read(As<Dtype::kFloat32>{}, buffer, 0);
-    } else if (t.dtype == Dtype::kFloat32) {
-        read(As<Dtype::kFloat32>{}, t.bank, first);
-    } else if (t.dtype == Dtype::kBFloat16) {
-        read(As<Dtype::kBFloat16>{}, t.bank, first);
-    } else {
-        read(As<Dtype::kFloat16>{}, t.bank, first);
-    }
-}
-
 // One row as signed bytes times `step`, with what the bound on the error of a product needs.
 // A row that holds NaN or inf has residual inf: no bound.
 struct Quantized {
@@ -83,30 +32,27 @@ Quantized quantize_row(const void* rows, int64_t first, int64_t padded, int8_t* 
 }
 #endif
 
-INLINE float norm_of(const float* row, int64_t padded) {
-    V norm = set1(0.0f);
-    for (int64_t d = 0; d < padded; d += kWidth) norm = fma(load(row + d), load(row + d), norm);
-    return square_root(sum(norm));
-}
-
 void set_bound(const Task& t, int64_t i, float inverse, float norm, float residual) {
     const bool finite = norm < kInfinity;
     const float slack = 1.0001f * inverse;  // the norms are rounded as well
     t.inverse[i] = inverse;
     t.norm[i] = finite ? larger(slack * norm, 1e-30f) : 0.0f;  // not 0: 0 * inf is NaN
     t.residual[i] = finite ? larger(slack * residual, 1e-30f) : 0.0f;
-    for (int64_t set = 0; set < t.heap_sets; ++set)  // NaN or inf in a key: it finds nothing
-        t.bars[set * t.rows + i] = finite ? -kInfinity : kInfinity;
+    for (int64_t row = i; row < t.heap_sets * t.rows; row += t.rows) {
+        t.bars[row] = finite ? -kInfinity : kInfinity;  // NaN or inf in a key: it finds nothing
+        __builtin_memset(t.heaps + row * t.topk, 0, size_t(t.topk) * sizeof(uint64_t));
+    }
 }
 
 uint32_t bf16_bits(float x) { return float_to_bits(x) >> 16; }  // x is a bf16 already
 
-void prepare(const Task& t) {
+void prepare(const Task& t, int64_t block) {
     float* scratch = (float*)__builtin_alloca(size_t(t.padded) * sizeof(float));
-    for (int64_t i = 0; i < t.rows; ++i) {
+    const int64_t rows = smaller(t.rows - block * kBlock, kBlock);
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t i = block * kBlock + r;
         float* row = t.sums ? scratch : t.query_rows + i * t.padded;
-        convert(t, t.query, i, row);
-        const int64_t block = i / kBlock, r = i % kBlock;
+        read_query(t, i, row);
 #if PSM_QUADS
         if (!t.sums) {
             int8_t* bytes = (int8_t*)scratch;

@@ -5,6 +5,7 @@
 #define NOINLINE static __attribute__((noinline))
 
 constexpr float kInfinity = __builtin_inff();
+constexpr float kSmallestNormal = 1.17549435e-38f;
 constexpr float kLog2Cap = -0.00144341686f;  // log2(0.999): the keep probability is capped there
 // 2^f on [-1/2, 1/2]: minimax of degree 5 with p(0) = 1, relative error 9e-8 before rounding.
 constexpr float kExp2[6] = {1.0f,          0.693147f,     0.24022242f,
@@ -31,4 +32,11 @@ INLINE float half_to_float(uint16_t half) {
     if (magnitude >= 0x0400) return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
     const float tiny = float(magnitude) * 5.9604645e-8f;  // subnormal: units of 2^-24
     return sign ? -tiny : tiny;
+}
+// To the nearest number without the last kBits bits of the mantissa, ties to even.
+template <int kBits>
+INLINE float round_bits(float x) {
+    const uint32_t bits = float_to_bits(x), odd = bits >> kBits & 1;
+    const uint32_t nearest = bits + ((1u << (kBits - 1)) - 1 + odd);
+    return x == x ? bits_to_float(nearest & ~((1u << kBits) - 1)) : x;
 }

@@ -1,4 +1,4 @@
-// What the driver (driver/pass.cpp) hands to the kernels of one instruction set. Plain data only:
+// What the driver (driver/) hands to the kernels of one instruction set. Plain data only:
 // a template or inline function shared with translation units built for another instruction set
 // could be merged by the linker into code that this machine cannot run.
 #pragma once
@@ -19,6 +19,7 @@ constexpr int kBatches = kTile / 4;  // Philox counters per row and tile
 // Either mines or sums: what is mined may have to be left out of the sums.
 struct Task {
     const void *query, *bank;
+    const float* unit;  // (B, padded), or null: queries to be rounded to the dtype, before `query`
     const float* s_pos;
     const float *affine, *rho;
     int64_t rows, count, dim, padded;  // B, valid slots, D, D rounded up to kPad
@@ -42,7 +43,6 @@ struct Task {
     float* query_rows;      // (B, padded)
     float *inverse, *norm, *residual;  // (B,) 1 / step; norms of a query and its error, / step
 
-    const int64_t* mined; // (B, topk) of the task before
     int64_t* hidden;      // (B, most_hidden) a row's slots that it must not sum, ascending, kNoSlot
     int64_t most_hidden;  // counts the kNoSlot that ends each list
 
@@ -77,29 +77,40 @@ struct Worker {
     uint64_t* columns;       // (4, kBatches) what Philox knows of a column before it sees a row
     float* state;            // (rows of a group, 3, kLanes) sum, sum of squares, count
     float *shift, *sq_shift; // (rows of a group,)
+    float* mean;             // (padded,) of a row whose parts are merged
     uint64_t* heaps;         // (B, topk)
     float* bars;             // (B,)
 };
 
-// One query with its mined rows, of which the first `found` are there. Buffers of one thread.
-struct MinedRow {
-    int64_t found;
-    const int64_t* slots;    // (topk,)
-    float* rows;             // (topk, padded)
-    float *query, *scratch;  // (padded,)
-    float* similarity;       // (topk,)
-    float* to_mined;         // (topk,) how much of each vector is in the query's gradient
+// What a step makes before the pass: unit rows, padded with zeros.
+struct UnitRows {
+    const float *raw_query, *raw_key;  // (B, D) of any length
+    float *query, *key;                // (B, padded)
+    float *norms;                      // (B,) of the queries, 1 for a row of zeros
+    float* s_pos;                      // (B,) similarity of each pair
+};
+
+// What the gradient of one row's loss is made of, by its unit query.
+struct RowTerms {
+    const float *query, *key, *mean;  // (padded,) unit rows; mean of the negatives
+    const int64_t* slots;             // (mined,)
+    int64_t mined;
     float to_key, to_mean;
+    const float* to_mined;  // (mined,)
+    float norm;             // of the query
 };
 
 struct Kernels {
     const char* name;
     bool quads, pairs;  // which packed forms the kernels read: bytes for mining, bf16 pairs
-    void (*prepare)(const Task&);
+    void (*unit_rows)(const Task&, const UnitRows&, int64_t block);
+    void (*prepare)(const Task&, int64_t block);
     void (*process)(const Task&, Worker&, int64_t item);  // item = group * chunks + chunk
-    void (*read_mined)(const Task&, const MinedRow&, const float* query, int64_t row);
-    void (*combine)(const Task&, const MinedRow&, const float* key, const float* mean, int64_t row,
-                    float* gradient);
+    void (*merge_mean)(const Task&, int64_t row, const float* factors, float scale, float* mean);
+    // `buffer` of both: (2, padded)
+    void (*similarities)(const Task&, const float* query, const int64_t* slots, int64_t count,
+                         float* buffer, float* similarity);
+    void (*gradient)(const Task&, const RowTerms&, float* buffer, float* gradient);
 };
 
 // Null where the build or the machine lacks the instruction set.

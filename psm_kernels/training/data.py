@@ -1,6 +1,6 @@
 """The images of train.py: five data sets, their augmentations, and views that can be repeated.
 
-torchvision is needed here and in networks.py, scikit-learn here and in evaluate.py.
+torchvision is needed here and in networks.py, scikit-learn here and in psm_kernels/evaluate.py.
 """
 
 from pathlib import Path

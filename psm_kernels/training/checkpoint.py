@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psm_kernels.distributed import rank_and_world
+from psm_kernels.bank.collectives import rank_and_world
 
 try:
     import numpy as np
