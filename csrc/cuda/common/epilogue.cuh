@@ -58,7 +58,7 @@ PSM_DEVICE float keep_log2(const Rows& rows, float s, int row) {
 
 // Dropped elements of two n8 tiles become -inf. `column` is the Philox counter of their 16 slots.
 template <int kTiles>
-PSM_DEVICE void draw(float (&s)[kTiles][4], int n, const KernelArgs& args, Rows& rows,
+PSM_DEVICE void sample(float (&s)[kTiles][4], int n, const KernelArgs& args, Rows& rows,
                      const NoiseKey& key, uint32_t column) {
     const NoiseColumn at = noise_column(key, column);
 #pragma unroll
@@ -135,7 +135,7 @@ PSM_DEVICE void weigh(float (&s)[kTiles][4], float (&out)[kOut][4], const Kernel
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
         if constexpr (kSelection == Selection::kBernoulli)
-            draw(s, n, args, rows, key, column + 2 * n);
+            sample(s, n, args, rows, key, column + 2 * n);
         exponentiate(s, n, rows.scale, rows, weights, sum, square);
     }
     if (warp_any(fmaxf(sum[0], sum[1]) > kWeightMax))
@@ -228,10 +228,10 @@ PSM_DEVICE void start_rows(const KernelArgs& args, const int (&row)[2], Rows& ro
     rows.scale = bits_float(keep_uniform(float_bits(args.scale)));
     rows.sharpness = bits_float(keep_uniform(float_bits(args.sharpness), 2));
     for (int r = 0; r < 2; ++r) {
-        const bool inside = row[r] < args.batch;
+        const bool inside = row[r] < args.rows();
         if constexpr (kSelection == Selection::kAffine) {
             const auto load = [&](int which) {
-                return inside ? args.affine[int64_t(which) * args.batch + row[r]] : 0.0f;
+                return inside ? args.affine[int64_t(which) * args.rows() + row[r]] : 0.0f;
             };
             rows.center[r] = load(0), rows.beta[r] = load(1), rows.gamma[r] = load(2);
             rows.shift[r] = fmaxf(load(3) * args.scale, kLowest), rows.cap[r] = load(4);
@@ -280,8 +280,8 @@ PSM_DEVICE void write_partial(const KernelArgs& args, const Rows& rows, const in
         const float sum = quad_sum(rows.sum[r]), square = quad_sum(rows.square[r]);
         const int kept = kSelection == Selection::kAll ? -gone[r] : rows.kept[r];  // of all slots
         const float count = quad_sum(rows.count[r] + float(kept));
-        if (row[r] >= args.batch) continue;
-        const int64_t at = int64_t(split) * args.batch + row[r];
+        if (row[r] >= args.rows()) continue;
+        const int64_t at = int64_t(split) * args.rows() + row[r];
         const int c = thread_index() % 4;
         const float square_shift = kSelection == Selection::kExpected ? rows.square_shift[r]
                                                                       : 2 * rows.shift[r];

@@ -39,7 +39,7 @@ PSM_DEVICE uint64_t hidden_columns(const KernelArgs& args, int row, const Walk& 
                                    int columns) {
     const Hidden& hidden = args.hidden;
     const int c = thread_index() % 4, first = start - walk.lead;
-    const int64_t inside = row < args.batch ? row : args.batch - 1;
+    const int64_t inside = row < args.rows() ? row : args.rows() - 1;
     uint64_t mask = 0;
     const int* list = hidden.list + inside * hidden.listed;
 #pragma unroll 1
@@ -165,8 +165,8 @@ PSM_DEVICE void mark_ids(const KernelArgs& args, MarkShared& shared) {
     const Hidden& hidden = args.hidden;
     const int thread = thread_index(), lead = lead_slots(args.options.col_offset);
     const int end = valid_slots(args) + lead;
-    for (int row = 0; row < args.batch; row += kMarkRows) {
-        const int rows = args.batch - row < kMarkRows ? int(args.batch) - row : kMarkRows;
+    for (int row = 0; row < args.rows(); row += kMarkRows) {
+        const int rows = args.rows() - row < kMarkRows ? args.rows() - row : kMarkRows;
         for (int i = thread; i < kBuckets; i += kMarkThreads) shared.first[i] = -1;
         block_sync();
         for (int i = thread; i < rows; i += kMarkThreads) {
