@@ -2,7 +2,7 @@
 // Shared memory stays below the 99 KB that a block of sm_86, 89 and 120 can have.
 #pragma once
 
-#include "../common/handle.cuh"
+#include "../common/kernels.h"
 #include "pass_fp32.cuh"
 #include "pass_sm80.cuh"
 #include "walk_sm80.cuh"

@@ -10,15 +10,13 @@ namespace psm::cuda {
 template <class T, int kDim, int kWarps, int kSlots, int kRing>
 struct PassSm80 {
     using Element = T;
-    static constexpr int kStages = kRing;
-    static constexpr int kTileSlots = kSlots;
+    static constexpr int kTileSlots = kSlots, kStages = kRing;
     static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
     static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8, kSteps = kDim / 16;
     static constexpr int kRowTileBytes = kRows * kDim * 2, kStageBytes = kTileSlots * kDim * 2;
-    static constexpr int kSharedBytes = kRowTileBytes + kStages * kStageBytes;
-    static_assert(kTileSlots % 16 == 0 && 64 % kTileSlots == 0);
-
     static constexpr int kRingStart = kRowTileBytes;
+    static constexpr int kSharedBytes = kRingStart + kStages * kStageBytes;
+    static_assert(kTileSlots % 16 == 0 && 64 % kTileSlots == 0);
 
     static PSM_DEVICE void load_rows(const KernelArgs& args, char* shared, int64_t first,
                                      int thread) {
@@ -60,7 +58,8 @@ struct PassSm80 {
     // out += P . M
     static PSM_DEVICE void accumulate(float (&out)[kOut][4], const Weights<T, kTiles>& weights,
                                       const char* stage, int lane) {
-        const uint32_t bank = shared_address(stage), start = bank + chunk_offset<kTileSlots>(lane % 16, lane / 16);
+        const uint32_t start =
+            shared_address(stage) + chunk_offset<kTileSlots>(lane % 16, lane / 16);
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
             uint32_t b[4];

@@ -1,5 +1,5 @@
-// The bank pass for sm_80 and newer around the products of pass_sm80.cuh or pass_fp32.cuh. A CTA owns
-// 16 rows per warp and walks the bank tiles of its split; all threads copy, kStages - 1 tiles ahead:
+// The bank pass for sm_80 and newer around the products of pass_sm80.cuh or pass_fp32.cuh. A CTA
+// owns 16 rows per warp and walks the tiles of its split; all threads copy, some tiles ahead:
 //
 //     tile t is there (wait, barrier) -> copy t + kStages - 1 into the stage that t - 1 leaves
 //     -> query . M -> what is hidden becomes -inf -> cell maxima, or weights -> P . M

@@ -12,9 +12,9 @@
 // and the rest is for sums, noise and addresses. What all threads of a warp have in common lies in
 // uniform registers. Mining holds (64, 256) similarities, 128 registers, and little else.
 //
-// The ring. Each stage has a barrier `full`, which the bytes of TMA complete, and a barrier `empty`,
-// at which each consuming warp arrives once its products have read the stage. A barrier completes
-// phase after phase, and who waits names the parity of the one he waits for.
+// The ring. Each stage has a barrier `full`, which the bytes of TMA complete, and one `empty`, at
+// which each consuming warp arrives once its products have read the stage. A barrier completes
+// phase after phase, and who waits names the parity of the one to wait for.
 #pragma once
 
 #include "../common/tile.cuh"
