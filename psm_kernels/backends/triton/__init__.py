@@ -106,8 +106,8 @@ class Triton(Backend):
     ) -> tuple[Tensor, Tensor]:
         from psm_kernels.backends.triton.loss import loss_and_gradient
 
-        unit, norms = unit_rows_and_norms(query)
-        key = unit_rows(key)
+        unit, norms = unit_rows_and_norms(query.contiguous())
+        key = unit_rows(key.contiguous())
         s_pos = (unit * key).sum(1)
         result = self.bank_pass(
             unit.to(bank.dtype), key.to(bank.dtype) if options.topk else None, bank, count, s_pos,
