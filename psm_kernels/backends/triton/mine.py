@@ -33,8 +33,9 @@ def _scan(
     CELL_TILES: tl.constexpr = (63 + BN) // BN
     for tile in tl.range(first, last, num_stages=STAGES):
         start = tile * BN
-        _, slot_valid, s = scores(
-            k, key, rows, row_valid, bank, bank_tiles, start, size, D,
+        slot_valid = start + tl.arange(0, BN) < size
+        _, s = scores(
+            k, key, rows, row_valid, bank, bank_tiles, start, slot_valid, D,
             GENERAL, BM, BN, DPAD, DBLOCK,
         )  # fmt: skip
         if GENERAL:

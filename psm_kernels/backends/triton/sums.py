@@ -70,8 +70,10 @@ def _scan(
     # Hoisting what little is invariant takes 20 to 40 registers, and spills at D = 256.
     for tile in tl.range(first, last, num_stages=STAGES, disable_licm=True):
         start = tile * BN - shift
-        m, slot_valid, s = scores(
-            q, query, rows, row_valid, bank, bank_tiles, start, size, D,
+        slot = start + tl.arange(0, BN)
+        slot_valid = (slot >= 0) & (slot < size)
+        m, s = scores(
+            q, query, rows, row_valid, bank, bank_tiles, start, slot_valid, D,
             GENERAL, BM, BN, DPAD, DBLOCK,
         )  # fmt: skip
         x = s * scale  # base 2

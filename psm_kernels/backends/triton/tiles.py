@@ -47,15 +47,14 @@ def whole_rows(x, rows, row_valid, D, DPAD: tl.constexpr, DBLOCK: tl.constexpr):
 
 @triton.jit
 def scores(
-    q, query, rows, row_valid, bank, bank_tiles, start, size, D,
+    q, query, rows, row_valid, bank, bank_tiles, start, slot_valid, D,
     GENERAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr,
     DBLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of the bank's tile from slot `start` on: its rows (BN, DPAD), which are valid (BN,), and their
-    products with `q`, the `whole_rows` of query (BM, BN). Without GENERAL all are valid."""
+    """Of the bank's tile from slot `start` on: its rows (BN, DPAD), and their products with `q`, the
+    `whole_rows` of query (BM, BN). Without GENERAL all slots (BN,) are valid."""
     local = tl.arange(0, BN)
     d = tl.arange(0, DPAD)
-    slot_valid = (start + local >= 0) & (start + local < size)
     tile_rows = bank + start.to(tl.int64) * D
     in_tile = local[:, None] * D + d[None, :]  # offsets within a tile fit 32 bits
     if GENERAL:
@@ -69,7 +68,7 @@ def scores(
         q, query + rows[:, None] * D, row_valid[:, None],
         m, tile_rows + local[:, None] * D, slot_valid[:, None], D, BM, BN, DPAD, DBLOCK,
     )  # fmt: skip
-    return m, slot_valid, s
+    return m, s
 
 
 @triton.jit

@@ -57,8 +57,10 @@ def weighted_kernel(
     mean = tl.zeros((BM, DPAD), tl.float32)
     for tile in tl.range(first, last, num_stages=STAGES):
         start = tile * BN
-        m, slot_valid, s = scores(
-            q, query, rows, row_valid, bank, None, start, size, D, True, BM, BN, DPAD, DBLOCK
+        slot = start + tl.arange(0, BN)
+        slot_valid = slot < size
+        m, s = scores(
+            q, query, rows, row_valid, bank, None, start, slot_valid, D, True, BM, BN, DPAD, DBLOCK
         )
         seen = tl.broadcast_to(slot_valid[None, :], (BM, BN))
         if lists is not None:
@@ -68,7 +70,7 @@ def weighted_kernel(
             seen = seen & ~own(row_ids, bank_ids, start, slot_valid, BN)
         e = tl.math.exp2((s - top[:, None]) * scale)
         e = tl.where(seen, e, 0.0)  # what is hidden may be larger than the top, and overflow
-        offset = tl.load(rho + start + tl.arange(0, BN), mask=slot_valid, other=0.0)[None, :]
+        offset = tl.load(rho + slot, mask=slot_valid, other=0.0)[None, :]
         w = tl.maximum(alpha + beta * s + offset + gamma * tl.minimum(e, cap), 0.0)
         w = tl.where(seen, w, 0.0)
         weight += partial_sum(w, BM, BN)
