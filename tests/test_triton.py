@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from psm_kernels import ops
-from psm_kernels.backends.triton import Triton, config
+from psm_kernels.backends.triton import config
 from psm_kernels.options import PSMOptions
 from psm_kernels.weighted import weighted_pass
 
