@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psm_kernels.backends.base import Backend
 from psm_kernels.backends.cpp import Cpp
-from psm_kernels.backends.cuda_interim import Cuda
+from psm_kernels.backends.cuda import Cuda
 from psm_kernels.backends.reference import Reference
 from psm_kernels.backends.triton import Triton
 
