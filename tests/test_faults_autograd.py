@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import problem
-from test_methods import expected_unremix
+from formulas import expected_unremix
 from torch.autograd import forward_ad, gradgradcheck
 
 from psm_kernels import InfoNCELoss, MemoryBank, PSMLoss, SSCLLoss, functional, ops
