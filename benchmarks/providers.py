@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks import eager
 from benchmarks.cases import DTYPES, Case, Problem
 from benchmarks.measure import available_memory
+from benchmarks.slab import Slab
 from psm_kernels import functional, ops
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import Backend

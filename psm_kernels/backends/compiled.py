@@ -65,7 +65,6 @@ class Compiled(Backend):
         exclude: Exclude = NOTHING,
         rng_state: Tensor | None = None,
     ) -> BankPass:
-        from psm_kernels import _C
 
         args = _pass_args(bank, count, len(query), options, exclude, rng_state)
         result = _result(query, bank, options.topk)

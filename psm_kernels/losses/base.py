@@ -356,7 +356,10 @@ class BankLoss(HeldState):
             agree(self.process_group, say)
         else:
             say()
-        return view, rank_and_world(self.process_group)[0]
+        return view, self._rank_and_world()[0]
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return rank_and_world(self.process_group) if self.collective else (0, 1)
 
     def _input(
         self, key: Tensor, labels: Tensor | None, ids: Tensor | None, update: bool = True

@@ -10,7 +10,6 @@ from torch import Tensor
 from psm_kernels import checks, noise
 from psm_kernels.backends.base import EMPTY, Exclude
 from psm_kernels.bank import BankView, Shard
-from psm_kernels.bank.collectives import rank_and_world
 from psm_kernels.losses.base import BankLoss, alternate
 from psm_kernels.losses.common import (
     bank_of,
@@ -285,7 +284,7 @@ class PSMLoss(BankLoss):
         written = bank.count.float()  # before the keys of this call
         result = self._step(query, key, labels, ids, update, more)
         if return_stats:
-            _, world = rank_and_world(self.process_group) if self.collective else (0, 1)
+            _, world = self._rank_and_world()
             more = {"bank_fill": written / bank.size, "bank_age": written / (world * len(key))}
             result = result._replace(stats=replace(result.stats, **more))
         return result
