@@ -125,7 +125,9 @@ def expected_nnclr(query, key, bank, count=None, temperature=0.2, ids=None, bank
     pairs, losses = unit_pairs(query, key), []
     for i, (_, k) in enumerate(pairs):
         slots = seen_slots(i, len(bank), count, ids, bank_ids)
-        nearest = max((bank[j] for j in slots), key=lambda m, k=k: float(m @ k), default=k).detach()
+        nearest = max(
+            (bank[j] for j in slots), key=lambda m, k=k: m @ k.detach(), default=k
+        ).detach()
         others = [
             q for j, (q, _) in enumerate(pairs)
             if j != i and not (ids is not None and ids[j] == ids[i] >= 0)
@@ -164,7 +166,7 @@ def expected_msf(query, key, bank, count=None, topk=5, ids=None, bank_ids=None):
     for i, (q, k) in enumerate(unit_pairs(query, key)):
         k = k.detach()
         rows = [bank[j] for j in seen_slots(i, len(bank), count, ids, bank_ids)]
-        rows = sorted(rows, key=lambda m, k=k: float(m @ k), reverse=True)[: topk - 1]
+        rows = sorted(rows, key=lambda m, k=k: m @ k, reverse=True)[: topk - 1]
         losses.append(torch.stack([(q - m).square().sum() for m in (k, *rows)]).mean())
     return torch.stack(losses)
 

@@ -129,7 +129,10 @@ def bank_struct(bank, count):
     from psm_kernels import _C
 
     return _C.Bank(
-        rows=bank.data_ptr(), slots=bank.shape[0], dim=bank.shape[1], dtype=DTYPES[bank.dtype],
+        rows=bank.data_ptr(),
+        slots=bank.shape[0],
+        dim=bank.shape[1],
+        dtype=DTYPES[bank.dtype],
         count=count.data_ptr(),
     )
 
@@ -139,16 +142,21 @@ def _pass_args(bank, count, batch, options, exclude, rng_state):
 
     return _C.PassArgs(
         options=_C.PassOptions(
-            temperature=options.temperature, a=options.a, b=options.b,
-            selection=SELECTIONS[options.selection], topk=options.topk,
-            exclude_mined=options.exclude_mined, row_offset=options.row_offset,
+            temperature=options.temperature,
+            a=options.a,
+            b=options.b,
+            selection=SELECTIONS[options.selection],
+            topk=options.topk,
+            exclude_mined=options.exclude_mined,
+            row_offset=options.row_offset,
             col_offset=options.col_offset,
         ),
         bank=bank_struct(bank, count),
         exclude=_C.Exclude(
             slots=address(exclude.slots),
             listed=0 if exclude.slots is None else exclude.slots.shape[1],
-            ids=address(exclude.ids), bank_ids=address(exclude.bank_ids),
+            ids=address(exclude.ids),
+            bank_ids=address(exclude.bank_ids),
         ),
         batch=batch,
         rng_state=address(rng_state),

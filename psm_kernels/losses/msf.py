@@ -71,7 +71,7 @@ def _rows(
     query: Tensor, key: Tensor, bank: BankView, exclude: Exclude, options: MSFOptions
 ) -> Tensor:
     _, index = bank.topk(key, options.topk - 1, exclude)  # (B, topk - 1); missing: -1
-    total = key.detach() + bank.rows(index, query.dtype).sum(1)  # (B, D)
+    total = (key + bank.rows(index, query.dtype).sum(1)).detach()  # (B, D)
     number = 1 + (index >= 0).sum(1)
     return 2 - 2 * (query * total).sum(1) / number
 

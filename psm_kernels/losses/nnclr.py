@@ -64,8 +64,8 @@ def _rows(
     query: Tensor, key: Tensor, bank: BankView, exclude: Exclude, options: NNCLROptions
 ) -> Tensor:
     _, index = bank.topk(key, 1, exclude)  # (B, 1)
-    nearest = torch.where(index >= 0, bank.rows(index, query.dtype)[:, 0], key.detach())  # (B, D)
-    logits = nearest @ query.T / options.temperature  # (B, B)
+    nearest = torch.where(index >= 0, bank.rows(index, query.dtype)[:, 0], key)  # (B, D)
+    logits = nearest.detach() @ query.T / options.temperature  # (B, B)
     same = torch.eye(len(query), dtype=torch.bool, device=query.device)
     if exclude.ids is not None:
         ids = exclude.ids[:, None]
