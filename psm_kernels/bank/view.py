@@ -132,7 +132,7 @@ class BankView:
         the additions is torch's, see torch.use_deterministic_algorithms."""
         args = (self.bank, self.labels, self.count, labels, exclude)
         total, number = label_sums(*args)
-        return ops.snapshot(total.to(self.sums)), ops.snapshot(number)
+        return total.to(self.sums), number
 
     def row_ranges(self, query: Tensor, temperature: float, exclude: Exclude) -> RowRanges:
         """See `psm_kernels.weighted`."""
