@@ -1,16 +1,15 @@
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import problem
 
-from psm_kernels import MemoryBank, PSMLoss
-from psm_kernels.backends import compiled, cuda, registry
+from psm_kernels import PSMLoss
+from psm_kernels.backends import cuda, registry
 from psm_kernels.backends.reference import Reference
 from psm_kernels.functional import psm_loss
-from psm_kernels.options import PassOptions, PSMOptions
 
 
 def test_the_command_prints_the_table_and_what_auto_picks():
@@ -68,54 +67,3 @@ def test_a_backend_of_ones_own_needs_no_table():
     wanted = psm_loss(query, key, bank, temperature=0.2, topk=2, selection="all")
     torch.testing.assert_close(criterion(query, key, update=False), wanted)
     assert calls == ["bank_pass"]
-
-
-# --- the cuda backend without a GPU --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reason", ["built without the CUDA kernels (no nvcc)", None])
-def test_a_module_without_cuda_says_why(reason, monkeypatch):
-    module = ModuleType("psm_kernels._C")
-    monkeypatch.setattr("psm_kernels._C", module, raising=False)
-    monkeypatch.setitem(sys.modules, "psm_kernels._C", module)
-    info = SimpleNamespace(MISSING_CUDA=reason) if reason else None  # None: cannot be imported
-    monkeypatch.setitem(sys.modules, "psm_kernels._build_info", info)
-    monkeypatch.setattr(compiled, "unavailable", lambda: None)
-    assert f"{reason or 'built without the CUDA kernels'}: build" in cuda.unavailable.__wrapped__()
-    assert cuda.built_for() is None
-
-
-needs_kernels = pytest.mark.skipif(cuda.built_for() is None, reason="built without CUDA kernels")
-
-
-@needs_kernels
-def test_the_table_has_the_limits_of_the_kernels():
-    from psm_kernels import _C
-
-    row = registry.TABLE["cuda"]
-    assert (row.max_dim, row.max_topk_dim) == (_C.cuda.max_dim, _C.cuda.max_topk_dim)
-    assert row.max_step_topk == _C.cuda.max_step_topk
-
-
-@needs_kernels
-@pytest.mark.skipif(torch.cuda.is_available(), reason="host addresses, to be refused by no driver")
-@pytest.mark.parametrize("kernel", ["bank_pass", "bank_topk", "psm_step", "enqueue"])
-def test_every_argument_reaches_the_runtime(kernel, monkeypatch):
-    """All names and types are as the module wants them, and the runtime's error is an exception."""
-    monkeypatch.setattr(cuda, "_place", lambda bank: {"device": 0, "stream": 0})
-    query, key, bank, s_pos = problem(4, 30, 8)
-    rng_state, memory, backend = torch.tensor([1, 2]), MemoryBank(30, 8), cuda.Cuda()
-    options = PassOptions(0.2, "bernoulli", topk=3)
-    state = memory.bank, memory.labels, memory.ids, memory.ptr, memory.count
-    calls = {
-        "bank_pass": lambda: backend.bank_pass(
-            query, key, bank, memory.count, s_pos, options, rng_state=rng_state
-        ),
-        "bank_topk": lambda: backend.bank_topk(query, bank, 3, memory.count),
-        "psm_step": lambda: backend.psm_step(
-            query, key, bank, memory.count, PSMOptions(0.2), rng_state=rng_state
-        ),
-        "enqueue": lambda: backend.enqueue(key, None, None, *state),
-    }
-    with pytest.raises(RuntimeError, match=r"^psm_kernels: cuda[A-Za-z]+: cudaError"):
-        calls[kernel]()

@@ -54,7 +54,8 @@ PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const Ker
     } else if constexpr (kSelection == Selection::kExpected) {
         weigh_expected(s, out, rows, weights);
     } else if constexpr (kSelection == Selection::kAffine) {  // column is slot / 4 + lane % 4
-        const int slot = int(4 * column) - 2 * (thread_index() % 4) - lead_slots(args.options.col_offset);
+        const int lead = lead_slots(args.options.col_offset);
+        const int slot = int(4 * column) - 2 * (thread_index() % 4) - lead;
         weigh_affine(s, args, rows, slot, weights);
     } else {
         weigh<kSelection>(s, out, rows, key, column, weights);
