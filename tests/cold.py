@@ -103,7 +103,7 @@ def answer(
     if soft_weights == "attention":
         w = s.gather(1, index).masked_fill(~there, -1e30).softmax(1) * there
     else:
-        w = there / there.sum(1, keepdim=True).clamp_min(1)
+        w = there.double() if soft_weights == "binary" else there / found[:, None].clamp_min(1)
     soft = log_z - plus + (w * (log_z[:, None] - logits)).sum(1)
     loss = soft + hard_weight * (h.log() - plus)
     (gradient,) = torch.autograd.grad(loss.sum(), query)

@@ -44,7 +44,7 @@ def _scan(
     return running
 
 
-# Neither a size of 1 nor one divisible by 16 is worth a compilation of its own, here and below.
+# Neither a size of 1 nor one divisible by 16 is worth a compilation of its own, in any kernel.
 @triton.jit(do_not_specialize=["count", "ids", "bank_ids", "B", "K", "cells", "splits"])
 def mine_kernel(
     key,  # (B, D)

@@ -14,12 +14,6 @@ from psm_kernels.backends.triton import config, noise, tiles
 from psm_kernels.backends.triton.merge import merge
 from psm_kernels.options import PassOptions
 
-# Neither a size of 1 nor one divisible by 16 is worth a compilation of its own.
-RUNTIME = [
-    "count", "s_pos", "rng_state", "slots", "ids", "bank_ids",
-    "B", "K", "splits", "length", "row_offset", "col_offset",
-]  # fmt: skip
-
 
 @triton.jit
 def _nothing(BM: tl.constexpr, DPAD: tl.constexpr):
@@ -71,7 +65,7 @@ def _scan(
             column = tl.arange(0, BN)[None, :]
             tile_group = (group + tile * (BN // 16)).to(tl.uint32)
             words = noise.noise_words(tile_group, column, row_words[:, None], seed, offset)
-            keep = noise.is_drawn(words, p)
+            keep = words < (p * 4294967296.0).to(tl.uint32)
         elif SELECTION == "expected" or lists is not None or ids is not None:
             keep = p != NEVER
         else:
@@ -102,7 +96,10 @@ def _scan(
     return top, total, squares, kept, mean
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=[
+    "count", "s_pos", "rng_state", "slots", "ids", "bank_ids",
+    "B", "K", "splits", "length", "row_offset", "col_offset",
+])  # fmt: skip
 def sum_kernel(
     query,  # (B, D)
     bank,  # (K, D)
@@ -122,7 +119,7 @@ def sum_kernel(
     split, block = tiles.block_of_rows(query, B, D, BM, DPAD, DBLOCK)
     rows, row_valid = block[0], block[1]
     hidden = tiles.lists_of(slots, block, B, length), length, tiles.per_row(ids, block), bank_ids
-    rule = noise.keep_center(tiles.per_row(s_pos, block), b, sharpness), sharpness
+    rule = -1.0 * (tiles.per_row(s_pos, block) + b) * sharpness, sharpness
     seed, offset = 0, 0
     if SELECTION == "bernoulli":
         seed, offset = tl.load(rng_state), tl.load(rng_state + 1)
@@ -180,7 +177,7 @@ def sums(
         query, bank, cut.descriptor, count, s_pos, rng_state,
         exclude.slots, exclude.ids, exclude.bank_ids, parts,
         batch, size, dim, cut.splits, config.listed(exclude),
-        config.LOG2E / options.temperature, _sharpness(options.a), float(options.b),
+        config.LOG2E / options.temperature, sharpness_of(options.a), float(options.b),
         options.row_offset, options.col_offset, SELECTION=options.selection,
         FAST=query.dtype is not torch.float16,  # which unshifted weights overflow
         **cut.options,
@@ -188,7 +185,7 @@ def sums(
     return merge(parts)
 
 
-def _sharpness(a: float) -> float:
+def sharpness_of(a: float) -> float:
     """r of p = 2^-(r s - r (s_pos + b))^2, which takes one FFMA and one FMUL. Only a very sharp p
     could tell that r (s_pos + b) is rounded; there r is a power of two, and nothing is."""
     sharpness = math.sqrt(a * config.LOG2E)

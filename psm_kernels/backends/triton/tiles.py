@@ -12,7 +12,7 @@ from psm_kernels.backends.triton.config import interpreted
 @triton.jit
 def block_of_rows(x, B, D, BM: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr):
     """The program's split, and its block of rows of x (B, D): their indices (BM,), which are valid,
-    x, and the rows (BM, DPAD), or 0 where `products` loads them in blocks of columns. Programs of a
+    x, and the rows (BM, DPAD), or 0 where `scores` loads them in blocks of columns. Programs of a
     split are neighbors, so that its slots come from memory once and from L2 after that."""
     row_blocks = tl.cdiv(B, BM)
     split = tl.program_id(0) // row_blocks
@@ -53,6 +53,19 @@ def lists_of(slots, block, B, length):
     return lists
 
 
+if interpreted():
+
+    @triton.jit
+    def dot(x, y, acc=None):  # the interpreter would multiply the bits of bf16
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+
+else:
+
+    @triton.jit
+    def dot(x, y, acc=None):
+        return tl.dot(x, y, acc, input_precision="ieee")
+
+
 @triton.jit
 def scores(
     block, bank, bank_tiles, start, slot_valid, D,
@@ -73,10 +86,16 @@ def scores(
         m = bank_tiles.load([start, 0])
     else:
         m = tl.load(tile_rows + in_tile, mask=(d < D)[None, :], other=0.0)
-    s = products(
-        whole, x + rows[:, None] * D, row_valid[:, None],
-        m, tile_rows + local[:, None] * D, slot_valid[:, None], D, BM, BN, DPAD, DBLOCK,
-    )  # fmt: skip
+    if DBLOCK == DPAD:
+        s = dot(whole, tl.trans(m))
+    else:  # both would not fit beside each other (wide rows), or unroll into too many FMAs (fp32)
+        s = tl.zeros((BM, BN), tl.float32)
+        for first in tl.range(0, D, DBLOCK, num_stages=1):
+            c = first + tl.arange(0, DBLOCK)[None, :]
+            x_valid, m_valid = row_valid[:, None] & (c < D), slot_valid[:, None] & (c < D)
+            x_block = tl.load(x + rows[:, None] * D + c, mask=x_valid, other=0.0)
+            m_block = tl.load(tile_rows + local[:, None] * D + c, mask=m_valid, other=0.0)
+            s = dot(x_block, tl.trans(m_block), s)
     return m, s
 
 
@@ -84,37 +103,6 @@ def scores(
 def partial_sum(x, BM: tl.constexpr, BN: tl.constexpr):
     """Row sums but for the last 8: (BM, BN) to (BM, 8), inside each thread, without shuffles."""
     return tl.sum(tl.reshape(x, (BM, BN // 8, 8)), 1)
-
-
-if interpreted():
-
-    @triton.jit
-    def dot(x, y, acc=None):  # the interpreter would multiply the bits of bf16
-        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
-
-else:
-
-    @triton.jit
-    def dot(x, y, acc=None):
-        return tl.dot(x, y, acc, input_precision="ieee")
-
-
-@triton.jit
-def products(
-    x, x_rows, x_valid, m, m_rows, m_valid, D,
-    BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
-):  # fmt: skip
-    """x . m, (BM, BN), of the tiles at hand, or of column blocks loaded again where both tiles do
-    not fit beside each other (wide rows) or unroll into too many FMAs (fp32)."""
-    if DBLOCK == DPAD:
-        return dot(x, tl.trans(m))
-    s = tl.zeros((BM, BN), tl.float32)
-    for d0 in tl.range(0, D, DBLOCK, num_stages=1):
-        d = d0 + tl.arange(0, DBLOCK)
-        x_block = tl.load(x_rows + d[None, :], mask=x_valid & (d < D)[None, :], other=0.0)
-        m_block = tl.load(m_rows + d[None, :], mask=m_valid & (d < D)[None, :], other=0.0)
-        s = dot(x_block, tl.trans(m_block), s)
-    return s
 
 
 @triton.jit
