@@ -21,9 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from psm_kernels.ops.triton import tile
-from psm_kernels.ops.triton_mine import mine_kernel
-from psm_kernels.ops.triton_sums import sum_kernel
+from psm_kernels.backends.triton.config import tile
+from psm_kernels.backends.triton.mine import mine_kernel
+from psm_kernels.backends.triton.sums import sum_kernel
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -60,17 +60,14 @@ def compile_pass(
     lists: bool | None = None,
     ids: bool = False,
 ):
-    """The compiled kernel of one launch, mining or sums, as `ops/triton.py` sets it up. `lists`:
-    rows have listed slots to leave out of the sums, by default the mined ones."""
+    """The compiled kernel of one launch, mining or sums, as the backend makes it. `lists`: rows
+    have listed slots to leave out of the sums, by default the mined ones."""
     kernel = sum_kernel if sums else mine_kernel
     block = tile(dtype, dim, chip(arch), sums)
     name = TYPES[dtype]
     types = dict.fromkeys(("query", "key", "bank"), f"*{name}") | ARGUMENTS
     types |= dict.fromkeys(INTEGERS, "i32")
-    values = {
-        "BM": block.rows, "BN": block.cols, "DPAD": dim, "DBLOCK": block.columns,
-        "STAGES": block.stages,
-    }  # fmt: skip
+    values = block.constants(dim)
     if sums:
         values |= {"SELECTION": selection, "FAST": dtype is not torch.float16}
         values |= {} if lists is None or lists else {"slots": None}

@@ -43,15 +43,13 @@ class PassOptions:
         checks.check_option("exclude_mined", self.exclude_mined, (False, True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """What every loss has. A method's own settings are a subclass, in the method's file."""
 
-    temperature: float = 0.5
     reduction: str = "mean"
 
     def __post_init__(self):
-        checks.check_number("temperature", self.temperature, above=0)
         checks.check_option("reduction", self.reduction, REDUCTIONS)
 
     @classmethod
@@ -66,7 +64,18 @@ class LossOptions:
 
 
 @dataclass(frozen=True)
-class PSMOptions(LossOptions):
+class ContrastiveOptions(LossOptions):
+    """Of a loss that is a softmax: all but MSF."""
+
+    temperature: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.check_number("temperature", self.temperature, above=0)
+
+
+@dataclass(frozen=True)
+class PSMOptions(ContrastiveOptions):
     """See `psm_kernels.functional.psm_loss`. Here, not in its file: backends fuse it."""
 
     topk: int = 5

@@ -9,8 +9,8 @@ from torch.autograd import forward_ad, gradgradcheck
 
 from psm_kernels import InfoNCELoss, MemoryBank, PSMLoss, SSCLLoss, functional, ops
 from psm_kernels.backends import registry
-from psm_kernels.bank import Shard
-from psm_kernels.ops import bank_pass
+from psm_kernels.bank import Shard, view_of
+from psm_kernels.options import SELECTIONS, PassOptions
 from psm_kernels.training.checkpoint import full_state_dict
 from psm_kernels.weighted import row_ranges, weighted_pass
 
@@ -84,7 +84,7 @@ def test_reference_is_right_for_unremix(form):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("selection", ops.SELECTIONS)
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_reference_pass_is_right_with_empty_rows(selection):
     query, key, bank = double()
     slots = torch.full((4, 24), -1)
@@ -226,10 +226,8 @@ def test_a_shard_refuses_the_second_derivative():
     query, _, bank, s_pos = problem(4, 24, 6)
     shard = Shard(torch.cat((bank, bank[:1])), 24, None)
     query.requires_grad_()
-    settings = {"temperature": 0.3, "backend": "reference"}
-    count = torch.tensor(24)
-    whole = bank_pass(query, None, bank, count, s_pos, **settings).neg_lse
-    divided = bank_pass(query, None, shard, count, s_pos, **settings).neg_lse
+    views = [view_of(b, 24, None, None, "reference") for b in (bank, shard)]
+    whole, divided = (v.scan(query, None, s_pos, PassOptions(0.3)).neg_lse for v in views)
     torch.testing.assert_close(divided, whole)
     gradients = [torch.autograd.grad(x.sum(), query, retain_graph=True) for x in (divided, whole)]
     torch.testing.assert_close(*gradients)

@@ -16,12 +16,13 @@ ROOMS = (  # from the ground up: a module imports from its own row and from thos
     ("ops", "weighted", "_autograd"),
     ("bank",),
     ("losses", "evaluate", "mine"),
-    ("functional", "compat"),
+    ("functional", "compat", "distributed"),
     ("training",),
     ("__init__", "__main__"),
 )
 HEIGHT = {room: height for height, row in enumerate(ROOMS) for room in row}
 BUILT = {"psm_kernels._C", "psm_kernels._build_info"}  # by setup.py, not by hand
+VERSION = "psm_kernels.__version__"  # a constant, which setup.py reads where it stands
 
 
 def module_name(path: Path) -> str:
@@ -82,7 +83,7 @@ def uses(module: str) -> set[str]:
 
 def own(names: Iterable[str]) -> set[str]:
     """The modules of psm_kernels among the names, or that the names are in."""
-    found = {name if name in MODULES else name.rpartition(".")[0] for name in {*names} - BUILT}
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in {*names} - BUILT - {VERSION}}
     return {name for name in found if name in MODULES}
 
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from ranks import BATCH, DIM, WORLDS, At, few_bits, filled, joined, step, unit, whole_batch
 
-from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, distributed
+from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss
+from psm_kernels.bank import Shard, view_of
 from psm_kernels.ops import BankPass, bank_pass
+from psm_kernels.options import PassOptions
 
 
 def sharded_steps(at, size, settings, state, steps):
@@ -101,25 +103,20 @@ def kin_without_bank(at, options):
 
 def sharded_operators(at, query, key, bank, labels, count, settings):
     rows = torch.zeros(-(-len(bank) // at.world) + 1, *bank.shape[1:], dtype=bank.dtype)
-    shard = distributed.Shard(rows, len(bank), at.group)
+    shard = Shard(rows, len(bank), at.group)
     own = bank[shard.start :][: shard.per_rank]
     rows[: len(own)] = own
     rows[len(own) :] = torch.nan  # neither the scrap row nor slots beyond K may matter
     label_rows = labels.new_full((len(rows),), -7)
     label_rows[: len(own)] = labels[shard.start :][: shard.per_rank]
     query, key = at.own(query), at.own(key)
-    found = distributed.bank_pass(
-        query,
-        key,
-        shard,
-        count,
-        (query * key).sum(1),
-        row_offset=at.rank * len(query),
-        **settings,
-    )
+    settings = dict(settings, row_offset=at.rank * len(query))
+    rng_state, view = settings.pop("rng_state"), view_of(shard, count)
+    s_pos = (query * key).sum(1)
+    found = view.scan(query, key, s_pos, PassOptions(**settings), rng_state=rng_state)
     index = found.topk_index.clamp_min(0)
-    label_shard = distributed.Shard(label_rows, len(bank), at.group)
-    nearest = distributed.bank_topk(query, shard, 3, count=count)
+    label_shard = Shard(label_rows, len(bank), at.group)
+    nearest = view.topk(query, 3)
     return tuple(found), nearest, shard[index], label_shard[index]
 
 

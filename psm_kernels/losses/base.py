@@ -19,7 +19,7 @@ from psm_kernels.bank import BankView, MemoryBank, ShardedBank
 from psm_kernels.bank.collectives import agree, gather, rank_and_world
 from psm_kernels.bank.state import HeldState
 from psm_kernels.losses.common import check_pair
-from psm_kernels.options import LossOptions, with_fields
+from psm_kernels.options import ContrastiveOptions, LossOptions, with_fields
 
 _OWN: Any = object()  # the method's own default
 
@@ -48,7 +48,7 @@ class BankLoss(HeldState):
 
     def __init_subclass__(cls, **more):
         super().__init_subclass__(**more)
-        own = {"temperature": cls.Options().temperature, "memory_bank_size": cls.memory_bank_size}
+        own = vars(cls.Options()) | {"memory_bank_size": cls.memory_bank_size}
         takes = inspect.signature(cls.__init__).parameters
         if cls.__init__ is not BankLoss.__init__:  # whose **settings go on to it
             shared = inspect.signature(BankLoss.__init__).parameters.items()
@@ -106,7 +106,7 @@ class BankLoss(HeldState):
     @property
     def settings(self) -> dict[str, Any]:
         """By name, the method's own."""
-        shared = {f.name for f in fields(LossOptions)}
+        shared = {f.name for f in fields(ContrastiveOptions)}
         return {n: value for n, value in vars(self.options).items() if n not in shared}
 
     def __getattr__(self, name: str) -> Any:
@@ -356,7 +356,10 @@ class BankLoss(HeldState):
             agree(self.process_group, say)
         else:
             say()
-        return view, rank_and_world(self.process_group)[0]
+        return view, self._rank_and_world()[0]
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return rank_and_world(self.process_group) if self.collective else (0, 1)
 
     def _input(
         self, key: Tensor, labels: Tensor | None, ids: Tensor | None, update: bool = True

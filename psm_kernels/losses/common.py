@@ -21,10 +21,15 @@ def bank_of(
     ids: Tensor | Shard | None = None,
     labels: Tensor | Shard | None = None,
     backend: str = "auto",
+    *,
+    needed: bool = False,
 ) -> BankView | None:
-    """What a loss function got of a bank, checked; None is the form within the batch."""
+    """What a loss function got of a bank, checked; None is the form within the batch, which a
+    method whose bank is `needed` does not have."""
     if isinstance(bank, BankView):
         return bank
+    if bank is None and needed:
+        raise ValueError("bank: got None, wanted a tensor: there is no form within the batch")
     if bank is None:
         if ids is not None:
             raise ValueError("bank_ids: got a tensor, wanted None where there is no bank")

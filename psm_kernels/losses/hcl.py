@@ -19,11 +19,11 @@ from psm_kernels.bank import BankView, Shard
 from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
 from psm_kernels.losses.common import bank_of, contrast, loss_of
-from psm_kernels.options import LossOptions, PassOptions, takes
+from psm_kernels.options import ContrastiveOptions, PassOptions, takes
 
 
 @dataclass(frozen=True)
-class HCLOptions(LossOptions):
+class HCLOptions(ContrastiveOptions):
     beta: float = 1.0
     tau_plus: float = 0.1
     detach_weights: bool = False

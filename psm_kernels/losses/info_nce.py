@@ -11,11 +11,11 @@ from psm_kernels.bank import BankView, Shard
 from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
 from psm_kernels.losses.common import bank_of, check_pair, contrast, loss_of, own_copies, reduce
-from psm_kernels.options import LossOptions, PassOptions, PSMOptions, takes
+from psm_kernels.options import ContrastiveOptions, PassOptions, PSMOptions, takes
 
 
 @dataclass(frozen=True)
-class InfoNCEOptions(LossOptions):
+class InfoNCEOptions(ContrastiveOptions):
     temperature: float = 0.2  # MoCo v2
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from psm_kernels import checks, noise
 from psm_kernels.backends.base import EMPTY, Exclude
 from psm_kernels.bank import BankView, Shard
-from psm_kernels.bank.collectives import rank_and_world
 from psm_kernels.losses.base import BankLoss, alternate
 from psm_kernels.losses.common import (
     bank_of,
@@ -100,9 +99,7 @@ def psm_loss(
         ValueError: an argument is wrong (named in the message), or the backend cannot run here.
     """
     options = PSMOptions.of(options, settings)
-    if bank is None:
-        raise ValueError("bank: got None, wanted a tensor")
-    bank = bank_of(bank, count, bank_ids, bank_labels, backend)
+    bank = bank_of(bank, count, bank_ids, bank_labels, backend, needed=True)
     options.check_size(len(bank))
     check_pair(query, key, bank, projection)
     if labels is not None:
@@ -287,7 +284,7 @@ class PSMLoss(BankLoss):
         written = bank.count.float()  # before the keys of this call
         result = self._step(query, key, labels, ids, update, more)
         if return_stats:
-            _, world = rank_and_world(self.process_group) if self.collective else (0, 1)
+            _, world = self._rank_and_world()
             more = {"bank_fill": written / bank.size, "bank_age": written / (world * len(key))}
             result = result._replace(stats=replace(result.stats, **more))
         return result

@@ -15,7 +15,7 @@ from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
 from psm_kernels.losses.common import bank_of, contrast, log_sum, loss_of
 from psm_kernels.ops import snapshot
-from psm_kernels.options import LossOptions, PassOptions, takes
+from psm_kernels.options import ContrastiveOptions, PassOptions, takes
 
 _EQUAL = 1e-6  # indicators whose range is below this share of their size do not tell rows apart
 _COLD = 0.5  # below this temperature the rounding of s/tau blurs u in proportion to 1 / tau
@@ -23,7 +23,7 @@ _FAR = -60.0  # log of (1 - pi)/pi where the pseudo-label outweighs all else bey
 
 
 @dataclass(frozen=True)
-class UnReMixOptions(LossOptions):
+class UnReMixOptions(ContrastiveOptions):
     similarity_weight: float = 1 / 3
     uncertainty_weight: float = 1 / 3
     representativeness_weight: float = 1 / 3

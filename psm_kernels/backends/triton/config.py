@@ -1,0 +1,132 @@
+"""How launches are cut: chip, tile sizes, splits. Host code alone; imports no Triton."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psm_kernels.backends.base import Exclude
+
+CELL = 64  # slots that share one maximum in mining
+LOG2E = 1.4426950408889634
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@functools.cache
+def chip(device: torch.device) -> str:
+    """ "hopper" has warp-group products and TMA; Blackwell's are others, and count as "cuda"."""
+    if device.type == "cuda" and torch.version.hip is None:
+        return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
+    return "hip" if device.type == "cuda" else device.type
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 2
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Tile(NamedTuple):
+    rows: int  # of queries
+    cols: int  # of bank slots
+    warps: int
+    stages: int  # bank tiles in flight
+    resident: int  # programs on one multiprocessor, for the number of splits
+    columns: int  # of a block in score products
+
+    def constants(self, padded: int) -> dict[str, int]:
+        """What kernels over bank tiles are compiled for."""
+        return {
+            "BM": self.rows, "BN": self.cols, "DPAD": padded, "DBLOCK": self.columns,
+            "STAGES": self.stages,
+        }  # fmt: skip
+
+
+@functools.cache
+def tile(dtype: torch.dtype, padded: int, chip: str, sums: bool = True) -> Tile:
+    """Block sizes without spills and with few instructions per element: `benchmarks/sass.py`."""
+    if dtype is torch.float32:  # true fp32 products run on the vector units
+        return Tile(32 if padded <= 128 else 16, 16, 4, 1, 2, 16)
+    if padded > 256:
+        return Tile(64, 32, 8, 1, 1, 64)
+    if chip == "hopper":
+        if not sums:  # the sums' registers hold a wider tile
+            return Tile(128, 128, 8, 2, 1, padded)
+        if padded > 128:
+            return Tile(128, 64, 8, 2, 1, padded)
+        return Tile(64, 64, 4, 3, 2, padded)
+    if chip == "hip":
+        return Tile(64, 64 if padded <= 128 else 32, 4, 2, 2, padded)
+    if not sums:
+        return Tile(128, 64, 4, 2, 2, padded if padded <= 128 else 64)
+    if padded <= 64:
+        return Tile(64, 64, 4, 2, 2, padded)
+    if padded <= 128:  # 64 columns spill where listed slots are left out
+        return Tile(128, 32, 8, 2, 1, padded)
+    return Tile(64, 64, 8, 2, 1, 64)
+
+
+class Cut(NamedTuple):
+    """One launch over all blocks of rows and all splits of the bank."""
+
+    grid: tuple[int]
+    splits: int
+    descriptor: object | None  # of the bank's tiles
+    options: dict  # the kernel's constants and the compiler's options
+
+
+def cut(query: Tensor, bank: Tensor, sums: bool = True) -> Cut:
+    padded = power_of_2(bank.shape[1], 16)
+    block = tile(bank.dtype, padded, chip(bank.device), sums)
+    blocks = -(-query.shape[0] // block.rows)
+    parts = splits(blocks, -(-bank.shape[0] // CELL), block.resident, bank.device)
+    options = block.constants(padded) | {"num_warps": block.warps, "enable_fp_fusion": True}
+    return Cut((blocks * parts,), parts, _descriptor(bank, block.cols, padded), options)
+
+
+def splits(blocks: int, cells: int, resident: int, device: torch.device) -> int:
+    """Parts of the bank, so that all programs are resident at once and none has under 4 cells."""
+    return max(1, min(multiprocessors(device) * resident // blocks, cells // 4))
+
+
+def _descriptor(bank: Tensor, rows: int, padded: int) -> object | None:
+    """A tensor descriptor of the bank for TMA, whose rows must be multiples of 16 bytes."""
+    if chip(bank.device) != "hopper":
+        return None
+    if bank.stride(0) * bank.element_size() % 16 or bank.data_ptr() % 16 or padded > 256:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(bank, [rows, padded])
+
+
+def new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def listed(exclude: Exclude) -> int:
+    """How many slots are named for each row."""
+    return 0 if exclude.slots is None else exclude.slots.shape[1]
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    index = tensor.device.index
+    if tensor.device.type == "cpu" or index == torch.accelerator.current_device_index():
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(index)
+
+
+def power_of_2(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length()) if n else least
