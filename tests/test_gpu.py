@@ -29,8 +29,7 @@ LOSSES = {
 
 @pytest.fixture(params=[name for name, row in registry.TABLE.items() if name != "cpp"])
 def backend(request) -> str:
-    reason = backends.load(request.param)
-    if isinstance(reason, str):
+    if reason := registry.TABLE[request.param].unavailable():
         pytest.fail(f"{request.param}: {reason}")
     return request.param
 
