@@ -1,4 +1,4 @@
-"""Train a ResNet without labels by PSM or its kin: python train.py
+"""Train a ResNet without labels by PSM or another method: python train.py
 
     python train.py                                       digits: no download, minutes on two cores
     python train.py --data cifar10 --download --amp bf16  the released recipe, for a GPU
@@ -29,14 +29,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from psm_kernels import (
-    HCLLoss,
-    InfoNCELoss,
-    PSMLoss,
-    SSCLLoss,
-    UnReMixLoss,
-    rank_gradient_stats,
-)
+from psm_kernels import losses, rank_gradient_stats
 from psm_kernels.bank.collectives import average, rank_and_world
 from psm_kernels.evaluate import compare, encode, knn_accuracy
 from psm_kernels.training import plots
@@ -47,11 +40,11 @@ from psm_kernels.training.networks import make_encoder, mlp
 from psm_kernels.training.settings import check, command_line, complete, continued, setting
 
 METHODS = {  # another method is one more line, and its own settings below
-    "psm": PSMLoss,
-    "sscl": SSCLLoss,
-    "unremix": UnReMixLoss,
-    "hcl": HCLLoss,
-    "infonce": InfoNCELoss,
+    "psm": losses.PSMLoss,
+    "sscl": losses.SSCLLoss,
+    "unremix": losses.UnReMixLoss,
+    "hcl": losses.HCLLoss,
+    "infonce": losses.InfoNCELoss,
 }
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 METRICS = ("loss", "positive_purity", "kept", "grad_mean", "grad_var", "bank_fill", "own_copies")
@@ -204,8 +197,8 @@ class Run:
             yield [t.to(self.device, non_blocking=True) for t in batch]
 
     def save(self) -> None:
-        facts = {"settings": vars(self.settings), "history": self.history}
-        save_checkpoint(self.folder / "checkpoint.pt", self.parts, **facts)
+        more = {"settings": vars(self.settings), "history": self.history}
+        save_checkpoint(self.folder / "checkpoint.pt", self.parts, **more)
 
 
 def learning_rate(s: Settings, epoch: float) -> float:
@@ -271,7 +264,7 @@ def contrast(criterion, pairs, projection, **rows) -> tuple[torch.Tensor, torch.
     """The loss, and METRICS as a vector; NaN where there is none, as purity at topk 0 or all but
     what concerns the bank where nothing is mined. The bank stays as it is."""
     options, bank = rows | {"update": False}, criterion.memory_bank
-    if isinstance(criterion, PSMLoss):
+    if isinstance(criterion, losses.PSMLoss):
         options |= {"projection": projection, "return_stats": True}
         loss, stats = criterion.symmetric(*pairs, **options)
         found = vars(stats)

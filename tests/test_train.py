@@ -63,7 +63,7 @@ def interrupt(monkeypatch, request):
         # A background job starts with SIGINT ignored.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-        enqueue, calls = train.PSMLoss.enqueue, []
+        enqueue, calls = train.losses.PSMLoss.enqueue, []
 
         def spy(self, *args, **kwargs):
             calls.append(0)
@@ -71,7 +71,7 @@ def interrupt(monkeypatch, request):
                 signal.raise_signal(signal.SIGINT)
             return enqueue(self, *args, **kwargs)
 
-        monkeypatch.setattr(train.PSMLoss, "enqueue", spy)
+        monkeypatch.setattr(train.losses.PSMLoss, "enqueue", spy)
 
     return at
 
@@ -161,7 +161,8 @@ def test_resume_of_a_finished_run_changes_no_metric(finished, tmp_path):
 
 
 def test_accumulation_moves_the_bank_once_per_step(tmp_path, monkeypatch):
-    forward, enqueue, seen, written = train.PSMLoss.forward, train.PSMLoss.enqueue, [], []
+    kind, seen, written = train.losses.PSMLoss, [], []
+    forward, enqueue = kind.forward, kind.enqueue
 
     def spy_forward(self, query, key, **kwargs):
         seen.append((len(query), self.memory_bank.ptr.item()))
@@ -171,8 +172,8 @@ def test_accumulation_moves_the_bank_once_per_step(tmp_path, monkeypatch):
         written.append(len(key))
         return enqueue(self, key, labels, **kwargs)
 
-    monkeypatch.setattr(train.PSMLoss, "forward", spy_forward)
-    monkeypatch.setattr(train.PSMLoss, "enqueue", spy_enqueue)
+    monkeypatch.setattr(kind, "forward", spy_forward)
+    monkeypatch.setattr(kind, "enqueue", spy_enqueue)
     assert run(tmp_path, *TINY, "--epochs", 1, "--accumulate", 2, "--no-probe") == 0
     assert written == [16] * (2 + 4)  # two to fill the bank, then one an optimizer step
     assert [rows for rows, _ in seen] == [2 * 8] * (4 * 2)  # both directions; steps, passes
