@@ -15,7 +15,7 @@ ROOMS = (  # from the ground up: a module imports from its own row and from thos
     ("backends",),
     ("ops", "weighted", "_autograd"),
     ("bank",),
-    ("losses", "stats", "evaluate", "mine"),
+    ("losses", "evaluate", "mine"),
     ("functional", "compat", "distributed"),
     ("training",),
     ("__init__", "__main__"),

@@ -1,9 +1,12 @@
-"""What the compiled backends share: tensors into the structs of csrc/args.h, as addresses."""
+"""What the compiled backends share: tensors become the structs of csrc/args.h, as addresses.
+
+psm_kernels._C is imported where it is used: without it the other backends run."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ _REBUILD = "build it with `pip install -e .` in a checkout, or reinstall the pac
 
 @functools.cache
 def unavailable() -> str | None:
+    """One line that says why psm_kernels._C cannot be used."""
     from psm_kernels import __version__
 
     try:
@@ -44,14 +48,9 @@ def _missing(error: ImportError) -> str:
     return f"{MISSING}: install one and {_REBUILD}"
 
 
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 class Compiled(Backend):
-    """A backend that runs the structs of psm_kernels._C."""
-
-    def run(self, name: str, args, bank: Tensor) -> None:
+    def run(self, function: str, args: Any, bank: Tensor) -> None:
+        """Call a function of psm_kernels._C by its name on args, where `bank` lies."""
         raise NotImplementedError
 
     def bank_pass(
@@ -65,33 +64,32 @@ class Compiled(Backend):
         exclude: Exclude = NOTHING,
         rng_state: Tensor | None = None,
     ) -> BankPass:
+        return self._pass(
+            pass_struct(options), query, key, bank, count, exclude,
+            s_pos=address(s_pos), rng_state=address(rng_state),
+        )  # fmt: skip
 
-        args = _pass_args(bank, count, len(query), options, exclude, rng_state)
-        result = _result(query, bank, options.topk)
-        args.query, args.key, args.s_pos = map(address, (query, key, s_pos))
-        _fill(args, result)
-        self.run("bank_pass", args, bank)
-        return result
+    def bank_topk(
+        self, query: Tensor, bank: Tensor, k: int, count: Tensor, exclude: Exclude = NOTHING
+    ) -> tuple[Tensor, Tensor]:
+        options = pass_struct(PassOptions(temperature=1.0, topk=k))  # its sums are not wanted
+        found = self._pass(options, None, query, bank, count, exclude)
+        return found.topk_sim, found.topk_index
 
-    def bank_topk(self, query, bank, k, count, exclude=NOTHING):
-        args = _pass_args(bank, count, len(query), PassOptions(1.0, topk=k), exclude, None)
-        result = _result(query, bank, k)
-        args.key = query.data_ptr()
-        args.topk_sim, args.topk_index = result.topk_sim.data_ptr(), result.topk_index.data_ptr()
-        self.run("bank_pass", args, bank)
-        return result.topk_sim, result.topk_index
-
-    def weighted_pass(self, query, bank, count, temperature, affine, rho, exclude=NOTHING):
-        options = PassOptions(temperature)
-        args = _pass_args(bank, count, len(query), options, exclude, None)
-        o = args.options
-        o.selection = 3
-        args.options = o
-        result = _result(query, bank, 0)
-        args.query, args.s_pos = query.data_ptr(), affine.data_ptr()
-        args.affine, args.rho = affine.data_ptr(), rho.data_ptr()
-        _fill(args, result)
-        self.run("bank_pass", args, bank)
+    def weighted_pass(
+        self,
+        query: Tensor,
+        bank: Tensor,
+        count: Tensor,
+        temperature: float,
+        affine: Tensor,
+        rho: Tensor,
+        exclude: Exclude = NOTHING,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result = self._pass(
+            _affine_struct(temperature), query, None, bank, count, exclude,
+            s_pos=address(affine), affine=address(affine), rho=address(rho),  # s_pos: not read
+        )  # fmt: skip
         return result.neg_lse, result.neg_mean, result.neg_count
 
     def psm_step(
@@ -108,10 +106,15 @@ class Compiled(Backend):
         from psm_kernels import _C
 
         query, key = query.float().contiguous(), key.float().contiguous()
-        loss, gradient = query.new_empty(len(query)), torch.empty_like(query)
+        gradient = torch.empty_like(query)
+        loss = query.new_empty(len(query))
         args = _C.StepArgs(
-            pass_=_pass_args(
-                bank, count, len(query), options.mining_pass(row_offset), exclude, rng_state
+            pass_=_C.PassArgs(
+                options=_mining_struct(options, row_offset),
+                bank=bank_struct(bank, count),
+                exclude=_exclude_struct(exclude),
+                batch=len(query),
+                rng_state=address(rng_state),
             ),
             query=query.data_ptr(),
             key=key.data_ptr(),
@@ -124,8 +127,52 @@ class Compiled(Backend):
         self.run("psm_step", args, bank)
         return loss, gradient
 
+    def _pass(
+        self,
+        options: Any,  # _C.PassOptions
+        query: Tensor | None,  # (B, D), None: nothing is summed
+        key: Tensor | None,  # (B, D)
+        bank: Tensor,
+        count: Tensor,
+        exclude: Exclude,
+        *,
+        mean: bool = True,  # without it neg_mean is not written, which saves the product for it
+        **addresses: int,
+    ) -> BankPass:
+        from psm_kernels import _C
 
-def bank_struct(bank, count):
+        batch = len(key if query is None else query)
+        empty = functools.partial(torch.empty, device=bank.device)
+        row, topk = (batch if query is not None else 0,), (batch, options.topk)
+        result = BankPass(
+            neg_lse=empty(row),
+            neg_mean=empty((*row, bank.shape[1])),
+            neg_sq_lse=empty(row),
+            neg_count=empty(row),
+            topk_sim=empty(topk),
+            topk_index=empty(topk, dtype=torch.int64),
+        )
+        addresses |= {name: tensor.data_ptr() for name, tensor in result._asdict().items()}
+        if not mean:
+            del addresses["neg_mean"]
+        args = _C.PassArgs(
+            options=options,
+            bank=bank_struct(bank, count),
+            exclude=_exclude_struct(exclude),
+            batch=batch,
+            query=address(query),
+            key=address(key),
+            **addresses,
+        )
+        self.run("bank_pass", args, bank)
+        return result
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def bank_struct(bank: Tensor, count: Tensor) -> Any:
     from psm_kernels import _C
 
     return _C.Bank(
@@ -137,39 +184,33 @@ def bank_struct(bank, count):
     )
 
 
-def _pass_args(bank, count, batch, options, exclude, rng_state):
+def _exclude_struct(exclude: Exclude) -> Any:
     from psm_kernels import _C
 
-    return _C.PassArgs(
-        options=_C.PassOptions(
-            temperature=options.temperature,
-            a=options.a,
-            b=options.b,
-            selection=SELECTIONS[options.selection],
-            topk=options.topk,
-            exclude_mined=options.exclude_mined,
-            row_offset=options.row_offset,
-            col_offset=options.col_offset,
-        ),
-        bank=bank_struct(bank, count),
-        exclude=_C.Exclude(
-            slots=address(exclude.slots),
-            listed=0 if exclude.slots is None else exclude.slots.shape[1],
-            ids=address(exclude.ids),
-            bank_ids=address(exclude.bank_ids),
-        ),
-        batch=batch,
-        rng_state=address(rng_state),
+    if exclude is NOTHING:
+        return _C.Exclude()
+    return _C.Exclude(
+        slots=address(exclude.slots),
+        listed=0 if exclude.slots is None else exclude.slots.shape[1],
+        ids=address(exclude.ids),
+        bank_ids=address(exclude.bank_ids),
     )
 
 
-def _result(query, bank, k):
-    batch, dim = query.shape
-    fp32 = functools.partial(torch.empty, dtype=torch.float32, device=bank.device)
-    index = torch.empty(batch, k, dtype=torch.int64, device=bank.device)
-    return BankPass(fp32(batch), fp32(batch, dim), fp32(batch), fp32(batch), fp32(batch, k), index)
+@functools.lru_cache(maxsize=256)
+def pass_struct(options: PassOptions) -> Any:
+    from psm_kernels import _C
+
+    return _C.PassOptions(**vars(options) | {"selection": SELECTIONS[options.selection]})
 
 
-def _fill(args, result):
-    for name, value in result._asdict().items():
-        setattr(args, name, value.data_ptr())
+@functools.lru_cache(maxsize=256)
+def _mining_struct(options: PSMOptions, row_offset: int) -> Any:
+    return pass_struct(options.mining_pass(row_offset))
+
+
+@functools.lru_cache(maxsize=256)
+def _affine_struct(temperature: float) -> Any:
+    from psm_kernels import _C
+
+    return _C.PassOptions(temperature=temperature, selection=SELECTIONS["affine"])

@@ -21,7 +21,7 @@ Memory allocate(size_t bytes) {
 // Chunks depend on the problem alone, because sums are merged by chunk; groups of rows may depend
 // on the number of threads, because rows never meet.
 void split(Task& t, size_t threads) {
-    const int64_t enough = 3 * int64_t(threads);  // items
+    const int64_t workers = int64_t(threads);
     t.padded = ceil_div(t.dim, kPad) * kPad;
     t.lead = ((t.col_offset % 16) + 16) % 16;
     // A tile, packed twice, and the queries share a 1 MB L2; more slots use the registers better.
@@ -35,12 +35,12 @@ void split(Task& t, size_t threads) {
     t.group_blocks = std::max(kGroupBytes / block_bytes, kMinGroupBlocks);
     // A row that one thread mines alone has one heap, and half the insertions that two would have:
     // 1.7 to 1.3 s for 10,000 queries, 50,000 rows, D = 512, k = 200.
-    if (!t.sums && ceil_div(t.blocks, t.group_blocks) >= enough) t.chunks = 1;
-    while (ceil_div(t.blocks, t.group_blocks) * t.chunks < enough && t.group_blocks > 8)
+    if (!t.sums && ceil_div(t.blocks, t.group_blocks) >= 3 * workers) t.chunks = 1;
+    while (ceil_div(t.blocks, t.group_blocks) * t.chunks < 2 * workers && t.group_blocks > 8)
         t.group_blocks = ceil_div(t.group_blocks, 2);
     t.groups = std::max<int64_t>(ceil_div(t.blocks, t.group_blocks), 1);
     t.group_blocks = ceil_div(t.blocks, t.groups);
-    t.heap_sets = t.chunks > 1 ? int64_t(threads) : 1;  // with one chunk, a row has one thread
+    t.heap_sets = t.chunks > 1 ? workers : 1;  // with one chunk, a row has one thread
 }
 
 void lay_out(Task& t, const Kernels& kernels, Arena& arena) {

@@ -28,10 +28,9 @@ void heap_replace_root(uint64_t* heap, int64_t size, uint64_t entry) {
     heap[i] = entry;
 }
 
-// Bit j of masks[r]: slot j of the panel may have a similarity of at least floor[r].
+// approximate (kRows, kTile) = similarities of the rows of a block to one panel of the bank.
 template <int kRows>
-void screen(const Task& t, const Worker& w, int64_t block, int panel, const float* floor,
-            uint64_t* masks) {
+void screen(const Task& t, const Worker& w, int64_t block, int panel, float* approximate) {
 #if PSM_QUADS
     I acc[kRows][kPanels];
     for (int n = 0; n < kPanels; ++n)
@@ -48,19 +47,40 @@ void screen(const Task& t, const Worker& w, int64_t block, int panel, const floa
             for (int n = 0; n < kPanels; ++n) acc[r][n] = dot_bytes(acc[r][n], x, bank[n]);
         }
     }
-    const auto similarity = [&](int r, int n) {
-        return mul(to_float(acc[r][n]), load(w.slot_step + panel * kSub + n * kWidth));
-    };
+    for (int r = 0; r < kRows; ++r)
+        for (int n = 0; n < kPanels; ++n)
+            store(approximate + r * kTile + n * kWidth,
+                  mul(to_float(acc[r][n]), load(w.slot_step + panel * kSub + n * kWidth)));
 #else
     product<kRows>(t.query_panel + block * t.dim * kBlock, w.panel + panel * t.dim * kSub, t.dim,
-                   w.scores);
-    const auto similarity = [&](int r, int n) { return load(w.scores + r * kTile + n * kWidth); };
+                   approximate);
 #endif
-    for (int r = 0; r < kRows; ++r) {
-        masks[r] = 0;
-        for (int n = 0; n < kSub / kWidth; ++n)
-            masks[r] |= at_least(similarity(r, n), set1(floor[r])) << n * kWidth;
+}
+
+// A bit per slot of a panel whose value is at least `floor`.
+INLINE uint64_t reaching(const float* values, float floor) {
+    uint64_t mask = 0;
+    for (int n = 0; n < kSub; n += kWidth) mask |= at_least(load(values + n), set1(floor)) << n;
+    return mask;
+}
+
+// `wanted` or more of the largest values of a panel, seldom many more.
+INLINE uint64_t largest_of(const float* values, int64_t wanted) {
+    V top = set1(-kInfinity), bottom = top;
+    for (int n = 0; n < kSub; n += kWidth) {
+        top = max(top, load(values + n));
+        bottom = max(bottom, sub(set1(0.0f), load(values + n)));
     }
+    float low = -largest(bottom), high = largest(top);
+    uint64_t found = reaching(values, low);
+    for (int i = 0; i < 6; ++i) {
+        const float middle = 0.5f * (low + high);
+        const uint64_t mask = reaching(values, middle);
+        const bool enough = __builtin_popcountll(mask) >= wanted;
+        if (enough) found = mask;
+        (enough ? low : high) = middle;
+    }
+    return found;
 }
 
 bool is_hidden(const Task& t, int64_t i, int64_t slot) {
@@ -100,16 +120,20 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
     if (!(from_norm < kInfinity)) from_norm = from_residual = kInfinity;  // no bound: take all
     for (int panel = 0; panel < tile.width / kSub; ++panel) {
         const int64_t slot = tile.slot + panel * kSub;
-        float floor[kRows];
-        uint64_t masks[kRows];
+        screen<kRows>(t, w, block, panel, w.scores);
         for (int r = 0; r < kRows; ++r) {
             const int64_t i = first_row + r;
+            const float* approximate = w.scores + r * kTile;
+            uint64_t seen = tile.seen[panel];
+            // With nothing to compare with, the best of the first panel are mined before the rest.
+            if (w.bars[i] == -kInfinity && t.topk < kSub) {
+                const uint64_t first = largest_of(approximate, t.topk);
+                mine_row(t, w, i, slot, first & seen);
+                seen &= ~first;
+            }
             // |q.m - q'.m'| <= |q| |m - m'| + |q - q'| |m'|
             const float error = t.norm[i] * from_norm + t.residual[i] * from_residual;
-            floor[r] = w.bars[i] - error;
+            mine_row(t, w, i, slot, reaching(approximate, w.bars[i] - error) & seen);
         }
-        screen<kRows>(t, w, block, panel, floor, masks);
-        for (int r = 0; r < kRows; ++r)
-            mine_row(t, w, first_row + r, slot, masks[r] & tile.seen[panel]);
     }
 }

@@ -48,16 +48,9 @@ class Triton(Backend):
         return reason
 
     def bank_pass(
-        self,
-        query: Tensor,  # (B, D)
-        key: Tensor | None,  # (B, D)
-        bank: Tensor,  # (K, D)
-        count: Tensor,  # ()
-        s_pos: Tensor,  # (B,)
-        options: PassOptions,
-        exclude: Exclude = NOTHING,
-        rng_state: Tensor | None = None,  # (2,)
-    ) -> BankPass:
+        self, query: Tensor, key: Tensor | None, bank: Tensor, count: Tensor, s_pos: Tensor,
+        options: PassOptions, exclude: Exclude = NOTHING, rng_state: Tensor | None = None,
+    ) -> BankPass:  # fmt: skip
         """Mined first, so that the sums can leave out what was mined."""
         from psm_kernels.backends.triton.sums import sums
 
@@ -78,15 +71,9 @@ class Triton(Backend):
             return mine(query, bank, k, count, exclude)
 
     def weighted_pass(
-        self,
-        query: Tensor,  # (B, D)
-        bank: Tensor,  # (K, D)
-        count: Tensor,  # ()
-        temperature: float,
-        affine: Tensor,  # (5, B)
-        rho: Tensor,  # (K,)
-        exclude: Exclude = NOTHING,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, query: Tensor, bank: Tensor, count: Tensor, temperature: float, affine: Tensor,
+        rho: Tensor, exclude: Exclude = NOTHING,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         from psm_kernels.backends.triton.weighted import weighted_sums
 
         _check_slots(bank)
@@ -94,20 +81,13 @@ class Triton(Backend):
             return weighted_sums(query, bank, count, temperature, affine, rho, exclude)
 
     def psm_step(
-        self,
-        query: Tensor,  # (B, D)
-        key: Tensor,  # (B, D)
-        bank: Tensor,  # (K, D)
-        count: Tensor,  # ()
-        options: PSMOptions,
-        exclude: Exclude = NOTHING,
-        rng_state: Tensor | None = None,  # (2,)
-        row_offset: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+        self, query: Tensor, key: Tensor, bank: Tensor, count: Tensor, options: PSMOptions,
+        exclude: Exclude = NOTHING, rng_state: Tensor | None = None, row_offset: int = 0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from psm_kernels.backends.triton.loss import loss_and_gradient
 
-        unit, norms = unit_rows_and_norms(query)
-        key = unit_rows(key)
+        unit, norms = unit_rows_and_norms(query.contiguous())
+        key = unit_rows(key.contiguous())
         s_pos = (unit * key).sum(1)
         result = self.bank_pass(
             unit.to(bank.dtype), key.to(bank.dtype) if options.topk else None, bank, count, s_pos,
