@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import signal
 import sys
 from pathlib import Path
@@ -135,6 +136,10 @@ def test_an_indexed_bank_has_a_slot_for_each_image(tmp_path):
         ("hcl", {"temperature": 0.5, "tau_plus": 0.1, "beta": 1.0}),
         ("unremix", {"temperature": 0.5, "similarity_weight": 1 / 3}),
         ("infonce", {"temperature": 0.2}),
+        ("nnclr", {"temperature": 0.2}),
+        ("supcon", {"temperature": 0.1}),
+        ("ressl", {"temperature": 0.1, "teacher_temperature": 0.04}),
+        ("msf", {"topk": 5}),
     ],
 )
 def test_other_methods_train_with_their_defaults(tmp_path, method, defaults):
@@ -143,14 +148,16 @@ def test_other_methods_train_with_their_defaults(tmp_path, method, defaults):
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings | defaults == settings
     (row,) = metrics(tmp_path)
-    assert row["loss"] > 1  # log of 1 + 32 negatives is 3.5
+    assert row["loss"] > (0.01 if method == "msf" else 1)  # log of 1 + 32 negatives is 3.5
     assert row["bank_fill"] == 1
     assert row["positive_purity"] is None
 
 
 def test_a_setting_of_another_method_is_refused(tmp_path, capsys):
-    assert run(tmp_path, *TINY, "--method", "hcl", "--topk", 3) == 2
-    assert "topk: got 3, but --method hcl has no such setting" in capsys.readouterr().err
+    for method, name in (("hcl", "topk"), ("msf", "temperature")):
+        assert run(tmp_path, *TINY, "--method", method, f"--{name}", 3) == 2
+        refused = capsys.readouterr().err
+        assert re.search(f"{name}: got 3.*, but --method {method} has no such setting", refused)
     assert not (tmp_path / "run").exists()
 
 
