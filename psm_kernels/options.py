@@ -119,9 +119,12 @@ def takes(options: type) -> Callable[[F], F]:
     return show
 
 
-def with_fields(signature: inspect.Signature, options: type) -> inspect.Signature:
-    """`signature` with the fields of `options` in the place of its **settings."""
+def with_fields(
+    signature: inspect.Signature, options: type, more: tuple[inspect.Parameter, ...] = ()
+) -> inspect.Signature:
+    """`signature` with `more` and the fields of `options` in the place of its **settings."""
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named += [p for p in more if p.name not in signature.parameters]
     taken = {p.name for p in named}
     own = [
         inspect.Parameter(

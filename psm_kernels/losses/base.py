@@ -40,6 +40,7 @@ class BankLoss(HeldState):
     _has_in_batch_form = True
     _can_shard = True
     _samples = False  # `function` takes rng_state and row_offset as well
+    _learns_from_labels = False  # and labels
 
     _fixed = (
         *("memory_bank_size", "bank_dtype", "indexed_bank"),
@@ -294,7 +295,8 @@ class BankLoss(HeldState):
         Returns:
             The loss, fp32: 0-d, or (B,) for reduction="none".
         """
-        return self._step(query, key, labels, ids, update)
+        more = {"labels": labels} if self._learns_from_labels else {}
+        return self._step(query, key, labels, ids, update, more)
 
     def _step(
         self,

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from psm_kernels import checks
 from psm_kernels.backends.base import Exclude
-from psm_kernels.bank import BankView, Shard
+from psm_kernels.bank import BankView
 from psm_kernels.losses.base import BankLoss
-from psm_kernels.losses.common import bank_of, loss_of
-from psm_kernels.options import LossOptions, takes
+from psm_kernels.losses.common import loss_function
+from psm_kernels.options import LossOptions
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,13 @@ class MSFOptions(LossOptions):
         checks.check_int("topk", self.topk, 1, size + 1, "the key and the bank's rows")
 
 
-@takes(MSFOptions)
+@loss_function(MSFOptions, needs_bank=True)
 def msf_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | Shard | BankView,
-    *,
-    count: Tensor | int | None = None,
-    ids: Tensor | None = None,
-    bank_ids: Tensor | Shard | None = None,
-    backend: str = "auto",
-    options: MSFOptions | None = None,
-    **settings,
+    bank: BankView,
+    exclude: Exclude,
+    options: MSFOptions,
 ) -> Tensor:
     """MSF: mean shift, the squared distance to the key's nearest neighbors (arXiv 2105.07269).
 
@@ -55,21 +50,8 @@ def msf_loss(
         topk: neighbors, the key among them, 1 to K + 1 (5: UMBCvision/MSF, train_msf.py).
         reduction, backend, options: as in `info_nce_loss`.
 
-    Returns:
-        The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
-
-    Raises:
-        ValueError: an argument is wrong (named in the message), or the backend cannot run here.
+    Returns, raises: as `info_nce_loss`.
     """
-    options = MSFOptions.of(options, settings)
-    bank = bank_of(bank, count, bank_ids, None, backend, needed=True)
-    options.check_size(len(bank))
-    return loss_of(_rows, query, key, bank, ids, options)
-
-
-def _rows(
-    query: Tensor, key: Tensor, bank: BankView, exclude: Exclude, options: MSFOptions
-) -> Tensor:
     _, index = bank.topk(key, options.topk - 1, exclude)  # (B, topk - 1); missing: -1
     total = (key + bank.rows(index, query.dtype).sum(1)).detach()  # (B, D)
     number = 1 + (index >= 0).sum(1)
@@ -86,9 +68,6 @@ class MSFLoss(BankLoss):
         memory_bank_size: (rows K, columns D).
         topk: see there.
         All else: as in `InfoNCELoss`.
-
-    Raises:
-        ValueError: an argument is wrong; bank and noise state are as before.
     """
 
     Options, function = MSFOptions, staticmethod(msf_loss)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from psm_kernels.backends.base import EMPTY, Exclude
-from psm_kernels.bank import BankView, Shard
+from psm_kernels.bank import BankView
 from psm_kernels.losses.base import BankLoss
-from psm_kernels.losses.common import bank_of, contrast, loss_of
+from psm_kernels.losses.common import contrast, loss_function
 from psm_kernels.losses.in_batch import masked_lse
-from psm_kernels.options import ContrastiveOptions, takes
+from psm_kernels.options import ContrastiveOptions
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,13 @@ class NNCLROptions(ContrastiveOptions):
     temperature: float = 0.2  # solo-learn
 
 
-@takes(NNCLROptions)
+@loss_function(NNCLROptions, needs_bank=True)
 def nnclr_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | Shard | BankView,
-    *,
-    count: Tensor | int | None = None,
-    ids: Tensor | None = None,
-    bank_ids: Tensor | Shard | None = None,
-    backend: str = "auto",
-    options: NNCLROptions | None = None,
-    **settings,
+    bank: BankView,
+    exclude: Exclude,
+    options: NNCLROptions,
 ) -> Tensor:
     """NNCLR: a key's nearest neighbor among the batch's queries (arXiv 2104.14548).
 
@@ -49,20 +44,8 @@ def nnclr_loss(
         temperature: tau > 0 (0.2: vturrisi/solo-learn, solo/methods/nnclr.py).
         reduction, backend, options: as in `info_nce_loss`.
 
-    Returns:
-        The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
-
-    Raises:
-        ValueError: an argument is wrong (named in the message), or the backend cannot run here.
+    Returns, raises: as `info_nce_loss`.
     """
-    options = NNCLROptions.of(options, settings)
-    bank = bank_of(bank, count, bank_ids, None, backend, needed=True)
-    return loss_of(_rows, query, key, bank, ids, options)
-
-
-def _rows(
-    query: Tensor, key: Tensor, bank: BankView, exclude: Exclude, options: NNCLROptions
-) -> Tensor:
     _, index = bank.topk(key, 1, exclude)  # (B, 1)
     nearest = torch.where(index >= 0, bank.rows(index, query.dtype)[:, 0], key)  # (B, D)
     logits = nearest.detach() @ query.T / options.temperature  # (B, B)
@@ -83,9 +66,6 @@ class NNCLRLoss(BankLoss):
         temperature: tau > 0.
         memory_bank_size: (rows K, columns D) ((65536, 256): solo-learn, solo/methods/nnclr.py).
         All else: as in `InfoNCELoss`.
-
-    Raises:
-        ValueError: an argument is wrong; bank and noise state are as before.
     """
 
     Options, function = NNCLROptions, staticmethod(nnclr_loss)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from psm_kernels import checks
 from psm_kernels.backends.base import Exclude
-from psm_kernels.bank import BankView, Shard
+from psm_kernels.bank import BankView
 from psm_kernels.losses.base import BankLoss
-from psm_kernels.losses.common import bank_of, loss_of
-from psm_kernels.options import ContrastiveOptions, PassOptions, takes
+from psm_kernels.losses.common import loss_function
+from psm_kernels.options import ContrastiveOptions, PassOptions
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,13 @@ class ReSSLOptions(ContrastiveOptions):
         checks.check_number("teacher_temperature", self.teacher_temperature, above=0)
 
 
-@takes(ReSSLOptions)
+@loss_function(ReSSLOptions, needs_bank=True)
 def ressl_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | Shard | BankView,
-    *,
-    count: Tensor | int | None = None,
-    ids: Tensor | None = None,
-    bank_ids: Tensor | Shard | None = None,
-    backend: str = "auto",
-    options: ReSSLOptions | None = None,
-    **settings,
+    bank: BankView,
+    exclude: Exclude,
+    options: ReSSLOptions,
 ) -> Tensor:
     """ReSSL: cross entropy between the key's and the query's relations (arXiv 2107.09282).
 
@@ -56,20 +51,8 @@ def ressl_loss(
         teacher_temperature: > 0 (0.04: the same); below tau, so that the target is the sharper one.
         reduction, backend, options: as in `info_nce_loss`.
 
-    Returns:
-        The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
-
-    Raises:
-        ValueError: an argument is wrong (named in the message), or the backend cannot run here.
+    Returns, raises: as `info_nce_loss`.
     """
-    options = ReSSLOptions.of(options, settings)
-    bank = bank_of(bank, count, bank_ids, None, backend, needed=True)
-    return loss_of(_rows, query, key, bank, ids, options)
-
-
-def _rows(
-    query: Tensor, key: Tensor, bank: BankView, exclude: Exclude, options: ReSSLOptions
-) -> Tensor:
     tau, nowhere = options.temperature, query.new_zeros(len(query))  # no positive to select by
     teacher = PassOptions(options.teacher_temperature)
     target = bank.scan(key.detach(), None, nowhere, teacher, exclude).neg_mean  # (B, D)
@@ -87,9 +70,6 @@ class ReSSLLoss(BankLoss):
         memory_bank_size: (rows K, columns D).
         teacher_temperature: see there.
         All else: as in `InfoNCELoss`.
-
-    Raises:
-        ValueError: an argument is wrong; bank and noise state are as before.
     """
 
     Options, function = ReSSLOptions, staticmethod(ressl_loss)

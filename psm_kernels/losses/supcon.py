@@ -9,10 +9,10 @@ from torch import Tensor
 
 from psm_kernels import checks
 from psm_kernels.backends.base import Exclude
-from psm_kernels.bank import BankView, Shard
+from psm_kernels.bank import BankView
 from psm_kernels.losses.base import BankLoss
-from psm_kernels.losses.common import bank_of, contrast, loss_of
-from psm_kernels.options import ContrastiveOptions, PassOptions, takes
+from psm_kernels.losses.common import contrast, loss_function
+from psm_kernels.options import ContrastiveOptions, PassOptions
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,15 @@ class SupConOptions(ContrastiveOptions):
     temperature: float = 0.1
 
 
-@takes(SupConOptions)
+@loss_function(SupConOptions, needs_bank=True)
 def supcon_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | Shard | BankView,
+    bank: BankView,
+    exclude: Exclude,
+    options: SupConOptions,
     *,
     labels: Tensor | None = None,
-    bank_labels: Tensor | Shard | None = None,
-    count: Tensor | int | None = None,
-    ids: Tensor | None = None,
-    bank_ids: Tensor | Shard | None = None,
-    backend: str = "auto",
-    options: SupConOptions | None = None,
-    **settings,
 ) -> Tensor:
     """SupCon, L_out of arXiv 2004.11362 (eq. 2), with a bank as in its section 4.1 (SupMoCo).
 
@@ -54,25 +49,8 @@ def supcon_loss(
         temperature: tau > 0 (0.1: section 4.5, and HobbitLong/SupContrast, README.md).
         reduction, backend, options: as in `info_nce_loss`.
 
-    Returns:
-        The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
-
-    Raises:
-        ValueError: an argument is wrong (named in the message), or the backend cannot run here.
+    Returns, raises: as `info_nce_loss`.
     """
-    options = SupConOptions.of(options, settings)
-    bank = bank_of(bank, count, bank_ids, bank_labels, backend, needed=True)
-    return loss_of(_rows, query, key, bank, ids, options, labels)
-
-
-def _rows(
-    query: Tensor,
-    key: Tensor,
-    bank: BankView,
-    exclude: Exclude,
-    options: SupConOptions,
-    labels: Tensor | None,
-) -> Tensor:
     checks.check_vector("labels", labels, len(query), torch.int64)
     checks.check_device("labels", labels, bank.device)
     if bank.labels is None:
@@ -94,32 +72,9 @@ class SupConLoss(BankLoss):
         temperature: tau > 0.
         memory_bank_size: (rows K, columns D) ((8192, 128): arXiv 2004.11362, section 4.1).
         All else: as in `InfoNCELoss`.
-
-    Raises:
-        ValueError: an argument is wrong; bank and noise state are as before.
     """
 
     Options, function = SupConOptions, staticmethod(supcon_loss)
     memory_bank_size = (8192, 128)
     _has_in_batch_form = False
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        *,
-        labels: Tensor | None = None,
-        ids: Tensor | None = None,
-        update: bool | None = None,
-    ) -> Tensor:
-        """Loss of query (B, D) against key (B, D) and the bank; then the keys are enqueued.
-
-        Args:
-            labels: (B,) int64, needed: they say which rows of the bank are positives, now and, kept
-                with the keys, later. Negative: unknown, which matches nothing.
-            All else: as in `InfoNCELoss`.
-
-        Returns:
-            The loss, fp32: 0-d, or (B,) for reduction="none".
-        """
-        return self._step(query, key, labels, ids, update, {"labels": labels})
+    _learns_from_labels = True
