@@ -70,8 +70,11 @@ class Struct {
 
     // Not through the attributes, which would take three times as long.
     static void set(T& made, py::handle name, py::handle value) {
+        PyObject* interned = name.inc_ref().ptr();
+        PyUnicode_InternInPlace(&interned);
+        const auto key = py::reinterpret_steal<py::object>(interned);
         for (const auto& [own, put] : puts()) {
-            if (own != name.ptr()) continue;  // names in source text are interned
+            if (own != key.ptr()) continue;
             try {
                 return put(made, value);
             } catch (const py::cast_error&) {

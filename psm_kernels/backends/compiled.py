@@ -142,7 +142,7 @@ class Compiled(Backend):
         from psm_kernels import _C
 
         batch = len(key if query is None else query)
-        empty = functools.partial(torch.empty, device=bank.device)
+        empty = functools.partial(torch.empty, dtype=torch.float32, device=bank.device)
         row, topk = (batch if query is not None else 0,), (batch, options.topk)
         result = BankPass(
             neg_lse=empty(row),
