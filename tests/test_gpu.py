@@ -24,6 +24,10 @@ LOSSES = {
     "hcl": {},
     "sscl": {"num_hard": 6, **DRAW},
     "unremix": {},
+    "supcon": {"labels": torch.arange(33) % 5, "bank_labels": torch.arange(700) % 7 - 1},
+    "nnclr": {},
+    "ressl": {},
+    "msf": {},
 }
 
 
