@@ -31,6 +31,8 @@ from torch import Tensor
 
 from psm_kernels import MemoryBank
 from psm_kernels.backends import registry
+from psm_kernels.backends.base import Backend
+from psm_kernels.backends.cuda import Cuda
 from psm_kernels.functional import psm_loss
 from psm_kernels.ops import NOTHING, bank_pass, bank_topk
 from psm_kernels.options import PassOptions
@@ -144,13 +146,16 @@ def pass_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
     yield Run(group, step, True)
     low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos
     options = PassOptions(**SAMPLING, topk=TOPK, exclude_mined=True)
-    backend = registry.TABLE[group]
-    direct = functools.partial(backend.bank_pass, *low, options, NOTHING, rng_state)
-    yield Run(f"{group} kernels", direct, True)  # without the casts and autograd's few kernels
+
+    def direct(backend: Backend) -> Callable:
+        return functools.partial(backend.bank_pass, *low, options, NOTHING, rng_state)
+
+    # without the casts and autograd's few kernels
+    yield Run(f"{group} kernels", direct(registry.TABLE[group]), True)
     if group == "cuda":
-        yield Run("cuda null epilogue", functools.partial(direct, null_epilogue=True), True)
+        yield Run("cuda null epilogue", direct(Cuda(null_epilogue=True)), True)
         if torch.cuda.get_device_capability()[0] == 9:
-            yield Run("cuda sm_80 kernels", functools.partial(direct, force_sm80=True), True)
+            yield Run("cuda sm_80 kernels", direct(Cuda(force_sm80=True)), True)
 
 
 def eager_pass(query: Tensor, key: Tensor, bank: Tensor, s_pos: Tensor) -> tuple[Tensor, ...]:

@@ -6,14 +6,14 @@ the rounding of inputs hides nothing. The answers are float64, written anew from
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from psm_kernels import noise
-from psm_kernels.ops import NOTHING, BankPass
+from psm_kernels.backends.base import NOTHING, Backend
+from psm_kernels.options import PSMOptions
 
 DIM = 64
 TEMPERATURES = [0.2, 0.05, 0.03, 0.02, 0.01]
@@ -103,29 +103,19 @@ def answer(
     if soft_weights == "attention":
         w = s.gather(1, index).masked_fill(~there, -1e30).softmax(1) * there
     else:
-        w = there / there.sum(1, keepdim=True).clamp_min(1)
+        w = there.double() if soft_weights == "binary" else there / found[:, None].clamp_min(1)
     soft = log_z - plus + (w * (log_z[:, None] - logits)).sum(1)
     loss = soft + hard_weight * (h.log() - plus)
     (gradient,) = torch.autograd.grad(loss.sum(), query)
     return loss.detach(), gradient
 
 
-def step(backend: ModuleType, p: Problem, dtype: torch.dtype, **settings) -> tuple[Tensor, Tensor]:
-    """Loss rows (B,) and the gradient of their sum (B, D) by a backend's own pass and finish."""
-    draw = {"selection": "bernoulli", "a": 0.5, "b": 0.0, "topk": 5, **settings}
-    temperature, s_pos = draw.pop("temperature"), (p.query * p.key).sum(1)
-    query, key, bank = (x.to(dtype) for x in p)
-    count = torch.tensor(len(bank))
-    rest = (RNG_STATE, 0, 0, NOTHING, True)
-    swept = BankPass(
-        *backend.bank_pass(query, key, bank, count, s_pos, temperature, *draw.values(), *rest)
+def step(backend: Backend, p: Problem, dtype: torch.dtype, **settings) -> tuple[Tensor, Tensor]:
+    """Loss rows (B,) and the gradient of their sum (B, D) by a backend's own step."""
+    bank, options = p.bank.to(dtype), PSMOptions(**settings)
+    return backend.psm_step(
+        p.query, p.key, bank, torch.tensor(len(bank)), options, NOTHING, RNG_STATE
     )
-    weights = {"soft_weights": "attention", "weight_temperature": 1.0, "hard_weight": 1.0}
-    loss, gradient, _ = backend.psm_finish(
-        p.query, p.key, bank, s_pos, swept, temperature=temperature, **weights
-    )
-    along = (gradient * p.query).sum(1, keepdim=True)
-    return loss, gradient - along * p.query  # through the normalization of the query
 
 
 def assert_step(

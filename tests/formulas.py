@@ -1,4 +1,4 @@
-"""InfoNCE, HCL, SSCL and UnReMix as fp64 formulas, written here a second time in plain loops."""
+"""The methods beside PSM as fp64 formulas, written here a second time in plain loops."""
 
 import math
 
@@ -107,6 +107,68 @@ def expected_unremix(query, key, bank, count=None, temperature=0.5, weights=(1 /
         pos, x = (s_pos / temperature).exp(), (s / temperature).exp()
         losses.append(-(pos / (pos + n * (w * x).sum() / w.sum())).log())
     return torch.stack(losses).mean()
+
+
+def unit_pairs(query, key):
+    unit = torch.nn.functional.normalize
+    return list(zip(unit(query, dim=1), unit(key, dim=1), strict=True))
+
+
+def seen_slots(i, size, count, ids, bank_ids):
+    """The slots that row i sees."""
+    count = size if count is None else count
+    named = ids is not None and ids[i] >= 0
+    return [j for j in range(count) if not (named and bank_ids[j] == ids[i])]
+
+
+def expected_nnclr(query, key, bank, count=None, temperature=0.2, ids=None, bank_ids=None):
+    pairs, losses = unit_pairs(query, key), []
+    for i, (_, k) in enumerate(pairs):
+        slots = seen_slots(i, len(bank), count, ids, bank_ids)
+        nearest = max(
+            (bank[j] for j in slots), key=lambda m, k=k: m @ k.detach(), default=k
+        ).detach()
+        others = [
+            q for j, (q, _) in enumerate(pairs)
+            if j != i and not (ids is not None and ids[j] == ids[i] >= 0)
+        ]  # fmt: skip
+        logits = torch.stack([nearest @ q / temperature for q in (pairs[i][0], *others)])
+        losses.append(-logits.log_softmax(0)[0])
+    return torch.stack(losses)
+
+
+def expected_supcon(
+    query, key, bank, labels, bank_labels, count=None, temperature=0.1, ids=None, bank_ids=None
+):
+    losses = []
+    for i, (q, k) in enumerate(unit_pairs(query, key)):
+        slots = seen_slots(i, len(bank), count, ids, bank_ids)
+        rows = torch.stack([k, *(bank[j] for j in slots)])
+        log_p = (rows @ q / temperature).log_softmax(0)
+        alike = [1 + n for n, j in enumerate(slots) if bank_labels[j] == labels[i] >= 0]
+        losses.append(-log_p[[0, *alike]].mean())
+    return torch.stack(losses)
+
+
+def expected_ressl(
+    query, key, bank, count=None, temperature=0.1, teacher_temperature=0.04, ids=None, bank_ids=None
+):
+    losses = []
+    for i, (q, k) in enumerate(unit_pairs(query, key)):
+        rows = bank[seen_slots(i, len(bank), count, ids, bank_ids)]
+        target = (rows @ k.detach() / teacher_temperature).softmax(0)
+        losses.append(-(target * (rows @ q / temperature).log_softmax(0)).sum())
+    return torch.stack(losses)
+
+
+def expected_msf(query, key, bank, count=None, topk=5, ids=None, bank_ids=None):
+    losses = []
+    for i, (q, k) in enumerate(unit_pairs(query, key)):
+        k = k.detach()
+        rows = [bank[j] for j in seen_slots(i, len(bank), count, ids, bank_ids)]
+        rows = sorted(rows, key=lambda m, k=k: m @ k, reverse=True)[: topk - 1]
+        losses.append(torch.stack([(q - m).square().sum() for m in (k, *rows)]).mean())
+    return torch.stack(losses)
 
 
 def assert_same(got, wanted, *inputs, rtol=1e-9):

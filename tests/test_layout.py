@@ -15,7 +15,7 @@ ROOMS = (  # from the ground up: a module imports from its own row and from thos
     ("backends",),
     ("ops", "weighted", "_autograd"),
     ("bank",),
-    ("losses", "stats", "evaluate", "mine"),
+    ("losses", "evaluate", "mine"),
     ("functional", "compat", "distributed"),
     ("training",),
     ("__init__", "__main__"),
@@ -83,7 +83,8 @@ def uses(module: str) -> set[str]:
 
 def own(names: Iterable[str]) -> set[str]:
     """The modules of psm_kernels among the names, or that the names are in."""
-    found = {name if name in MODULES else name.rpartition(".")[0] for name in {*names} - BUILT - {VERSION}}
+    names = {*names} - BUILT - {VERSION}
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in names}
     return {name for name in found if name in MODULES}
 
 

@@ -1,5 +1,5 @@
-"""Every backend's own finish of PSM against the differentiable one in functional/psm.py, on the
-same pass. Where there is no GPU, test_triton.py runs this file in Triton's interpreter."""
+"""Every backend's psm_step against the differentiable code in losses/psm.py. Where there is no GPU,
+test_triton.py runs this file in Triton's interpreter."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from conftest import problem
 
 from psm_kernels.backends import registry
 from psm_kernels.functional import psm_loss
-from psm_kernels.ops import bank_pass
 
 
 def _places() -> list:
@@ -17,10 +16,10 @@ def _places() -> list:
         bank = torch.zeros(1, 8, device=device)
         for name in registry.TABLE:
             try:
-                module = registry.choose(name, bank)
+                backend = registry.choose(name, bank)
             except ValueError:
                 continue
-            if hasattr(module, "psm_finish"):
+            if backend.max_step_topk >= 0:
                 able.append(pytest.param((name, device), id=f"{name}-{device}", marks=marks))
     return able
 
@@ -37,7 +36,7 @@ def inputs(device, *sizes, **options):
 
 
 def agree(place, query, key, bank, *, rtol=1e-4, atol=1e-5, **settings):
-    """Loss and gradient of both ways, and the statistics."""
+    """Loss and gradient of both ways."""
     name, device = place
     settings = {
         "temperature": 0.2,
@@ -55,7 +54,7 @@ def agree(place, query, key, bank, *, rtol=1e-4, atol=1e-5, **settings):
     ours, theirs = query.clone().requires_grad_(), query.clone().requires_grad_()
     loss = psm_loss(ours, key, bank, **settings)
     want = psm_loss(theirs, key, bank, return_stats=True, **settings)
-    assert type(loss.grad_fn).__name__ == "_PSMRowsBackward"
+    assert type(loss.grad_fn).__name__ == "_RowsBackward"
     torch.testing.assert_close(loss, want.loss, rtol=1e-5, atol=atol, equal_nan=True)
     weight = torch.linspace(0.5, 2, len(query), device=device)
     for rows in (loss, want.loss):
@@ -85,25 +84,6 @@ def test_loss_and_gradient(place, selection, topk, count, soft_weights, dtype):
     query, key, bank = inputs(place[1], 4, 150, 20, dtype=dtype)
     settings = {"selection": selection, "topk": topk, "count": count, "soft_weights": soft_weights}
     agree(place, query, key, bank, **settings)
-
-
-@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
-def test_statistics(place, selection):
-    name, device = place
-    query, key, bank, s_pos = (t.to(device) for t in problem(4, 150, 20))
-    draw = {"selection": selection, "a": 2.0, "b": -0.1, "row_offset": 3, "temperature": 0.2}
-    draw |= {"rng_state": torch.tensor([11, 5], device=device), "topk": 5, "backend": name}
-    weighting = {"soft_weights": "uniform", "weight_temperature": 0.3, "hard_weight": 0.7}
-    swept = bank_pass(query, key, bank, None, s_pos, exclude_mined=True, **draw)
-    finish = registry.choose(name, bank).psm_finish
-    loss, _, (kept, mean, var) = finish(
-        query, key, bank, s_pos, swept, temperature=0.2, **weighting
-    )
-    want = psm_loss(query, key, bank, reduction="none", return_stats=True, **draw, **weighting)
-    torch.testing.assert_close(loss, want.loss, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(kept, want.stats.kept_count, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mean, want.stats.grad_mean, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(var, want.stats.grad_var, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("selection", ["bernoulli", "expected"])
@@ -155,13 +135,42 @@ def test_layout_and_dtype_of_the_query_do_not_matter(place):
     assert half.grad.dtype == torch.bfloat16
 
 
-def test_more_mined_rows_than_the_finish_takes(place, monkeypatch):
+@pytest.mark.parametrize("hard_weight", [0.0, 1.0])
+def test_small_losses_keep_their_digits(place, hard_weight):
+    """A loss of 1e-6 beside logits of 9: InfoNCE, and what the hard term adds."""
+    draw = torch.Generator().manual_seed(0)
+    query, shift = torch.randn(2, 1, 32, generator=draw)
+    bank = 0.6 * torch.randn(40, 32, generator=draw) - query  # far from it
+    bank = torch.nn.functional.normalize(bank, dim=1)
+    key = (query + 0.3 * shift).repeat(4, 1)
+    query = query * torch.tensor([[1.0], [0.1], [7.0], [1e-3]])
+    leaf = query.double().requires_grad_()
+    unit = torch.nn.functional.normalize(leaf, dim=1)
+    plus = (unit * torch.nn.functional.normalize(key.double(), dim=1)).sum(1, keepdim=True)
+    want = torch.log1p(torch.exp((unit @ bank.double().T - plus) / 0.1).sum(1))
+    want = (1 + hard_weight) * want
+    assert ((want > 3e-7) & (want < 3e-6)).all()
+    want.sum().backward()
+
+    query, key, bank = (x.to(place[1]) for x in (query, key, bank))
+    query.requires_grad_()
+    loss = psm_loss(
+        query, key, bank, temperature=0.1, topk=0, selection="all", hard_weight=hard_weight,
+        reduction="none", backend=place[0],
+    )  # fmt: skip
+    loss.sum().backward()
+    torch.testing.assert_close(loss.cpu().double(), want.detach(), rtol=1e-4, atol=0)
+    error = (query.grad.cpu().double() - leaf.grad).norm(dim=1) / leaf.grad.norm(dim=1)
+    assert (error < 1e-4).all()
+
+
+def test_more_mined_rows_than_a_step_takes(place, monkeypatch):
     name, device = place
     query, key, bank = inputs(device, 6, 150, 20)
     settings = {"topk": 5, "selection": "all", "backend": name}
     query.requires_grad_()
     want = psm_loss(query, key, bank, reduction="none", **settings)
-    monkeypatch.setattr(registry.choose(name, bank), "MAX_FINISH_TOPK", 4)
+    monkeypatch.setattr(registry.choose(name, bank), "max_step_topk", 4)
     got = psm_loss(query, key, bank, reduction="none", **settings)
-    assert type(got.grad_fn).__name__ != type(want.grad_fn).__name__ == "_PSMRowsBackward"
+    assert type(got.grad_fn).__name__ != type(want.grad_fn).__name__ == "_RowsBackward"
     torch.testing.assert_close(got, want)

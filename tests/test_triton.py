@@ -1,4 +1,4 @@
-"""The triton backend against `ops/reference.py`: natively on a GPU, elsewhere in the interpreter.
+"""The triton backend against the reference: natively on a GPU, elsewhere in the interpreter.
 
 Triton reads TRITON_INTERPRET when it is imported, so where there is no GPU a plain `pytest` runs
 this file once more, in a process that has it set."""
@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from psm_kernels import ops
-from psm_kernels.ops import triton as backend
+from psm_kernels.backends.triton import config
+from psm_kernels.options import PSMOptions
 from psm_kernels.weighted import weighted_pass
 
 pytest.importorskip("triton")
@@ -180,7 +181,7 @@ def test_number_of_splits_changes_rounding_only(device, dtype, monkeypatch):
     tensors = problem(device, 4, 700, 32, dtype)
     results = []
     for splits in (1, 2, 5, 40):  # 40: more than there are tiles
-        monkeypatch.setattr(backend, "_splits", lambda *args, splits=splits: splits)
+        monkeypatch.setattr(config, "splits", lambda *args, splits=splits: splits)
         results.append(both(*tensors)[0])
     for other in results[1:]:
         assert torch.equal(other.neg_count, results[0].neg_count)
@@ -258,7 +259,7 @@ def test_fp16_keeps_its_bits_when_all_weights_are_small(device, size):
 def test_addresses_beyond_2_to_the_31(device, monkeypatch):
     from triton.runtime import interpreter
 
-    from psm_kernels.ops import triton_mine, triton_sums
+    from psm_kernels.backends.triton import mine, sums
 
     size, dim = 2**24 + 64, 128  # of the 4 GB of addresses the last 128 rows are touched
     bank = torch.empty(size, dim, dtype=torch.bfloat16)
@@ -285,10 +286,10 @@ def test_addresses_beyond_2_to_the_31(device, monkeypatch):
                 patch.setattr(builder, "create_get_program_id", lambda self, axis: handle)
                 self.kernel[(1,)](*args, **kwargs)
 
-    Last(triton_mine, "mine_kernel")
-    Last(triton_sums, "sum_kernel")
-    monkeypatch.setattr(backend, "tile", lambda *args: backend.Tile(64, 64, 4, 2, 1, dim))
-    monkeypatch.setattr(backend, "_splits", lambda *args: splits)
+    Last(mine, "mine_kernel")
+    Last(sums, "sum_kernel")
+    monkeypatch.setattr(config, "tile", lambda *args: config.Tile(64, 64, 4, 2, 1, dim))
+    monkeypatch.setattr(config, "splits", lambda *args: splits)
     monkeypatch.setattr(torch, "empty", torch.zeros)  # what the other programs leave
     # Results are in place already, and copying the bank onto itself would touch all of it.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
@@ -298,13 +299,13 @@ def test_addresses_beyond_2_to_the_31(device, monkeypatch):
     want = want._replace(topk_index=want.topk_index + size - 128)
     check(got, want, torch.bfloat16)
 
-    from psm_kernels.ops.triton_finish import finish
+    from psm_kernels.backends.triton.loss import loss_and_gradient
 
-    finishing = {"temperature": 0.2, "weight_temperature": 1.0, "hard_weight": 1.0}
-    finishing |= {"soft_weights": "uniform"}
-    loss, _, _ = finish(query, key, bank, s_pos, got, **finishing)
+    options = PSMOptions(0.2, soft_weights="uniform")
+    norms = torch.ones(2, 1)
+    loss, _ = loss_and_gradient(query, norms, key, bank, s_pos, got, options)
     want = want._replace(topk_index=want.topk_index - size + 128)
-    near, _, _ = finish(query, key, tail, s_pos, want, **finishing)
+    near, _ = loss_and_gradient(query, norms, key, tail, s_pos, want, options)
     torch.testing.assert_close(loss, near)
 
 
@@ -388,7 +389,7 @@ def test_what_is_hidden(device, batch, size, dim, topk, dtype, col_offset, which
 def test_many_tiles_and_long_lists(device, chip, monkeypatch):
     """Tiles without listed slots between others, in every split; more listed than there are cells
     at hand; rows whose every slot is hidden."""
-    monkeypatch.setattr(backend, "_chip", lambda device: chip)
+    monkeypatch.setattr(config, "chip", lambda device: chip)
     query, key, bank, s_pos = problem(device, 3, 1500, 64, torch.bfloat16, exact=True)
     slots = torch.full((3, 1600), -1, device=device)
     slots[0, ::8] = torch.arange(1300, 1500, device=device)
@@ -451,7 +452,7 @@ def test_limits_are_said(device):
 @pytest.mark.parametrize("chip", ["hopper", "hip", "cuda"])
 @pytest.mark.parametrize("dim", [40, 200])
 def test_the_tiles_of_every_chip(device, chip, dim, monkeypatch):
-    monkeypatch.setattr(backend, "_chip", lambda device: chip)
+    monkeypatch.setattr(config, "chip", lambda device: chip)
     check(*both(*problem(device, 3, 200, dim, torch.bfloat16), topk=2), torch.bfloat16)
     query, _, bank, _ = problem(device, 2, 140, dim, torch.bfloat16)  # its last cell ends a tile
     got = ops.bank_topk(query, bank, 3, backend="triton")

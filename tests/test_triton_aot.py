@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from psm_kernels.ops import NOTHING, Exclude
+from psm_kernels.backends.base import NOTHING, Exclude
+from psm_kernels.backends.triton import Triton, config
+from psm_kernels.options import PassOptions, PSMOptions
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -97,8 +99,6 @@ class _NoDriver:
 @pytest.fixture
 def compilations(monkeypatch):
     """Kernel names, each with the keys under which launches would have been compiled."""
-    from psm_kernels.ops import triton as backend
-
     keys = defaultdict(set)
 
     def note(*, key, fn, **unused):
@@ -106,15 +106,14 @@ def compilations(monkeypatch):
         return True  # do not compile, do not launch
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", note)
-    monkeypatch.setattr(backend, "_chip", lambda device: "hopper")
+    monkeypatch.setattr(config, "chip", lambda device: "hopper")
     monkeypatch.setattr(triton.runtime.driver, "_active", _NoDriver())
     return keys
 
 
 @pytest.mark.parametrize("dim", [64, 256])
 def test_sizes_and_settings_do_not_compile_again(compilations, dim):
-    from psm_kernels.ops import triton as backend
-
+    backend = Triton()
     # 1 and multiples of 16 are what Triton specializes, 2^31 what it widens
     sizes = [(1, 1, 5, 0, 0), (16, 1024, 8, 16, 1), (33, 5000, 7, 1, 2**40 + 16), (2, 64, 6, -1, 3)]
     for batch, size, k, row_offset, col_offset in sizes:
@@ -127,36 +126,33 @@ def test_sizes_and_settings_do_not_compile_again(compilations, dim):
         excludes = [NOTHING, NOTHING, Exclude(None, held.new_zeros(batch), held)]
         excludes += [Exclude(slots.view(batch, -1)) for slots in lists]
         for i, exclude in enumerate(excludes):
-            swept = backend.bank_pass(
-                query, query, bank, count, s_pos, 1.0, "bernoulli", 1.0, 0.0, k, state,
-                row_offset, col_offset, exclude, i > 0,
-            )  # fmt: skip
+            options = PassOptions(
+                1.0, "bernoulli", 1.0, 0.0, k, i > 0, row_offset=row_offset, col_offset=col_offset
+            )
+            backend.bank_pass(query, query, bank, count, s_pos, options, exclude, state)
         backend.bank_topk(query, bank, k, count)
-        unit = query.float()
-        backend.psm_finish(
-            unit, unit, bank, s_pos, swept, temperature=1,
-            soft_weights="attention", weight_temperature=1, hard_weight=0,
-        )  # fmt: skip
+        options = PSMOptions(1, topk=k, weight_temperature=1, hard_weight=0)
+        backend.psm_step(query, query, bank, count, options, NOTHING, state, row_offset)
         backend.weighted_pass(query, bank, count, 1.0, torch.zeros(5, batch), torch.zeros(size))
     counts = {name: len(keys) for name, keys in compilations.items()}
     # mining: with and without ids; selection: plain, by a list of up to 16 cells, by ids; sums:
     # over all, without listed slots, and without ids too
     assert counts == {
         "mine_kernel": 2, "select_kernel": 3, "sum_kernel": 3, "merge_kernel": 1,
-        "finish_kernel": 1, "weighted_pass_kernel": 1,
+        "loss_kernel": 1, "weighted_kernel": 1,
     }  # fmt: skip
 
 
 def test_a_launch_looks_no_global_up():
-    from psm_kernels.ops import triton_affine, triton_finish, triton_mine, triton_sums
+    from psm_kernels.backends.triton import loss, merge, mine, sums, weighted
 
     for kernel in (
-        triton_mine.mine_kernel,
-        triton_mine.select_kernel,
-        triton_sums.sum_kernel,
-        triton_sums.merge_kernel,
-        triton_finish.finish_kernel,
-        triton_affine.weighted_pass_kernel,
+        mine.mine_kernel,
+        mine.select_kernel,
+        sums.sum_kernel,
+        merge.merge_kernel,
+        weighted.weighted_kernel,
+        loss.loss_kernel,
     ):
         assert kernel.cache_key  # computing it collects the globals
         assert not kernel.used_global_vals

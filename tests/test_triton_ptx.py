@@ -7,18 +7,19 @@ import cold
 import pytest
 import torch
 from conftest import problem
-from test_cuda_host import MEAN_ATOL, OFFSET, SEED, arguments, assert_agree, widened
+from test_cuda_host import MEAN_ATOL, arguments, assert_agree, widened
 
-from psm_kernels import functional
-from psm_kernels.ops import BankPass, Exclude, bank_pass, reference
-from psm_kernels.ops import triton as backend
+from psm_kernels.backends.base import BankPass, Exclude
+from psm_kernels.backends.reference import Reference
+from psm_kernels.backends.triton import Triton, config
 from psm_kernels.weighted import weighted_pass
 
-if importlib.util.find_spec("triton") is None or backend.interpreted():
+if importlib.util.find_spec("triton") is None or config.interpreted():
     pytest.skip("needs Triton, and not its interpreter", allow_module_level=True)
 from ptx import triton_driver
 
 BF16 = torch.bfloat16
+TRITON, REFERENCE = Triton(), Reference()
 
 
 @pytest.fixture(params=[80, 90], ids=["sm80", "sm90"])
@@ -29,7 +30,7 @@ def gpu(request, monkeypatch) -> int:
 
 def both(*problem, **settings) -> tuple[BankPass, BankPass]:
     args = arguments(*problem, **settings)
-    return BankPass(*backend.bank_pass(*args)), BankPass(*reference.bank_pass(*widened(args)))
+    return TRITON.bank_pass(*args), REFERENCE.bank_pass(*widened(args))
 
 
 @pytest.mark.parametrize(
@@ -74,8 +75,8 @@ def test_exact_products_give_the_same_masks_and_indices(gpu):
 def test_bank_topk(gpu):
     _, key, bank, _ = problem(5, 600, 128, dtype=BF16)
     key, count = key.to(BF16), torch.tensor(590)
-    sim, index = backend.bank_topk(key, bank, 40, count)
-    want = reference.bank_topk(key.double(), bank.double(), 40, count)
+    sim, index = TRITON.bank_topk(key, bank, 40, count)
+    want = REFERENCE.bank_topk(key.double(), bank.double(), 40, count)
     torch.testing.assert_close(sim.double(), want[0], atol=1e-6, rtol=1e-5)
     assert (index == want[1]).float().mean() > 0.99
 
@@ -86,7 +87,7 @@ def test_weighted_pass(gpu):
     affine, rho = torch.rand(5, 5, generator=draw) - 0.3, torch.rand(300, generator=draw)
     affine[3] = (query.to(BF16).float() @ bank.float().T).max(1).values
     args = (query.to(BF16), bank, torch.tensor(290), 0.3, affine, rho)
-    got = backend.weighted_pass(*args)
+    got = TRITON.weighted_pass(*args)
     names = ("alpha", "beta", "gamma", "top", "cap")
     want = weighted_pass(
         args[0].double(), bank.double(), 290, temperature=0.3, rho=rho.double(),
@@ -115,30 +116,26 @@ def test_what_is_hidden(gpu, ids, dim, selection):
     assert torch.equal(got.topk_index, want.topk_index)
 
 
-@pytest.mark.parametrize("selection", ["bernoulli", "expected"])
+@pytest.mark.parametrize("soft_weights", ["attention", "uniform", "binary"])
 @pytest.mark.parametrize("topk", [0, 5])
-def test_finish_is_the_loss_and_its_gradient(gpu, selection, topk):
-    query, key, bank, s_pos = problem(4, 300, 64, dtype=BF16)
-    draw = {"temperature": 0.3, "selection": selection, "a": 2.0, "b": -0.1, "row_offset": 3}
-    draw["rng_state"] = torch.tensor([SEED, OFFSET]) if selection == "bernoulli" else None
-    rest = {"soft_weights": "attention", "weight_temperature": 0.7, "hard_weight": 0.6}
-    count = torch.tensor(300)
-    swept = bank_pass(
-        query, key, bank, count, s_pos, topk=topk, exclude_mined=True, backend="reference", **draw
-    )
-    loss, grad, _ = backend.psm_finish(query, key, bank, s_pos, swept, temperature=0.3, **rest)
-    leaf = query.clone().requires_grad_()
-    want = functional.psm_loss(
-        leaf, key, bank, topk=topk, reduction="none", backend="reference", **draw, **rest
-    )
-    want.sum().backward()
-    torch.testing.assert_close(loss, want.detach(), atol=1e-3, rtol=1e-5)
-    along = (grad * query).sum(1, keepdim=True) * query  # psm_loss normalizes its query
-    torch.testing.assert_close(grad - along, leaf.grad, atol=1e-3, rtol=1e-4)
+def test_psm_step(gpu, soft_weights, topk):
+    p, settings = cold.problem(size=230), {"topk": topk, "soft_weights": soft_weights}
+    settings |= {"temperature": 0.3, "a": 2.0, "b": -0.1, "hard_weight": 0.6}
+    loss, gradient = cold.step(TRITON, p._replace(query=3 * p.query), BF16, **settings)
+    cold.assert_step((loss, 3 * gradient), cold.answer(p, **settings), BF16)
+
+
+def test_small_losses_keep_their_digits(gpu):
+    p = cold.problem(batch=3, size=40, nearer=False)
+    p = p._replace(key=p.query)
+    settings = {"temperature": 0.036, "topk": 0, "selection": "all", "hard_weight": 0.0}
+    want, _ = cold.answer(p, **settings)
+    assert 3e-7 < want.min() < want.max() < 3e-6
+    cold.assert_close("loss", cold.step(TRITON, p, BF16, **settings)[0], want, 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("selection", ["bernoulli", "expected"])
 def test_cold_temperatures(gpu, selection, dtype):
     p, settings = cold.problem(size=230), {"selection": selection, "temperature": 0.02}
-    cold.assert_step(cold.step(backend, p, dtype, **settings), cold.answer(p, **settings), dtype)
+    cold.assert_step(cold.step(TRITON, p, dtype, **settings), cold.answer(p, **settings), dtype)

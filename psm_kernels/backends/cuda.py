@@ -1,4 +1,4 @@
-"""Backend `cuda`: hands addresses of tensors to psm_kernels._C.cuda. The kernels are in csrc/cuda."""
+"""Backend `cuda`: hands addresses of tensors to psm_kernels._C.cuda. Kernels: csrc/cuda."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Cuda(Compiled):
 
         place = _place(bank)
         size = _C.cuda.workspace_bytes(args, place["device"], **self.flags)
-        # Its memory may be used again at once: by what comes later on this stream.
+        # Given back when this returns: whoever gets it next comes later on the same stream.
         workspace = torch.empty(size, dtype=torch.uint8, device=bank.device)
         getattr(_C.cuda, name)(args, **place, workspace=workspace.data_ptr(), **self.flags)
 

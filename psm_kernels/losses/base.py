@@ -19,7 +19,7 @@ from psm_kernels.bank import BankView, MemoryBank, ShardedBank
 from psm_kernels.bank.collectives import agree, gather, rank_and_world
 from psm_kernels.bank.state import HeldState
 from psm_kernels.losses.common import check_pair
-from psm_kernels.options import LossOptions, with_fields
+from psm_kernels.options import ContrastiveOptions, LossOptions, with_fields
 
 _OWN: Any = object()  # the method's own default
 
@@ -40,6 +40,7 @@ class BankLoss(HeldState):
     _has_in_batch_form = True
     _can_shard = True
     _samples = False  # `function` takes rng_state and row_offset as well
+    _learns_from_labels = False  # and labels
 
     _fixed = (
         *("memory_bank_size", "bank_dtype", "indexed_bank"),
@@ -48,7 +49,7 @@ class BankLoss(HeldState):
 
     def __init_subclass__(cls, **more):
         super().__init_subclass__(**more)
-        own = {"temperature": cls.Options().temperature, "memory_bank_size": cls.memory_bank_size}
+        own = vars(cls.Options()) | {"memory_bank_size": cls.memory_bank_size}
         takes = inspect.signature(cls.__init__).parameters
         if cls.__init__ is not BankLoss.__init__:  # whose **settings go on to it
             shared = inspect.signature(BankLoss.__init__).parameters.items()
@@ -106,7 +107,7 @@ class BankLoss(HeldState):
     @property
     def settings(self) -> dict[str, Any]:
         """By name, the method's own."""
-        shared = {f.name for f in fields(LossOptions)}
+        shared = {f.name for f in fields(ContrastiveOptions)}
         return {n: value for n, value in vars(self.options).items() if n not in shared}
 
     def __getattr__(self, name: str) -> Any:
@@ -294,7 +295,8 @@ class BankLoss(HeldState):
         Returns:
             The loss, fp32: 0-d, or (B,) for reduction="none".
         """
-        return self._step(query, key, labels, ids, update)
+        more = {"labels": labels} if self._learns_from_labels else {}
+        return self._step(query, key, labels, ids, update, more)
 
     def _step(
         self,

@@ -99,9 +99,7 @@ def psm_loss(
         ValueError: an argument is wrong (named in the message), or the backend cannot run here.
     """
     options = PSMOptions.of(options, settings)
-    if bank is None:
-        raise ValueError("bank: got None, wanted a tensor")
-    bank = bank_of(bank, count, bank_ids, bank_labels, backend)
+    bank = bank_of(bank, count, bank_ids, bank_labels, backend, needed=True)
     options.check_size(len(bank))
     check_pair(query, key, bank, projection)
     if labels is not None:

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 
 import psm_kernels
-from psm_kernels.backends import cuda
+from psm_kernels.backends import compiled, cuda
 from ptx.machine import Machine
 from ptx.text import Fault, Kernel, read
 
@@ -111,6 +111,9 @@ class Gpu:
             self.launch
         )
         monkeypatch.setattr(psm_kernels, "_C", module())
+        for name in ("pass_struct", "_mining_struct", "_affine_struct"):  # of this module's classes
+            cached = getattr(compiled, name)
+            monkeypatch.setattr(compiled, name, functools.cache(cached.__wrapped__))
         monkeypatch.setattr(cuda, "_place", self.place)
         address = torch.Tensor.data_ptr
 

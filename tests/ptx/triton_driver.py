@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from psm_kernels.ops import triton as backend
+from psm_kernels.backends.triton import config
 from ptx.machine import Machine
 from ptx.text import read
 
@@ -76,7 +76,7 @@ def described(tensor: TensorDescriptor, meta: list[dict]) -> list[bytes]:
 def install(monkeypatch, capability: int, early: bool = False) -> None:
     """Launches go to the machine until the test ends."""
     chip = "hopper" if capability == 90 else "cuda"
-    monkeypatch.setattr(backend, "_chip", lambda device: chip)
+    monkeypatch.setattr(config, "chip", lambda device: chip)
 
     def start(kernel):
         kernel.module = kernel.function = kernel

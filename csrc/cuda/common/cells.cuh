@@ -41,7 +41,7 @@ struct CellMax {
           cell_slots(int(keep_uniform(1u << args.cell_log2))),
           open(cell_slots) {
         const int own = odd ? row[1] : row[0];
-        cell = args.cell_max + int64_t(own < args.batch ? own : args.batch) * args.cells +
+        cell = args.cell_max + int64_t(own < args.rows() ? own : args.rows()) * args.cells +
                (walk.start(0) >> args.cell_log2) - 1;
     }
 
@@ -55,7 +55,7 @@ struct CellMax {
             if (open == 0) write();
         }
     }
-    PSM_DEVICE void finish() {
+    PSM_DEVICE void close() {
         if (open < cell_slots) write();
     }
 
@@ -79,7 +79,7 @@ struct QuadCells {
         : group(group_slots(args)), open(group) {
         for (int r = 0; r < 2; ++r)
             cell[r] = args.cell_max +
-                      int64_t(row[r] < args.batch ? row[r] : args.batch) * args.cells +
+                      int64_t(row[r] < args.rows() ? row[r] : args.rows()) * args.cells +
                       walk.start(0) / group * 4 + thread_index() % 4 - 4;
     }
     template <int kTiles>
@@ -102,7 +102,7 @@ struct QuadCells {
             if (open == 0) write();
         }
     }
-    PSM_DEVICE void finish() {
+    PSM_DEVICE void close() {
         if (open < group) write();
     }
     PSM_DEVICE void write() {

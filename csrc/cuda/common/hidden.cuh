@@ -9,7 +9,7 @@
 namespace psm::cuda {
 
 constexpr int kFlagRows = 16, kFlagSlots = 64;
-constexpr int kNoSlot = -16;  // in a list: `lead` is less, so that no tile holds it
+constexpr int kNoSlot = -16;  // names none: at most 15 slots lie before slot 0 in a tile
 
 // `at` is a slot counted with `lead`.
 PSM_DEVICE uint32_t& flag_word(const Hidden& hidden, int row, int at) {
@@ -39,7 +39,7 @@ PSM_DEVICE uint64_t hidden_columns(const KernelArgs& args, int row, const Walk& 
                                    int columns) {
     const Hidden& hidden = args.hidden;
     const int c = thread_index() % 4, first = start - walk.lead;
-    const int64_t inside = row < args.batch ? row : args.batch - 1;
+    const int64_t inside = row < args.rows() ? row : args.rows() - 1;
     uint64_t mask = 0;
     const int* list = hidden.list + inside * hidden.listed;
 #pragma unroll 1
@@ -63,7 +63,7 @@ PSM_DEVICE uint64_t hidden_columns(const KernelArgs& args, int row, const Walk& 
     return mask;
 }
 
-// The tiles of a walk in which something must become -inf: one comparison for those between them.
+// Finds the tiles of a walk in which something must become -inf; all others cost a comparison.
 template <int kTileSlots>
 struct Masks {
     const uint32_t* words;  // of the warp's rows, if any
@@ -79,7 +79,7 @@ struct Masks {
         if (!walk.whole(tile)) return tile;
         const int wholes = walk.first_whole + int(walk.wholes), lane = thread_index() % 32;
         const int last = wholes < walk.tiles ? wholes : walk.tiles;
-        if (args.hidden.flags == nullptr) return last;  // `words` would say it of a thread alone
+        if (args.hidden.flags == nullptr) return last;  // the warp as one: `words` differ
         const int start = walk.start(tile), end = (walk.start(last) - 1) / kWordSlots + 1;
         for (int first = start / kWordSlots; first < end; first += 32) {
             uint32_t word = first + lane < end ? words[first + lane] : 0;
@@ -165,8 +165,8 @@ PSM_DEVICE void mark_ids(const KernelArgs& args, MarkShared& shared) {
     const Hidden& hidden = args.hidden;
     const int thread = thread_index(), lead = lead_slots(args.options.col_offset);
     const int end = valid_slots(args) + lead;
-    for (int row = 0; row < args.batch; row += kMarkRows) {
-        const int rows = args.batch - row < kMarkRows ? int(args.batch) - row : kMarkRows;
+    for (int row = 0; row < args.rows(); row += kMarkRows) {
+        const int rows = args.rows() - row < kMarkRows ? args.rows() - row : kMarkRows;
         for (int i = thread; i < kBuckets; i += kMarkThreads) shared.first[i] = -1;
         block_sync();
         for (int i = thread; i < rows; i += kMarkThreads) {

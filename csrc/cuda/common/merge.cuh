@@ -18,7 +18,7 @@ PSM_DEVICE void merge_row(const KernelArgs& args, int row, MergeShared& shared) 
     const int thread = thread_index(), dim = args.dim();
     float shift = kLowest, square_shift = kLowest;
     for (int split = thread; split < args.splits; split += kRowThreads) {
-        const RowSums& part = args.sums[int64_t(split) * args.batch + row];
+        const RowSums& part = args.sums[split * args.batch + row];
         shift = fmaxf(shift, part.shift);
         square_shift = fmaxf(square_shift, part.square_shift);
     }
@@ -27,7 +27,7 @@ PSM_DEVICE void merge_row(const KernelArgs& args, int row, MergeShared& shared) 
 
     float sum = 0, square = 0, count = 0, spoiled = 0;
     for (int split = thread; split < args.splits; split += kRowThreads) {
-        const RowSums& part = args.sums[int64_t(split) * args.batch + row];
+        const RowSums& part = args.sums[split * args.batch + row];
         const float weight = exp2f(part.shift - shift);
         shared.weight[split] = weight;
         sum += weight * part.sum;
@@ -46,7 +46,7 @@ PSM_DEVICE void merge_row(const KernelArgs& args, int row, MergeShared& shared) 
         float mean = 0;
 #pragma unroll 8
         for (int split = 0; split < args.splits; ++split) {
-            const int64_t at = int64_t(split) * args.batch + row;
+            const int64_t at = split * args.batch + row;
             mean = fmaf(shared.weight[split], args.means[at * dim + d], mean);
         }
         if (args.neg_mean != nullptr)
@@ -67,7 +67,7 @@ PSM_DEVICE void merge_row(const KernelArgs& args, int row, MergeShared& shared) 
 
 template <class T>
 PSM_DEVICE void merge_rows(const KernelArgs& args, MergeShared& shared) {
-    for (int row = block_index(); row < args.batch; row += grid_size())
+    for (int row = block_index(); row < args.rows(); row += grid_size())
         merge_row<T>(args, row, shared);
 }
 

@@ -113,7 +113,7 @@ PSM_DEVICE void mine_row(const MinedArgs& args, int row, SelectScratch& scratch)
 
 template <class T>
 PSM_DEVICE void mine_rows(const MinedArgs& args, SelectScratch& scratch) {
-    for (int row = block_index(); row < args.pass.batch; row += grid_size())
+    for (int row = block_index(); row < args.pass.rows(); row += grid_size())
         mine_row<T>(args, row, scratch);
 }
 

@@ -49,6 +49,8 @@ struct KernelArgs : PassArgs {
     float* means;      // (splits, B, D) sum weight 2^(logit - shift) bank
     float* cell_max;   // (B + 1, cells); what rows behind the batch give goes to the last
 
+    // In 32 bits, which kernels count in: 64 would cost the inner loops of sm_90 uniform registers.
+    PSM_HD int rows() const { return int(batch); }
     PSM_HD int dim() const { return int(bank.dim); }
 };
 

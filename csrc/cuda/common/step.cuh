@@ -1,4 +1,4 @@
-// Around the pass of a PSM step: the unit rows before it, a warp each, and after it the loss and its
+// Around the pass of a PSM step: unit rows before it, a warp each, and after it the loss and its
 // gradient, a CTA per row. The formulas are those of psm_kernels/losses/psm.py, differentiated by
 // hand; the attention is the query's own.
 #pragma once

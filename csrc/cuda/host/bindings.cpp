@@ -29,36 +29,22 @@ void check_here(const EnqueueArgs& args) {
     check_size("slots", args.bank.slots, 1, args.bank.slots);
 }
 
-template <class Args>
-Place place(const Args& args, int device, uintptr_t stream, uintptr_t workspace,
-            bool null_epilogue, bool force_sm80, int cell_log2) {
-    check_here(args);
-    check_size("cell_log2", cell_log2, 0, 20);
-    return {device,        reinterpret_cast<void*>(stream), reinterpret_cast<void*>(workspace),
-            null_epilogue, force_sm80,                      cell_log2};
-}
-
-// What a call needs, and the call. Neither waits for the device.
-template <class Args>
-void bind_call(py::module_& m, const char* name, void (*run)(const Args&, const Place&)) {
+// A function of launch.h as Python calls it; nothing waits for the device.
+template <class Args, class Result>
+void bind_call(py::module_& m, const char* name, Result (*run)(const Args&, const Place&)) {
     using py::arg;
-    const auto null_epilogue = arg("null_epilogue") = false, force_sm80 = arg("force_sm80") = false;
-    const auto cell_log2 = arg("cell_log2") = 0;
-    m.def(
-        "workspace_bytes",
-        [](const Args& args, int device, bool null_epilogue, bool force_sm80, int cell_log2) {
-            return workspace_bytes(
-                args, place(args, device, 0, 0, null_epilogue, force_sm80, cell_log2));
-        },
-        arg("args"), arg("device"), py::kw_only(), null_epilogue, force_sm80, cell_log2);
     m.def(
         name,
         [run](const Args& args, int device, uintptr_t stream, uintptr_t workspace,
               bool null_epilogue, bool force_sm80, int cell_log2) {
-            run(args, place(args, device, stream, workspace, null_epilogue, force_sm80, cell_log2));
+            check_here(args);
+            check_size("cell_log2", cell_log2, 0, 20);
+            const auto address = [](uintptr_t at) { return reinterpret_cast<void*>(at); };
+            return run(args, {device, address(stream), address(workspace), null_epilogue,
+                              force_sm80, cell_log2});
         },
-        arg("args"), arg("device"), arg("stream"), arg("workspace"), py::kw_only(), null_epilogue,
-        force_sm80, cell_log2);
+        arg("args"), arg("device"), arg("stream") = 0, arg("workspace") = 0, py::kw_only(),
+        arg("null_epilogue") = false, arg("force_sm80") = false, arg("cell_log2") = 0);
 }
 
 }  // namespace
@@ -70,15 +56,11 @@ void bind(py::module_& parent) {
     m.attr("max_topk_dim") = kMaxTopkDim;
     m.attr("max_step_topk") = kMaxStepTopk;
     m.def("unavailable", &unavailable, "Empty, or why this device cannot run the kernels.");
-    bind_call<PassArgs>(m, "bank_pass", &bank_pass);
-    bind_call<StepArgs>(m, "psm_step", &psm_step);
-    using py::arg;
-    m.def(
-        "enqueue",
-        [](const EnqueueArgs& args, int device, uintptr_t stream) {
-            enqueue(args, place(args, device, stream, 0, false, false, 0));
-        },
-        arg("args"), arg("device"), arg("stream"));
+    bind_call<PassArgs, size_t>(m, "workspace_bytes", &workspace_bytes);
+    bind_call<StepArgs, size_t>(m, "workspace_bytes", &workspace_bytes);
+    bind_call<PassArgs, void>(m, "bank_pass", &bank_pass);
+    bind_call<StepArgs, void>(m, "psm_step", &psm_step);
+    bind_call<EnqueueArgs, void>(m, "enqueue", &enqueue);
 }
 
 }  // namespace psm::cuda

@@ -1,4 +1,4 @@
-// One call of the backend: its device, the launches on its stream, its workspace.
+// A call of the backend: its device, the launches on its stream, its workspace.
 #pragma once
 
 #include <algorithm>
@@ -9,20 +9,21 @@
 
 namespace psm::cuda {
 
-// The same code says how much workspace it needs: then it starts nothing, and addresses are made up.
+// The same code says how much workspace it needs: then it starts nothing, addresses are made up.
 class Call {
    public:
     explicit Call(const Place& place, bool measures = false)
         : place(place),
           measures(measures),
           guard_(place.device),
-          start_(measures ? kAlignment : reinterpret_cast<uintptr_t>(place.workspace)) {}
+          start_(measures ? kAlignment : uintptr_t(place.workspace)) {}
 
     const Place& place;
     const bool measures;
 
     template <class V>
     V* take(int64_t count) {
+        if (start_ == 0) throw std::invalid_argument("workspace: got a null pointer");
         const size_t at = used_;
         used_ += (size_t(count) * sizeof(V) + kAlignment - 1) / kAlignment * kAlignment;
         bytes_ = std::max(bytes_, used_);

@@ -1,5 +1,5 @@
-// A pass over the bank: what is hidden is marked, slots are mined and, where wanted, marked too, and
-// then the rest is summed.
+// A pass over the bank: what is hidden is marked, slots are mined and, where wanted, marked too,
+// and then the rest is summed.
 #include "launch.h"
 
 #include <cmath>

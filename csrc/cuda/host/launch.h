@@ -1,4 +1,4 @@
-// The CUDA backend for bindings.cpp: the structs of args.h with device addresses in, exceptions out.
+// The CUDA backend for bindings.cpp: structs of args.h with device addresses in, exceptions out.
 #pragma once
 
 #include <string>

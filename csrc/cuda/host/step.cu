@@ -24,7 +24,8 @@ template <class T>
 void step_as(const StepArgs& given, Call& call) {
     StepKernelArgs args = {given};
     PassArgs& pass = args.pass;
-    const int64_t batch = pass.batch, all = batch * pass.bank.dim, mined = pass.options.topk * batch;
+    const int64_t batch = pass.batch, all = batch * pass.bank.dim;
+    const int64_t mined = batch * pass.options.topk;
     args.unit_query = call.take<float>(all), args.unit_key = call.take<float>(all);
     args.norms = call.take<float>(batch), args.s_pos = call.take<float>(batch);
     const bool rounds = sizeof(T) < sizeof(float);

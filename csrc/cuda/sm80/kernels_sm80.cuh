@@ -2,9 +2,10 @@
 // Shared memory stays below the 99 KB that a block of sm_86, 89 and 120 can have.
 #pragma once
 
-#include "../common/handle.cuh"
+#include "../common/kernels.h"
 #include "pass_fp32.cuh"
 #include "pass_sm80.cuh"
+#include "walk_sm80.cuh"
 
 namespace psm::cuda {
 
@@ -26,7 +27,11 @@ struct Sm80<float> {
 template <class Config, Selection kSelection, Work kWork>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     bank_pass_sm80(const __grid_constant__ KernelArgs args) {
-    Config::template run<kSelection, kWork>(args, dynamic_shared);
+    for (int item = block_index(); item < args.row_blocks * args.splits; item += grid_size()) {
+        walk_bank<Config, kSelection, kWork>(args, dynamic_shared, item % args.row_blocks,
+                                             item / args.row_blocks);
+        block_sync();  // the next item overwrites shared memory
+    }
 }
 
 template <class T>

@@ -1,14 +1,15 @@
-// The bank pass for fp32 banks by true fp32 products on the ordinary units: no TF32. Threads own
-// the elements that a tensor-core accumulator would give them, so that everything around is shared.
+// Products for fp32 banks, true fp32 ones on the ordinary units: no TF32. Threads own the elements
+// that a tensor-core accumulator would give them, so that walk_sm80.cuh serves both.
 #pragma once
 
-#include "../common/cells.cuh"
 #include "../common/epilogue.cuh"
 
 namespace psm::cuda {
 
-template <int kDim, int kWarps, int kSlots, int kStages>
+template <int kDim, int kWarps, int kSlots, int kRing>
 struct PassFp32 {
+    using Element = float;
+    static constexpr int kStages = kRing, kRingStart = 0;
     static constexpr int kTileSlots = kSlots;
     static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
     static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8;
@@ -28,8 +29,11 @@ struct PassFp32 {
         return four;
     }
 
-    static PSM_DEVICE void load_bank(const KernelArgs& args, uint32_t tile, int64_t first,
+    static PSM_DEVICE void load_rows(const KernelArgs&, char*, int64_t, int) {}  // from L1
+
+    static PSM_DEVICE void load_bank(const KernelArgs& args, char* stage, int64_t first,
                                      int64_t end, int thread) {
+        const uint32_t tile = shared_address(stage);
         constexpr int kRowChunks = kDim / 4;
         const auto* bank = static_cast<const float*>(args.bank.rows);
         for (int at = thread; at < kTileSlots * kRowChunks; at += kThreads) {
@@ -51,11 +55,13 @@ struct PassFp32 {
     }
 
     // query . M for the thread's two rows
-    static PSM_DEVICE void similarities(float (&s)[kTiles][4], const int (&row)[2],
-                                        const KernelArgs& args, const float* bank, int lane) {
+    static PSM_DEVICE void similarities(float (&s)[kTiles][4], const KernelArgs& args,
+                                        const int (&row)[2], const char*, const char* stage,
+                                        int thread) {
+        const auto* bank = reinterpret_cast<const float*>(stage);
         const float* from[2];
         for (int r = 0; r < 2; ++r) {
-            const int64_t inside = row[r] < args.batch ? row[r] : args.batch - 1;
+            const int64_t inside = row[r] < args.rows() ? row[r] : args.rows() - 1;
             from[r] = static_cast<const float*>(args.query) + inside * args.dim();
         }
 #pragma unroll
@@ -68,7 +74,7 @@ struct PassFp32 {
             for (int n = 0; n < kTiles; ++n)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int slot = 8 * n + 2 * (lane % 4) + i;
+                    const int slot = 8 * n + 2 * (thread % 4) + i;
                     const Four m = *reinterpret_cast<const Four*>(bank + slot * kPitch + column);
 #pragma unroll
                     for (int k = 0; k < 4; ++k) {
@@ -80,8 +86,10 @@ struct PassFp32 {
     }
 
     // out += P . M; the weights of a slot come from the thread of the quad that owns it
-    static PSM_DEVICE void accumulate(float (&out)[kOut][4], const float (&p)[kTiles][4],
-                                      const float* bank, int lane) {
+    static PSM_DEVICE void accumulate(float (&out)[kOut][4], const Weights<float, kTiles>& weights,
+                                      const char* stage, int lane) {
+        const auto* bank = reinterpret_cast<const float*>(stage);
+        const auto& p = weights.p;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll 1
@@ -99,65 +107,6 @@ struct PassFp32 {
                         out[d][3] = fmaf(p1, m[8 * d + 1], out[d][3]);
                     }
                 }
-    }
-
-    template <Selection kSelection, Work kWork>
-    static PSM_DEVICE void run(const KernelArgs& args, char* shared) {
-        const int items = args.row_blocks * args.splits;
-        for (int item = block_index(); item < items; item += grid_size()) {
-            pass<kSelection, kWork>(args, shared, item % args.row_blocks,
-                                    item / args.row_blocks);
-            block_sync();  // the next item overwrites shared memory
-        }
-    }
-
-    template <Selection kSelection, Work kWork>
-    static PSM_DEVICE void pass(const KernelArgs& args, char* shared, int block, int split) {
-        const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
-        const uint32_t ring = shared_address(shared);
-        const int row[2] = {block * kRows + 16 * warp + lane / 4,
-                            block * kRows + 16 * warp + lane / 4 + 8};
-        const Walk walk = walk_of(args, kTileSlots, split);
-        const auto load_stage = [&](int tile) {
-            if (tile < walk.tiles) {
-                load_bank(args, ring + tile % kStages * kStageBytes,
-                          walk.start(tile) - walk.lead, walk.end - walk.lead, thread);
-            }
-            copy_commit();
-        };
-        for (int stage = 0; stage < kStages - 1; ++stage) load_stage(stage);
-
-        Rows rows;
-        NoiseKey noise;
-        uint32_t column = 0;
-        if constexpr (kWork != Work::kMine) start_rows<kSelection>(args, row, rows, noise, column);
-        float out[kOut][4] = {};
-        Masks<kTileSlots> masks(args, row, walk);
-        int gone[2] = {};
-        CellMax best(args, row, walk);
-        for (int tile = 0; tile < walk.tiles; ++tile) {
-            copy_wait<kStages - 2>();
-            block_sync();  // the tile is there for all, and all are done with the one before
-            load_stage(tile + kStages - 1);
-            const auto* bank =
-                reinterpret_cast<const float*>(shared + tile % kStages * kStageBytes);
-            float s[kTiles][4];
-            similarities(s, row, args, bank, lane);
-            if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
-            if constexpr (kWork == Work::kMine) {
-                best.take(s);
-            } else {
-                Weights<float, kTiles> weights;
-                epilogue<kSelection, kWork>(s, out, args, rows, noise,
-                                            column + uint32_t(walk.start(tile) / 4), weights);
-                accumulate(out, weights.p, bank, lane);
-            }
-        }
-        copy_wait<0>();
-        if constexpr (kWork == Work::kMine)
-            best.finish();
-        else
-            write_partial<kSelection>(args, rows, gone, out, row, split);
     }
 };
 

@@ -2,7 +2,7 @@
 // up to 224 KB of the 227 KB of a block.
 #pragma once
 
-#include "../common/handle.cuh"
+#include "../common/kernels.h"
 #include "mine_sm90.cuh"
 #include "pass_sm90.cuh"
 

@@ -10,7 +10,7 @@ namespace psm::cuda {
 template <class T>
 struct MineSm90 {
     static constexpr int kTileSlots = 256, kStages = 3, kMaxPanels = 8;
-    static constexpr int kThreads = 384, kRows = 128, kGroupRows = 64, kConsumerWarps = 8;
+    static constexpr int kThreads = 384, kRows = 128;
     static constexpr int kTiles = kTileSlots / 8, kSteps = kPanelColumns / 16;
     static constexpr int kRowPanelBytes = kRows * kRowBytes, kStageBytes = kTileSlots * kRowBytes;
     static constexpr int kRingStart = kMaxPanels * kRowPanelBytes;
@@ -22,16 +22,9 @@ struct MineSm90 {
     }
 
     static PSM_DEVICE void run(const KernelArgs& args, const TensorMaps& maps, char* shared) {
-        const uint32_t base = shared_address(shared);
-        const Barriers<kStages> barriers = {base + kBarriers};
-        barriers.init(kConsumerWarps);
-        if (thread_index() < 128) {
-            give_registers<kProducerRegisters>();
-            if (thread_index() < 32) produce(args, maps, base, barriers);
-        } else {
-            take_registers<kConsumerRegisters>();
+        produce_and_consume<MineSm90>(args, maps, shared, [&](uint32_t base, const auto& barriers) {
             consume(args, base, barriers);
-        }
+        });
     }
 
     // What TMA finds behind the last valid slot may be NaN: it stays in scores that become -inf.
@@ -74,7 +67,7 @@ struct MineSm90 {
         const int panels = panels_of(args);
         const uint32_t group_rows = base + (thread_index() / 128 - 1) * kGroupRows * kRowBytes;
         const Descriptor rows = keep_uniform(descriptor(group_rows, 16, 8 * kRowBytes), 1);
-        // The bank panel of the stage whose barrier has address 0
+        // Where the panel of a stage would lie whose barrier had address 0, see Ring
         const uint32_t units = kStageBytes / kUnit / 8, back = 0 - barriers.start * units;
         const Descriptor slots = keep_uniform(
             descriptor(base + kRingStart, 16, 8 * kRowBytes).moved(back), 2);
@@ -91,7 +84,7 @@ struct MineSm90 {
             rows_phase ^= 1;
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 float s[kTiles][4];
-                uint32_t held = barriers.nobody();  // of the stage that products may still read
+                uint32_t held = barriers.nobody();  // `empty` of a stage that products may read
                 const auto multiply = [&](int panel, auto first) {
                     Descriptor a = rows.moved(panel * (kRowPanelBytes / kUnit));
                     Descriptor b = slots.moved(ring.full * units);
@@ -117,7 +110,7 @@ struct MineSm90 {
                 if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
                 best.take(s);
             }
-            best.finish();
+            best.close();
             if (lane == 0) mbarrier_arrive(barriers.rows_empty());
         }
     }

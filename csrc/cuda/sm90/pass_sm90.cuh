@@ -1,6 +1,13 @@
-// The bank pass for sm_90a: one warp feeds a ring of bank tiles by TMA, two warpgroups of 64 rows
-// each take query . M and P . M from the same tile with wgmma. While one does its
-// epilogue, the other keeps the tensor cores busy.
+// The bank pass for sm_90a. Two warpgroups, A and B, take query . M (Q) and P . M (P) from the same
+// bank tile by wgmma; pipeline_sm90.cuh says who else there is. The time line of tile t:
+//
+//     producer      | wait until `empty`  | TMA of a tile up to kStages ahead                   |
+//     A             | wait: `full` of t   | wait: P(t-1), Q(t); leave t-1 | epilogue | start P(t)
+//     B             | epilogue of t-1     | start P(t-1) | wait: `full` of t ...                |
+//     tensor cores  | P(t-1), Q(t) of A   | P(t-1), Q(t) of B             | P(t), Q(t+1) of A   |
+//
+// Nothing but the waits puts B half a tile behind A: who finds the tensor cores busy comes later.
+// So one group's epilogue runs while the other's products do.
 #pragma once
 
 #include "../common/epilogue.cuh"
@@ -8,10 +15,10 @@
 
 namespace psm::cuda {
 
-template <class T, int kDim, int kSlots, int kStages>
+template <class T, int kDim, int kSlots, int kRing>
 struct PassSm90 {
-    static constexpr int kTileSlots = kSlots;
-    static constexpr int kThreads = 384, kRows = 128, kGroupRows = 64, kConsumerWarps = 8;
+    static constexpr int kTileSlots = kSlots, kStages = kRing;
+    static constexpr int kThreads = 384, kRows = 128;
     static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8, kSteps = kDim / 16;
     static constexpr int kPanels = kDim / kPanelColumns;
     static constexpr int kRowTileBytes = kRows * kDim * 2, kStageBytes = kTileSlots * kDim * 2;
@@ -21,16 +28,9 @@ struct PassSm90 {
 
     template <Selection kSelection, Work kWork>
     static PSM_DEVICE void run(const KernelArgs& args, const TensorMaps& maps, char* shared) {
-        const uint32_t base = shared_address(shared);
-        const Barriers<kStages> barriers = {base + kBarriers};
-        barriers.init(kConsumerWarps);
-        if (thread_index() < 128) {
-            give_registers<kProducerRegisters>();
-            if (thread_index() < 32) produce(args, maps, base, barriers);
-        } else {
-            take_registers<kConsumerRegisters>();
+        produce_and_consume<PassSm90>(args, maps, shared, [&](uint32_t base, const auto& barriers) {
             consume<kSelection, kWork>(args, base, barriers);
-        }
+        });
     }
 
     static PSM_DEVICE void produce(const KernelArgs& args, const TensorMaps& maps, uint32_t base,
@@ -113,7 +113,7 @@ struct PassSm90 {
         const uint32_t stride = 8 * kRowBytes, leading = kTileSlots * kRowBytes;
         const uint32_t group_rows = base + (thread_index() / 128 - 1) * kGroupRows * kRowBytes;
         const Descriptor query = keep_uniform(descriptor(group_rows, 16, stride), 1);
-        // The bank tile of the stage whose barrier has address 0
+        // Where the tile of a stage would lie whose barrier had address 0, see Ring
         const uint32_t units = kStageBytes / kUnit / 8, back = 0 - barriers.start * units;
         const uint32_t first_stage = base + kRowTileBytes;
         const Descriptor slots = keep_uniform(descriptor(first_stage, 16, stride).moved(back), 2);
@@ -135,8 +135,10 @@ struct PassSm90 {
             Masks<kTileSlots> masks(args, row, walk);
             int gone[2] = {};
             Weights<T, kTiles> weights;
-            uint32_t held = barriers.nobody();  // of the stage that P . M may still read
-            const auto release = [&] {          // after a wait for products: they end in order
+            // `empty` of the stage before, which P . M may still read: left after the next wait for
+            // products, which end in order. Before the first tile there is none.
+            uint32_t held = barriers.nobody();
+            const auto leave = [&] {
                 if (lane == 0) mbarrier_arrive(held);
             };
 
@@ -147,7 +149,7 @@ struct PassSm90 {
                 float s[kTiles][4];
                 mbarrier_wait(ring.full, ring.phase);
                 similarities(s, query, slots.moved(stage));
-                release();
+                leave();
                 if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
                 hold_accumulators(out);
                 held = ring.empty();
@@ -158,7 +160,7 @@ struct PassSm90 {
             }
             wgmma_wait<0>();
             hold_accumulators(out);
-            release();
+            leave();
             if (lane == 0) mbarrier_arrive(barriers.rows_empty());
             write_partial<kSelection>(args, rows, gone, out, row, split);
         }

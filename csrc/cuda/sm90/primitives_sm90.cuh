@@ -81,7 +81,7 @@ PSM_DEVICE void tma_load(uint32_t target, const TensorMap* map, uint32_t barrier
 
 // --- warpgroups ---
 
-// A descriptor that is made here, inside the loop.
+// Keeps the compiler from making the descriptor before the loop, see Descriptor.
 PSM_DEVICE void hide(Descriptor& descriptor) { asm volatile("" : "+r"(descriptor.low)); }
 
 template <int kRegisters>

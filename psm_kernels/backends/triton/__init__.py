@@ -17,8 +17,6 @@ from psm_kernels.backends.triton import config
 from psm_kernels.options import PassOptions, PSMOptions
 from psm_kernels.rows import unit_rows, unit_rows_and_norms
 
-MAX_SLOTS = 2**31 - 128  # slots are counted in 32 bits, with a tile to spare
-
 
 class Triton(Backend):
     name = "triton"
@@ -33,11 +31,9 @@ class Triton(Backend):
     def unavailable(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if config.interpreted():
+        if config.interpreted() or torch.cuda.is_available() or torch.xpu.is_available():
             return None
-        if not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())):
-            return "no GPU was found, and TRITON_INTERPRET=1 is not set"
-        return None
+        return "no GPU was found, and TRITON_INTERPRET=1 is not set"
 
     def supports(
         self, device: str, dtype: torch.dtype, dim: int, topk: int = 0, *, sums: bool = True
@@ -48,23 +44,16 @@ class Triton(Backend):
         return reason
 
     def bank_pass(
-        self,
-        query: Tensor,  # (B, D)
-        key: Tensor | None,  # (B, D)
-        bank: Tensor,  # (K, D)
-        count: Tensor,  # ()
-        s_pos: Tensor,  # (B,)
-        options: PassOptions,
-        exclude: Exclude = NOTHING,
-        rng_state: Tensor | None = None,  # (2,)
-    ) -> BankPass:
+        self, query: Tensor, key: Tensor | None, bank: Tensor, count: Tensor, s_pos: Tensor,
+        options: PassOptions, exclude: Exclude = NOTHING, rng_state: Tensor | None = None,
+    ) -> BankPass:  # fmt: skip
         """Mined first, so that the sums can leave out what was mined."""
         from psm_kernels.backends.triton.sums import sums
 
         mined = self.bank_topk(query if key is None else key, bank, options.topk, count, exclude)
         if options.exclude_mined and options.topk:
             exclude = exclude.naming(mined[1])
-        with config.device_of(bank):
+        with config.current(bank):
             result = sums(query, bank, count, s_pos, options, exclude, rng_state)
         return BankPass(*result, *mined)
 
@@ -73,50 +62,30 @@ class Triton(Backend):
     ) -> tuple[Tensor, Tensor]:
         from psm_kernels.backends.triton.mine import mine
 
-        _check_slots(bank)
-        with config.device_of(bank):
+        with config.current(bank):
             return mine(query, bank, k, count, exclude)
 
     def weighted_pass(
-        self,
-        query: Tensor,  # (B, D)
-        bank: Tensor,  # (K, D)
-        count: Tensor,  # ()
-        temperature: float,
-        affine: Tensor,  # (5, B)
-        rho: Tensor,  # (K,)
-        exclude: Exclude = NOTHING,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, query: Tensor, bank: Tensor, count: Tensor, temperature: float, affine: Tensor,
+        rho: Tensor, exclude: Exclude = NOTHING,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         from psm_kernels.backends.triton.weighted import weighted_sums
 
-        _check_slots(bank)
-        with config.device_of(bank):
+        with config.current(bank):
             return weighted_sums(query, bank, count, temperature, affine, rho, exclude)
 
     def psm_step(
-        self,
-        query: Tensor,  # (B, D)
-        key: Tensor,  # (B, D)
-        bank: Tensor,  # (K, D)
-        count: Tensor,  # ()
-        options: PSMOptions,
-        exclude: Exclude = NOTHING,
-        rng_state: Tensor | None = None,  # (2,)
-        row_offset: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+        self, query: Tensor, key: Tensor, bank: Tensor, count: Tensor, options: PSMOptions,
+        exclude: Exclude = NOTHING, rng_state: Tensor | None = None, row_offset: int = 0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from psm_kernels.backends.triton.loss import loss_and_gradient
 
-        unit, norms = unit_rows_and_norms(query)
-        key = unit_rows(key)
+        unit, norms = unit_rows_and_norms(query.contiguous())
+        key = unit_rows(key.contiguous())
         s_pos = (unit * key).sum(1)
         result = self.bank_pass(
             unit.to(bank.dtype), key.to(bank.dtype) if options.topk else None, bank, count, s_pos,
             options.mining_pass(row_offset), exclude, rng_state,
         )  # fmt: skip
-        with config.device_of(bank):
+        with config.current(bank):
             return loss_and_gradient(unit, norms, key, bank, s_pos, result, options)
-
-
-def _check_slots(bank: Tensor) -> None:
-    if len(bank) > MAX_SLOTS:
-        raise ValueError(f"bank: got {len(bank)} rows, backend 'triton' takes at most {MAX_SLOTS}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from psm_kernels.backends.base import Exclude
 
+MAX_SLOTS = 2**31 - 128  # slots are counted in 32 bits, with a tile to spare
 CELL = 64  # slots that share one maximum in mining
 LOG2E = 1.4426950408889634
 
@@ -87,6 +87,8 @@ class Cut(NamedTuple):
 
 
 def cut(query: Tensor, bank: Tensor, sums: bool = True) -> Cut:
+    if len(bank) > MAX_SLOTS:
+        raise ValueError(f"bank: got {len(bank)} rows, backend 'triton' takes at most {MAX_SLOTS}")
     padded = power_of_2(bank.shape[1], 16)
     block = tile(bank.dtype, padded, chip(bank.device), sums)
     blocks = -(-query.shape[0] // block.rows)
@@ -120,12 +122,10 @@ def listed(exclude: Exclude) -> int:
     return 0 if exclude.slots is None else exclude.slots.shape[1]
 
 
-def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+def current(tensor: Tensor) -> torch.accelerator.device_index:
     """Triton launches on the current device, which need not be the tensor's."""
-    index = tensor.device.index
-    if tensor.device.type == "cpu" or index == torch.accelerator.current_device_index():
-        return contextlib.nullcontext()
-    return torch.accelerator.device_index(index)
+    device = tensor.device
+    return torch.accelerator.device_index(None if device.type == "cpu" else device.index)
 
 
 def power_of_2(n: int, least: int) -> int:

@@ -9,38 +9,29 @@ import triton.language as tl
 from torch import Tensor
 
 from psm_kernels.backends.base import Exclude
-from psm_kernels.backends.triton import config
-from psm_kernels.backends.triton.tiles import (
-    listed,
-    own,
-    per_row,
-    rows_of_program,
-    scores,
-    tiles_of_split,
-    whole_rows,
-)
+from psm_kernels.backends.triton import config, tiles
 
 
 @triton.jit
 def _scan(
-    running, k, key, rows, row_valid, bank, bank_tiles, ids, bank_ids, cell_max,
-    first, last, size, D, cells,
+    running, block, bank, bank_tiles, ids, bank_ids, cell_max, first, last, size, D, cells,
     GENERAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr,
     DBLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write the cell maxima of tiles [first, last), partly valid ones if GENERAL; `running` is that
     of a cell of several tiles, so far."""
     CELL_TILES: tl.constexpr = (63 + BN) // BN
+    rows, row_valid = block[0], block[1]
     for tile in tl.range(first, last, num_stages=STAGES):
         start = tile * BN
-        _, slot_valid, s = scores(
-            k, key, rows, row_valid, bank, bank_tiles, start, size, D,
-            GENERAL, BM, BN, DPAD, DBLOCK,
-        )  # fmt: skip
+        slot_valid = start + tl.arange(0, BN) < size
+        _, s = tiles.scores(
+            block, bank, bank_tiles, start, slot_valid, D, GENERAL, BM, BN, DPAD, DBLOCK
+        )
         if GENERAL:
             s = tl.where(slot_valid[None, :], s, -float("inf"))
         if ids is not None:
-            s = tl.where(own(ids, bank_ids, start, slot_valid, BN), -float("inf"), s)
+            s = tl.where(tiles.own(ids, bank_ids, start, slot_valid, BN), -float("inf"), s)
         if BN > 64:
             cell = tile * (BN // 64) + tl.arange(0, BN // 64)[None, :]
             maxima = tl.max(tl.reshape(s, (BM, BN // 64, 64)), 2)
@@ -53,7 +44,7 @@ def _scan(
     return running
 
 
-# Neither a size of 1 nor one divisible by 16 is worth a compilation of its own, here and below.
+# Neither a size of 1 nor one divisible by 16 is worth a compilation of its own, in any kernel.
 @triton.jit(do_not_specialize=["count", "ids", "bank_ids", "B", "K", "cells", "splits"])
 def mine_kernel(
     key,  # (B, D)
@@ -67,20 +58,19 @@ def mine_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against one split of the bank."""
-    split, rows, row_valid = rows_of_program(B, BM)
-    k = whole_rows(key, rows, row_valid, D, DPAD, DBLOCK)
-    row_ids = per_row(ids, rows, row_valid)
+    split, block = tiles.block_of_rows(key, B, D, BM, DPAD, DBLOCK)
+    row_ids = tiles.per_row(ids, block)
     size = tl.minimum(tl.load(count), K).to(tl.int32)
     CELL_TILES: tl.constexpr = (63 + BN) // BN
-    first, last = tiles_of_split(tl.cdiv(size, BN), split, splits, CELL_TILES)
+    first, last = tiles.tiles_of_split(tl.cdiv(size, BN), split, splits, CELL_TILES)
     full = tl.maximum(tl.minimum(size // BN, last), first)  # tiles [first, full)
     running = tl.full((BM,), -float("inf"), tl.float32)
     running = _scan(
-        running, k, key, rows, row_valid, bank, bank_tiles, row_ids, bank_ids, cell_max,
+        running, block, bank, bank_tiles, row_ids, bank_ids, cell_max,
         first, full, size, D, cells, False, BM, BN, DPAD, DBLOCK, STAGES,
     )  # fmt: skip
     _scan(
-        running, k, key, rows, row_valid, bank, bank_tiles, row_ids, bank_ids, cell_max,
+        running, block, bank, bank_tiles, row_ids, bank_ids, cell_max,
         full, last, size, D, cells, True, BM, BN, DPAD, DBLOCK, 1,
     )  # fmt: skip
 
@@ -158,7 +148,7 @@ def select_kernel(
     hidden = tl.zeros((KP,), tl.int64)  # a bit for each slot of the cell
     if slots is not None:
         lists = slots + row * length + tl.zeros((KP,), tl.int32)
-        hidden, _ = listed(lists, length, chosen.to(tl.int64) * CELL, CELL)
+        hidden, _ = tiles.listed(lists, length, chosen.to(tl.int64) * CELL, CELL)
 
     best = tl.full((KP,), MISSING, tl.int64)
     d = tl.arange(0, DBLOCK)

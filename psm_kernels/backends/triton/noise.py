@@ -42,16 +42,6 @@ def noise_words(group, j, row, seed, offset):
 
 @triton.jit
 def keep_probability(s, center, sharpness):
-    """p = min(2^-(sharpness s + center)^2, 0.999): see `sharpness_of`."""
+    """p = min(2^-(sharpness s + center)^2, 0.999): see `sums.sharpness_of`."""
     distance = s * sharpness + center  # one FFMA; s - s_pos - b first would cost one more
     return tl.minimum(tl.math.exp2(-1.0 * (distance * distance)), 0.999)
-
-
-@triton.jit
-def keep_center(s_pos, b, sharpness):
-    return -1.0 * (s_pos + b) * sharpness
-
-
-@triton.jit
-def is_drawn(words, p):
-    return words < (p * 4294967296.0).to(tl.uint32)

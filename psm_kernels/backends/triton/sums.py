@@ -10,35 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from psm_kernels.backends.base import Exclude
-from psm_kernels.backends.triton import config
+from psm_kernels.backends.triton import config, noise, tiles
 from psm_kernels.backends.triton.merge import merge
-from psm_kernels.backends.triton.noise import (
-    is_drawn,
-    keep_center,
-    keep_probability,
-    noise_words,
-)
-from psm_kernels.backends.triton.tiles import (
-    add_weighted_rows,
-    columns_of,
-    listed,
-    lists_of,
-    own,
-    partial_sum,
-    per_row,
-    rows_of_program,
-    scores,
-    store_part,
-    tiles_of_split,
-    whole_rows,
-)
 from psm_kernels.options import PassOptions
-
-# Neither a size of 1 nor one divisible by 16 is worth a compilation of its own.
-RUNTIME = [
-    "count", "s_pos", "rng_state", "slots", "ids", "bank_ids",
-    "B", "K", "splits", "length", "row_offset", "col_offset",
-]  # fmt: skip
 
 
 @triton.jit
@@ -52,8 +26,7 @@ def _nothing(BM: tl.constexpr, DPAD: tl.constexpr):
 
 @triton.jit
 def _scan(
-    state, q, query, rows, row_valid, bank, bank_tiles, hidden, rule, noise,
-    first, last, size, shift, scale, D,
+    state, block, bank, bank_tiles, hidden, rule, sample, first, last, size, shift, scale, D,
     SELECTION: tl.constexpr, GENERAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DPAD: tl.constexpr, DBLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -65,33 +38,34 @@ def _scan(
     top, total, squares, kept, mean = state
     lists, length, ids, bank_ids = hidden
     center, sharpness = rule
-    row_words, group, seed, offset = noise
+    row_words, group, seed, offset = sample
     next_listed = first  # the next tile with listed slots; the first one may have none
     # Hoisting what little is invariant takes 20 to 40 registers, and spills at D = 256.
     for tile in tl.range(first, last, num_stages=STAGES, disable_licm=True):
         start = tile * BN - shift
-        m, slot_valid, s = scores(
-            q, query, rows, row_valid, bank, bank_tiles, start, size, D,
-            GENERAL, BM, BN, DPAD, DBLOCK,
-        )  # fmt: skip
+        slot = start + tl.arange(0, BN)
+        slot_valid = (slot >= 0) & (slot < size)
+        m, s = tiles.scores(
+            block, bank, bank_tiles, start, slot_valid, D, GENERAL, BM, BN, DPAD, DBLOCK
+        )
         x = s * scale  # base 2
         p = s
         if SELECTION != "all":
-            p = keep_probability(s, center[:, None], sharpness)  # (BM, BN)
+            p = noise.keep_probability(s, center[:, None], sharpness)  # (BM, BN)
         # A branch around s or x would hide from Triton that the first product feeds the second.
         NEVER: tl.constexpr = -float("inf") if SELECTION == "all" else 0.0
         if lists is not None:  # noqa: SIM102, this one at compile time
             if tile == next_listed:
-                bits, ahead = listed(lists, length, start, BN)
-                p = tl.where(columns_of(bits, BN), NEVER, p)
+                bits, ahead = tiles.listed(lists, length, start, BN)
+                p = tl.where(tiles.columns_of(bits, BN), NEVER, p)
                 next_listed = tile + tl.min(ahead, 0) // BN
         if ids is not None:
-            p = tl.where(own(ids, bank_ids, start, slot_valid, BN), NEVER, p)
+            p = tl.where(tiles.own(ids, bank_ids, start, slot_valid, BN), NEVER, p)
         if SELECTION == "bernoulli":
             column = tl.arange(0, BN)[None, :]
             tile_group = (group + tile * (BN // 16)).to(tl.uint32)
-            words = noise_words(tile_group, column, row_words[:, None], seed, offset)
-            keep = is_drawn(words, p)
+            words = noise.noise_words(tile_group, column, row_words[:, None], seed, offset)
+            keep = words < (p * 4294967296.0).to(tl.uint32)
         elif SELECTION == "expected" or lists is not None or ids is not None:
             keep = p != NEVER
         else:
@@ -111,18 +85,21 @@ def _scan(
             e = tl.where(keep, tl.math.exp2(x), 0.0)
         if SELECTION == "expected":
             p = tl.where(keep, p, 0.0)
-            squares += partial_sum(p * e * e, BM, BN)
-            kept += partial_sum(p, BM, BN)
+            squares += tiles.partial_sum(p * e * e, BM, BN)
+            kept += tiles.partial_sum(p, BM, BN)
             e = p * e
         else:
-            squares += partial_sum(e * e, BM, BN)
-            kept += partial_sum(tl.where(keep, 1.0, 0.0), BM, BN)
-        total += partial_sum(e, BM, BN)
-        mean = add_weighted_rows(mean, e, m, SELECTION == "expected")
+            squares += tiles.partial_sum(e * e, BM, BN)
+            kept += tiles.partial_sum(tl.where(keep, 1.0, 0.0), BM, BN)
+        total += tiles.partial_sum(e, BM, BN)
+        mean = tiles.add_weighted_rows(mean, e, m, SELECTION == "expected")
     return top, total, squares, kept, mean
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@triton.jit(do_not_specialize=[
+    "count", "s_pos", "rng_state", "slots", "ids", "bank_ids",
+    "B", "K", "splits", "length", "row_offset", "col_offset",
+])  # fmt: skip
 def sum_kernel(
     query,  # (B, D)
     bank,  # (K, D)
@@ -139,20 +116,20 @@ def sum_kernel(
     DPAD: tl.constexpr, DBLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One block of rows against one split of the bank."""
-    split, rows, row_valid = rows_of_program(B, BM)
-    q = whole_rows(query, rows, row_valid, D, DPAD, DBLOCK)
-    hidden = lists_of(slots, rows, B, length), length, per_row(ids, rows, row_valid), bank_ids
-    rule = keep_center(per_row(s_pos, rows, row_valid), b, sharpness), sharpness
+    split, block = tiles.block_of_rows(query, B, D, BM, DPAD, DBLOCK)
+    rows, row_valid = block[0], block[1]
+    hidden = tiles.lists_of(slots, block, B, length), length, tiles.per_row(ids, block), bank_ids
+    rule = -1.0 * (tiles.per_row(s_pos, block) + b) * sharpness, sharpness
     seed, offset = 0, 0
     if SELECTION == "bernoulli":
         seed, offset = tl.load(rng_state), tl.load(rng_state + 1)
-    noise = (rows + row_offset).to(tl.uint32), col_offset // 16, seed, offset
+    sample = (rows + row_offset).to(tl.uint32), col_offset // 16, seed, offset
 
     # Tiles begin at multiples of 16 global slots, where the noise counters do.
     shift = (col_offset % 16).to(tl.int32)
     size = tl.minimum(tl.load(count), K).to(tl.int32)
-    tiles = tl.where(size > 0, tl.cdiv(size + shift, BN), 0)
-    first, last = tiles_of_split(tiles, split, splits, 1)
+    all_tiles = tl.where(size > 0, tl.cdiv(size + shift, BN), 0)
+    first, last = tiles.tiles_of_split(all_tiles, split, splits, 1)
     state = _nothing(BM, DPAD)
     if FAST:
         full = tl.where(first * BN < shift, first, (size + shift) // BN)  # tiles [first, full)
@@ -162,7 +139,7 @@ def sum_kernel(
         # all products of the loop (C7515).
         if full > first:
             state = _scan(
-                state, q, query, rows, row_valid, bank, bank_tiles, hidden, rule, noise,
+                state, block, bank, bank_tiles, hidden, rule, sample,
                 first, full, size, shift, scale, D,
                 SELECTION, False, BM, BN, DPAD, DBLOCK, STAGES,
             )  # fmt: skip
@@ -178,14 +155,14 @@ def sum_kernel(
         sound = ((row_squares > TINY) & (row_squares < HUGE)) | (not any_kept)
         state = tl.where(any_kept, 0.0, top), total, squares, kept, mean
         if tl.min((sound | (not row_valid)).to(tl.int32)) == 0:
-            first, _ = tiles_of_split(tiles, split, splits, 1)
+            first = tiles.tiles_of_split(all_tiles, split, splits, 1)[0]
             state = _nothing(BM, DPAD)
     top, total, squares, kept, mean = _scan(
-        state, q, query, rows, row_valid, bank, bank_tiles, hidden, rule, noise,
+        state, block, bank, bank_tiles, hidden, rule, sample,
         first, last, size, shift, scale, D,
         SELECTION, True, BM, BN, DPAD, DBLOCK, 1 if FAST else STAGES,
     )  # fmt: skip
-    store_part(parts, rows, row_valid, splits, split, D, mean, top, total, squares, kept, DPAD)
+    tiles.store_part(parts, block, splits, split, D, mean, top, total, squares, kept, DPAD)
 
 
 def sums(
@@ -200,7 +177,7 @@ def sums(
         query, bank, cut.descriptor, count, s_pos, rng_state,
         exclude.slots, exclude.ids, exclude.bank_ids, parts,
         batch, size, dim, cut.splits, config.listed(exclude),
-        config.LOG2E / options.temperature, _sharpness(options.a), float(options.b),
+        config.LOG2E / options.temperature, sharpness_of(options.a), float(options.b),
         options.row_offset, options.col_offset, SELECTION=options.selection,
         FAST=query.dtype is not torch.float16,  # which unshifted weights overflow
         **cut.options,
@@ -208,7 +185,7 @@ def sums(
     return merge(parts)
 
 
-def _sharpness(a: float) -> float:
+def sharpness_of(a: float) -> float:
     """r of p = 2^-(r s - r (s_pos + b))^2, which takes one FFMA and one FMUL. Only a very sharp p
     could tell that r (s_pos + b) is rounded; there r is a power of two, and nothing is."""
     sharpness = math.sqrt(a * config.LOG2E)

@@ -10,12 +10,19 @@ from psm_kernels.backends.triton.config import interpreted
 
 
 @triton.jit
-def rows_of_program(B, BM: tl.constexpr):
-    """Its split, and its block of rows: indices (BM,), which of them are valid. Programs of a split
-    are neighbors, so that its slots come from memory once and from L2 after that."""
+def block_of_rows(x, B, D, BM: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr):
+    """The program's split, and its block of rows of x (B, D): their indices (BM,), which are valid,
+    x, and the rows (BM, DPAD), or 0 where `scores` loads them in blocks of columns. Programs of a
+    split are neighbors, so that its slots come from memory once and from L2 after that."""
     row_blocks = tl.cdiv(B, BM)
+    split = tl.program_id(0) // row_blocks
     rows = (tl.program_id(0) % row_blocks * BM + tl.arange(0, BM)).to(tl.int64)
-    return tl.program_id(0) // row_blocks, rows, rows < B
+    row_valid = rows < B
+    whole = 0.0
+    if DBLOCK == DPAD:
+        d = tl.arange(0, DPAD)[None, :]
+        whole = tl.load(x + rows[:, None] * D + d, mask=row_valid[:, None] & (d < D), other=0.0)
+    return split, (rows, row_valid, x, whole)
 
 
 @triton.jit
@@ -27,55 +34,23 @@ def tiles_of_split(tiles, split, splits, UNIT: tl.constexpr):
 
 
 @triton.jit
-def per_row(x, rows, row_valid):
-    """The rows' entries of x (B,), or None as x."""
-    if x is None:
-        return None
-    else:  # Triton reads on behind a return
-        return tl.load(x + rows, mask=row_valid, other=0)
+def per_row(x, block):
+    """The rows' entries (BM,) of x (B,), or None as x."""
+    rows, row_valid = block[0], block[1]
+    entries = None
+    if x is not None:
+        entries = tl.load(x + rows, mask=row_valid, other=0)
+    return entries
 
 
 @triton.jit
-def whole_rows(x, rows, row_valid, D, DPAD: tl.constexpr, DBLOCK: tl.constexpr):
-    """Rows (BM, DPAD) of x, or 0 where `products` loads them in blocks of columns."""
-    if DBLOCK != DPAD:
-        return 0.0
-    else:
-        d = tl.arange(0, DPAD)[None, :]
-        return tl.load(x + rows[:, None] * D + d, mask=row_valid[:, None] & (d < D), other=0.0)
-
-
-@triton.jit
-def scores(
-    q, query, rows, row_valid, bank, bank_tiles, start, size, D,
-    GENERAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr,
-    DBLOCK: tl.constexpr,
-):  # fmt: skip
-    """Of the bank's tile from slot `start` on: its rows (BN, DPAD), which are valid (BN,), and their
-    products with `q`, the `whole_rows` of query (BM, BN). Without GENERAL all are valid."""
-    local = tl.arange(0, BN)
-    d = tl.arange(0, DPAD)
-    slot_valid = (start + local >= 0) & (start + local < size)
-    tile_rows = bank + start.to(tl.int64) * D
-    in_tile = local[:, None] * D + d[None, :]  # offsets within a tile fit 32 bits
-    if GENERAL:
-        valid = slot_valid[:, None] & (d < D)[None, :]
-        m = tl.load(tile_rows + in_tile, mask=valid, other=0.0)
-    elif bank_tiles is not None:
-        m = bank_tiles.load([start, 0])
-    else:
-        m = tl.load(tile_rows + in_tile, mask=(d < D)[None, :], other=0.0)
-    s = products(
-        q, query + rows[:, None] * D, row_valid[:, None],
-        m, tile_rows + local[:, None] * D, slot_valid[:, None], D, BM, BN, DPAD, DBLOCK,
-    )  # fmt: skip
-    return m, slot_valid, s
-
-
-@triton.jit
-def partial_sum(x, BM: tl.constexpr, BN: tl.constexpr):
-    """Row sums but for the last 8: (BM, BN) to (BM, 8), inside each thread, without shuffles."""
-    return tl.sum(tl.reshape(x, (BM, BN // 8, 8)), 1)
+def lists_of(slots, block, B, length):
+    """Addresses (BM,) of the rows' lists, or None; rows behind the last read its list."""
+    rows = block[0]
+    lists = None
+    if slots is not None:
+        lists = slots + tl.minimum(rows, B - 1) * length
+    return lists
 
 
 if interpreted():
@@ -92,21 +67,42 @@ else:
 
 
 @triton.jit
-def products(
-    x, x_rows, x_valid, m, m_rows, m_valid, D,
-    BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr, DBLOCK: tl.constexpr,
+def scores(
+    block, bank, bank_tiles, start, slot_valid, D,
+    GENERAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr,
+    DBLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x . m, (BM, BN), of the tiles at hand, or of column blocks loaded again where both tiles do
-    not fit beside each other (wide rows) or unroll into too many FMAs (fp32)."""
+    """The bank's tile from slot `start` on (BN, DPAD), and its products with the block (BM, BN).
+    Without GENERAL all of its slots (BN,) are valid."""
+    rows, row_valid, x, whole = block
+    local = tl.arange(0, BN)
+    d = tl.arange(0, DPAD)
+    tile_rows = bank + start.to(tl.int64) * D
+    in_tile = local[:, None] * D + d[None, :]  # offsets within a tile fit 32 bits
+    if GENERAL:
+        valid = slot_valid[:, None] & (d < D)[None, :]
+        m = tl.load(tile_rows + in_tile, mask=valid, other=0.0)
+    elif bank_tiles is not None:
+        m = bank_tiles.load([start, 0])
+    else:
+        m = tl.load(tile_rows + in_tile, mask=(d < D)[None, :], other=0.0)
     if DBLOCK == DPAD:
-        return dot(x, tl.trans(m))
-    s = tl.zeros((BM, BN), tl.float32)
-    for d0 in tl.range(0, D, DBLOCK, num_stages=1):
-        d = d0 + tl.arange(0, DBLOCK)
-        x_block = tl.load(x_rows + d[None, :], mask=x_valid & (d < D)[None, :], other=0.0)
-        m_block = tl.load(m_rows + d[None, :], mask=m_valid & (d < D)[None, :], other=0.0)
-        s = dot(x_block, tl.trans(m_block), s)
-    return s
+        s = dot(whole, tl.trans(m))
+    else:  # both would not fit beside each other (wide rows), or unroll into too many FMAs (fp32)
+        s = tl.zeros((BM, BN), tl.float32)
+        for first in tl.range(0, D, DBLOCK, num_stages=1):
+            c = first + tl.arange(0, DBLOCK)[None, :]
+            x_valid, m_valid = row_valid[:, None] & (c < D), slot_valid[:, None] & (c < D)
+            x_block = tl.load(x + rows[:, None] * D + c, mask=x_valid, other=0.0)
+            m_block = tl.load(tile_rows + local[:, None] * D + c, mask=m_valid, other=0.0)
+            s = dot(x_block, tl.trans(m_block), s)
+    return m, s
+
+
+@triton.jit
+def partial_sum(x, BM: tl.constexpr, BN: tl.constexpr):
+    """Row sums but for the last 8: (BM, BN) to (BM, 8), inside each thread, without shuffles."""
+    return tl.sum(tl.reshape(x, (BM, BN // 8, 8)), 1)
 
 
 @triton.jit
@@ -135,15 +131,6 @@ def listed(slots, length, first, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def lists_of(slots, rows, B, length):
-    """Addresses (BM,) of the rows' lists; rows behind the last read its list."""
-    if slots is None:
-        return None
-    else:
-        return slots + tl.minimum(rows, B - 1) * length
-
-
-@triton.jit
 def columns_of(bits, BN: tl.constexpr):
     """(BM, BN) bool: the bit of each column, BN <= 64, in the row's `bits` (BM,)."""
     # Halves of 32 bits: in a register the half and the mask of its column are constants.
@@ -162,10 +149,11 @@ def own(ids, bank_ids, start, slot_valid, BN: tl.constexpr):
 
 @triton.jit
 def store_part(
-    parts, rows, row_valid, splits, split, D,
+    parts, block, splits, split, D,
     mean, top, total, squares, weight,  # (BM, D), (BM,), the rest (BM, 8)
     DPAD: tl.constexpr,
 ):  # fmt: skip
+    rows, row_valid = block[0], block[1]
     d = tl.arange(0, DPAD)[None, :]
     out = parts + (rows * splits + split) * (D + 4)
     tl.store(out[:, None] + d, mean, mask=row_valid[:, None] & (d < D))

@@ -7,22 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from psm_kernels.backends.base import Exclude
-from psm_kernels.backends.triton import config
+from psm_kernels.backends.triton import config, tiles
 from psm_kernels.backends.triton.merge import merge
-from psm_kernels.backends.triton.tiles import (
-    add_weighted_rows,
-    columns_of,
-    listed,
-    lists_of,
-    own,
-    partial_sum,
-    per_row,
-    rows_of_program,
-    scores,
-    store_part,
-    tiles_of_split,
-    whole_rows,
-)
 
 
 @triton.jit(do_not_specialize=["count", "slots", "ids", "bank_ids", "B", "K", "splits", "length"])
@@ -41,44 +27,43 @@ def weighted_kernel(
 ):  # fmt: skip
     """One block of rows against one split of the bank. The row's top is known, so it is the shift
     of all exponents and nothing is scaled again."""
-    split, rows, row_valid = rows_of_program(B, BM)
-    q = whole_rows(query, rows, row_valid, D, DPAD, DBLOCK)
-    alpha = per_row(affine, rows, row_valid)[:, None]
-    beta = per_row(affine + B, rows, row_valid)[:, None]
-    gamma = per_row(affine + 2 * B, rows, row_valid)[:, None]
-    top = per_row(affine + 3 * B, rows, row_valid)
-    cap = per_row(affine + 4 * B, rows, row_valid)[:, None]
-    lists, row_ids = lists_of(slots, rows, B, length), per_row(ids, rows, row_valid)
+    split, block = tiles.block_of_rows(query, B, D, BM, DPAD, DBLOCK)
+    alpha = tiles.per_row(affine, block)[:, None]
+    beta = tiles.per_row(affine + B, block)[:, None]
+    gamma = tiles.per_row(affine + 2 * B, block)[:, None]
+    top = tiles.per_row(affine + 3 * B, block)
+    cap = tiles.per_row(affine + 4 * B, block)[:, None]
+    lists, row_ids = tiles.lists_of(slots, block, B, length), tiles.per_row(ids, block)
 
     size = tl.minimum(tl.load(count), K).to(tl.int32)
-    first, last = tiles_of_split(tl.cdiv(size, BN), split, splits, 1)
+    first, last = tiles.tiles_of_split(tl.cdiv(size, BN), split, splits, 1)
     total = tl.zeros((BM, 8), tl.float32)
     weight = tl.zeros((BM, 8), tl.float32)
     mean = tl.zeros((BM, DPAD), tl.float32)
     for tile in tl.range(first, last, num_stages=STAGES):
         start = tile * BN
-        m, slot_valid, s = scores(
-            q, query, rows, row_valid, bank, None, start, size, D, True, BM, BN, DPAD, DBLOCK
-        )
+        slot = start + tl.arange(0, BN)
+        slot_valid = slot < size
+        m, s = tiles.scores(block, bank, None, start, slot_valid, D, True, BM, BN, DPAD, DBLOCK)
         seen = tl.broadcast_to(slot_valid[None, :], (BM, BN))
         if lists is not None:
-            bits, _ = listed(lists, length, start, BN)
-            seen = seen & ~columns_of(bits, BN)
+            bits, _ = tiles.listed(lists, length, start, BN)
+            seen = seen & ~tiles.columns_of(bits, BN)
         if row_ids is not None:
-            seen = seen & ~own(row_ids, bank_ids, start, slot_valid, BN)
+            seen = seen & ~tiles.own(row_ids, bank_ids, start, slot_valid, BN)
         e = tl.math.exp2((s - top[:, None]) * scale)
         e = tl.where(seen, e, 0.0)  # what is hidden may be larger than the top, and overflow
-        offset = tl.load(rho + start + tl.arange(0, BN), mask=slot_valid, other=0.0)[None, :]
+        offset = tl.load(rho + slot, mask=slot_valid, other=0.0)[None, :]
         w = tl.maximum(alpha + beta * s + offset + gamma * tl.minimum(e, cap), 0.0)
         w = tl.where(seen, w, 0.0)
-        weight += partial_sum(w, BM, BN)
+        weight += tiles.partial_sum(w, BM, BN)
         w *= e
-        total += partial_sum(w, BM, BN)
-        mean = add_weighted_rows(mean, w, m, True)  # rho may be as small or large as it likes
+        total += tiles.partial_sum(w, BM, BN)
+        mean = tiles.add_weighted_rows(mean, w, m, True)  # rho may be as small or large as it likes
 
     # Nobody asks for the squares, so that the sum may stand for them.
     top *= scale
-    store_part(parts, rows, row_valid, splits, split, D, mean, top, total, total, weight, DPAD)
+    tiles.store_part(parts, block, splits, split, D, mean, top, total, total, weight, DPAD)
 
 
 def weighted_sums(
