@@ -42,7 +42,7 @@ Sums merge_sums(const Kernels& kernels, const Task& t, int64_t row, float* mean)
 }
 
 void Pass::merge_heaps(int64_t row) const {
-    const Task& t = mining;
+    const Task& t = mining.task;
     const auto descending = std::greater<uint64_t>();
     uint64_t* best = t.heaps + row * t.topk;  // of the first set; the others lose to it
     uint64_t* last = best + t.topk;
@@ -73,7 +73,7 @@ void Pass::merge_heaps(int64_t row) const {
 
 // The slots that the sums of a row leave out, those that were mined among them.
 void Pass::list_hidden(int64_t row) const {
-    const Task& t = sums;
+    const Task& t = sums.task;
     const int64_t mined = t.most_hidden - 1 - t.exclude.listed;
     int64_t *list = t.hidden + row * t.most_hidden, *end = list;
     const auto add = [&](const int64_t* slots, int64_t count) {

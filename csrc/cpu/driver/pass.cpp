@@ -78,53 +78,37 @@ std::vector<std::string> instruction_sets() {
 Pass::Pass(const PassArgs& args, const std::string& isa, int most_threads)
     : kernels(choose(isa, args.bank.dtype)), topk_sim_(args.topk_sim), topk_index_(args.topk_index) {
     threads = worthwhile(args, common_task(args).count, most_threads);
-    if (args.options.topk) {
-        mining = mining_task(args);
-        split(mining, threads);
-        miners_.resize(threads);
-    }
-    if (args.query) {
-        sums = summing_task(args);
-        split(sums, threads);
-        summers_.resize(threads);
-    }
-}
-
-void Pass::lay_out(Arena& arena) {
-    cpu::lay_out(mining, kernels, arena);
-    for (size_t i = 0; i < miners_.size(); ++i) cpu::lay_out(miners_[i], mining, i, arena);
-    cpu::lay_out(sums, kernels, arena);
-    for (size_t i = 0; i < summers_.size(); ++i) cpu::lay_out(summers_[i], sums, i, arena);
+    if (args.options.topk) mining = Stage(mining_task(args), threads);
+    if (args.query) sums = Stage(summing_task(args), threads);
 }
 
 void Pass::run(const std::function<void(int64_t)>& before,
                const std::function<void(size_t, float*, int64_t)>& after) {
-    const int64_t rows = std::max(mining.rows, sums.rows), batches = ceil_div(rows, kRows);
-    const auto each_row = [&](int64_t batch, auto visit) {
-        for (int64_t i = batch * kRows; i < std::min(rows, (batch + 1) * kRows); ++i) visit(i);
+    const int64_t rows = std::max(mining.task.rows, sums.task.rows);
+    const auto each_row = [&](auto visit) {
+        run_items(threads, ceil_div(rows, kRows), [&](size_t worker, int64_t item) {
+            const int64_t last = std::min(rows, (item + 1) * kRows);
+            for (int64_t i = item * kRows; i < last; ++i) visit(worker, i);
+        });
     };
-    run_phases(threads, {
-        {ceil_div(rows, kBlock), [&](size_t, int64_t block) {
-            before(block);
-            if (mining.rows) kernels.prepare(mining, block);
-            if (sums.rows) kernels.prepare(sums, block);
-        }},
-        {mining.rows ? mining.groups * mining.chunks : 0, [&](size_t worker, int64_t item) {
-            kernels.process(mining, miners_[worker], item);
-        }},
-        {batches, [&](size_t, int64_t batch) {
-            each_row(batch, [&](int64_t row) {
-                if (mining.rows) merge_heaps(row);
-                if (sums.rows) list_hidden(row);
-            });
-        }},
-        {sums.rows ? sums.groups * sums.chunks : 0, [&](size_t worker, int64_t item) {
-            kernels.process(sums, summers_[worker], item);
-        }},
-        {sums.rows ? batches : 0, [&](size_t worker, int64_t batch) {
-            each_row(batch, [&](int64_t row) { after(worker, summers_[worker].mean, row); });
-        }},
+    const auto process = [&](Stage& stage) {
+        run_items(threads, stage.items(), [&](size_t worker, int64_t item) {
+            kernels.process(stage.task, stage.workers[worker], item);
+        });
+    };
+    run_items(threads, ceil_div(rows, kBlock), [&](size_t, int64_t block) {
+        before(block);
+        for (const Stage* stage : {&mining, &sums})
+            if (stage->task.rows) kernels.prepare(stage->task, block);
     });
+    process(mining);
+    each_row([&](size_t, int64_t row) {
+        if (mining.task.rows) merge_heaps(row);
+        if (sums.task.rows) list_hidden(row);
+    });
+    process(sums);
+    if (sums.task.rows)
+        each_row([&](size_t i, int64_t row) { after(i, sums.workers[i].mean, row); });
 }
 
 size_t workspace_bytes(const PassArgs& args, const std::string& isa, int threads) {
@@ -140,7 +124,7 @@ void bank_pass(const PassArgs& args, const std::string& isa, int threads) {
     const Memory memory = with_memory([&](Arena& arena) { pass.lay_out(arena); });
     const int64_t dim = args.bank.dim;
     pass.run([](int64_t) {}, [&](size_t, float* mean, int64_t row) {
-        const Sums sums = merge_sums(pass.kernels, pass.sums, row, mean);
+        const Sums sums = merge_sums(pass.kernels, pass.sums.task, row, mean);
         args.neg_lse[row] = float(sums.lse);
         args.neg_sq_lse[row] = float(sums.sq_lse);
         args.neg_count[row] = float(sums.count);

@@ -4,7 +4,6 @@
 
 #include <functional>
 #include <string>
-#include <vector>
 
 #include "../kernels/task.h"
 #include "cpu.h"
@@ -14,20 +13,18 @@ namespace psm::cpu {
 
 const Kernels& choose(const std::string& isa, Dtype dtype);
 
-// `items` calls of run(worker, item) in any order. A phase begins when the one before is done.
-struct Phase {
-    int64_t items;
-    std::function<void(size_t worker, int64_t item)> run;
-};
-
-// On `threads` threads, this one included: they are started once, for all the phases.
-void run_phases(size_t threads, const std::vector<Phase>& phases);
+// run(worker, item) for each of `items` items, in any order, on up to `threads` threads, this one
+// included. They take items from a shared counter: it does not matter how many the system grants.
+void run_items(size_t threads, int64_t items, const std::function<void(size_t, int64_t)>& run);
 
 class Pass {
   public:
     Pass(const PassArgs& args, const std::string& isa, int threads);
 
-    void lay_out(Arena& arena);
+    void lay_out(Arena& arena) {
+        mining.lay_out(kernels, arena);
+        sums.lay_out(kernels, arena);
+    }
 
     // Calls before(block) for each block of kBlock rows, mines and sums, then calls
     // after(worker, mean, row) for each row that is summed, with (padded,) of room for its mean.
@@ -36,7 +33,7 @@ class Pass {
 
     const Kernels& kernels;
     size_t threads;
-    Task mining{}, sums{};  // of no rows where it is not wanted
+    Stage mining, sums;  // without rows where they are not wanted
 
   private:
     void merge_heaps(int64_t row) const;
@@ -44,7 +41,6 @@ class Pass {
 
     float* topk_sim_;      // (B, topk) or null
     int64_t* topk_index_;  // (B, topk)
-    std::vector<Worker> miners_, summers_;
 };
 
 // What all chunks of the bank together give a row.

@@ -29,7 +29,7 @@ struct Mined {
 //   loss = log Z + sum over the mined rows of weight (log Z - logit) + hard_weight log H
 void finish_row(const StepArgs& args, const Pass& pass, const UnitRows& rows, const int64_t* slots,
                 const Mined& m, float* mean, int64_t i) {
-    const Task& t = pass.sums;
+    const Task& t = pass.sums.task;
     const int64_t topk = args.pass.options.topk, found = std::find(slots, slots + topk, -1) - slots;
     const float *query = rows.query + i * t.padded, *key = rows.key + i * t.padded;
     const double tau = args.pass.options.temperature, plus = rows.s_pos[i] / tau;
@@ -92,7 +92,7 @@ void psm_step(const StepArgs& step, const std::string& isa, int threads) {
     args.neg_mean = step.gradient;  // not null: wanted
     Pass pass(args, isa, threads);
     if (batch == 0) return;
-    pass.mining.unit = rows.key, pass.sums.unit = rows.query;
+    pass.mining.task.unit = rows.key, pass.sums.task.unit = rows.query;
 
     std::vector<Mined> mined(pass.threads);
     const Memory memory = with_memory([&](Arena& arena) {
@@ -105,7 +105,7 @@ void psm_step(const StepArgs& step, const std::string& isa, int threads) {
             arena.take(m.buffer, 2 * padded);
         }
     });
-    pass.run([&](int64_t block) { pass.kernels.unit_rows(pass.sums, rows, block); },
+    pass.run([&](int64_t block) { pass.kernels.unit_rows(pass.sums.task, rows, block); },
              [&](size_t worker, float* mean, int64_t i) {
                  finish_row(step, pass, rows, args.topk_index + i * topk, mined[worker], mean, i);
              });

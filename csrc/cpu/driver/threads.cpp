@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <fstream>
 #include <limits>
@@ -63,37 +64,15 @@ void run_threads(size_t count, const std::function<void(size_t)>& job) {
     for (std::thread& other : others) other.join();
 }
 
-// Waits are short: the others are at their last items. But one of them may have lost its processor.
-void wait_until(const std::atomic<int64_t>& value, int64_t wanted) {
-    for (int spins = 0; value.load(std::memory_order_acquire) < wanted;) {
-        if (++spins > 4000) {
-            std::this_thread::yield();
-        } else {
-#if PSM_X86
-            __builtin_ia32_pause();
-#endif
-        }
-    }
-}
-
 }  // namespace
 
-// Threads take items from a shared counter, and wait for items, not for one another: it does not
-// matter how many the system grants.
-void run_phases(size_t threads, const std::vector<Phase>& phases) {
-    struct alignas(64) Progress {
-        std::atomic<int64_t> taken{0}, done{0};
-    };
-    std::vector<Progress> progress(phases.size());
-    run_threads(threads, [&](size_t worker) {
-        for (size_t p = 0; p < phases.size(); ++p) {
-            const auto& [items, run] = phases[p];
-            for (int64_t item; (item = progress[p].taken.fetch_add(1)) < items;) {
-                run(worker, item);
-                progress[p].done.fetch_add(1, std::memory_order_release);
-            }
-            wait_until(progress[p].done, items);
-        }
+// A barrier of our own between phases, in one parallel region, saves 5 us of a step of 275 and made
+// torch's threads share a processor more often where the machine has other work: 12 ms a step.
+void run_items(size_t threads, int64_t items, const std::function<void(size_t, int64_t)>& run) {
+    if (items == 0) return;
+    std::atomic<int64_t> next{0};
+    run_threads(std::min(threads, size_t(items)), [&](size_t worker) {
+        for (int64_t item; (item = next.fetch_add(1)) < items;) run(worker, item);
     });
 }
 

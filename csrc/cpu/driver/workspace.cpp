@@ -10,14 +10,6 @@ constexpr int64_t kPartialBytes = 32 << 20;  // of all chunks together
 constexpr int64_t kGroupBytes = 384 << 10;   // queries and means of a group stay in a 1 MB L2
 constexpr int64_t kMinGroupBlocks = 16;      // rows that share the packing of a tile
 
-}  // namespace
-
-Memory allocate(size_t bytes) {
-    Memory memory(static_cast<char*>(std::aligned_alloc(Arena::kAlign, std::max<size_t>(bytes, 64))));
-    if (!memory) throw std::bad_alloc();
-    return memory;
-}
-
 // Chunks depend on the problem alone, because sums are merged by chunk; groups of rows may depend
 // on the number of threads, because rows never meet.
 void split(Task& t, size_t threads) {
@@ -67,7 +59,6 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
 }
 
 void lay_out(Worker& w, const Task& t, size_t index, Arena& arena) {
-    const int64_t group_rows = t.group_blocks * kBlock;
     arena.take(w.rows, (t.query_quads ? 1 : t.tile) * t.padded);
     if (t.query_pairs) {
         arena.take(w.pairs, t.tile * t.padded / 2);
@@ -89,17 +80,31 @@ void lay_out(Worker& w, const Task& t, size_t index, Arena& arena) {
         arena.take(w.kept, kGang * kBlock * kTile / kSub);
         arena.take(w.rho, kTile);
         arena.take(w.hidden, kTile / kSub);
-        arena.take(w.next, group_rows);
         arena.take(w.columns, 4 * kBatches);
-        arena.take(w.state, group_rows * 3 * kLanes);
-        arena.take(w.shift, group_rows);
-        arena.take(w.sq_shift, group_rows);
+        arena.take(w.sums, t.group_blocks * kBlock);
         arena.take(w.mean, t.mean ? t.padded : 0);
     } else {
         const int64_t set_row = (t.heap_sets > 1 ? int64_t(index) : 0) * t.rows;
         w.heaps = t.heaps + set_row * t.topk;
         w.bars = t.bars + set_row;
     }
+}
+
+}  // namespace
+
+Memory allocate(size_t bytes) {
+    Memory memory(static_cast<char*>(std::aligned_alloc(Arena::kAlign, std::max<size_t>(bytes, 64))));
+    if (!memory) throw std::bad_alloc();
+    return memory;
+}
+
+Stage::Stage(const Task& problem, size_t threads) : task(problem), workers(threads) {
+    split(task, threads);
+}
+
+void Stage::lay_out(const Kernels& kernels, Arena& arena) {
+    cpu::lay_out(task, kernels, arena);
+    for (size_t i = 0; i < workers.size(); ++i) cpu::lay_out(workers[i], task, i, arena);
 }
 
 }  // namespace psm::cpu

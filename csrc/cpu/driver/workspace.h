@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <vector>
 
 #include "../kernels/task.h"
 
@@ -49,9 +50,15 @@ Memory with_memory(LayOut lay_out) {
     return memory;
 }
 
-// Sets how the task is cut into tiles, chunks and groups of rows.
-void split(Task& task, size_t threads);
-void lay_out(Task& task, const Kernels& kernels, Arena& arena);
-void lay_out(Worker& worker, const Task& task, size_t index, Arena& arena);
+// Mining or summing, with the buffers of each thread. Without rows there is nothing to do.
+struct Stage {
+    Task task{};
+    std::vector<Worker> workers;
+
+    Stage() = default;
+    Stage(const Task& task, size_t threads);  // sets how the task is cut
+    void lay_out(const Kernels& kernels, Arena& arena);
+    int64_t items() const { return task.rows ? task.groups * task.chunks : 0; }
+};
 
 }  // namespace psm::cpu

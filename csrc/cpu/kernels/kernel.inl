@@ -29,6 +29,16 @@ INLINE void prefetch(const Upcoming& next, int64_t block) {
         __builtin_prefetch(next.rows + 64 * line, 0, 2);
 }
 
+float sum_lanes(const float* lanes) {
+    V total = set1(0.0f);
+    for (int j = 0; j < kLanes; j += kWidth) total = add(total, load(lanes + j));
+    return sum(total);
+}
+
+constexpr decltype(&weigh<Selection::kAll>) kWeigh[] = {  // in the order of Selection
+    weigh<Selection::kBernoulli>, weigh<Selection::kExpected>, weigh<Selection::kAll>,
+    weigh<Selection::kAffine>};
+
 // One item: one group of rows over one chunk of the bank.
 
 template <int kRows>
@@ -50,21 +60,10 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
     }
     mean += block * kBlock * t.padded;
     for (int r = 0; r < kRows; ++r) {
-        const int64_t i = block * kBlock + r, local = i - first_row;
-        float* state = w.state + local * 3 * kLanes;
-        const RowSums row{state,           state + kLanes,      state + 2 * kLanes,
-                          w.shift + local, w.sq_shift + local, mean + r * t.padded,
-                          w.kept + (place + r) * kTile / kSub,
-                          w.next + local};
+        const int64_t i = block * kBlock + r;
         float* scores = w.scores + (place + r) * kTile;
-        if (t.selection == Selection::kBernoulli)
-            weigh<Selection::kBernoulli>(t, w, tile, i, row, scores);
-        else if (t.selection == Selection::kExpected)
-            weigh<Selection::kExpected>(t, w, tile, i, row, scores);
-        else if (t.selection == Selection::kAffine)
-            weigh<Selection::kAffine>(t, w, tile, i, row, scores);
-        else
-            weigh<Selection::kAll>(t, w, tile, i, row, scores);
+        kWeigh[int(t.selection)](t, w, tile, i, w.sums[i - first_row], mean + r * t.padded,
+                                 w.kept + (place + r) * kTile / kSub, scores);
 #if PAIRS
         if (t.query_pairs)
             for (int j = 0; j < tile.width; j += 2 * kWidth)
@@ -95,11 +94,9 @@ void process(const Task& t, Worker& w, int64_t item) {
         if (t.mean)
             __builtin_memset(mean + first_row * t.padded, 0,
                              size_t(rows * t.padded) * sizeof(float));
-        __builtin_memset(w.state, 0, size_t(rows * 3 * kLanes) * sizeof(float));
-        for (int64_t r = 0; r < rows; ++r) {
-            w.shift[r] = w.sq_shift[r] = -kInfinity;
-            w.next[r] = t.hidden + (first_row + r) * t.most_hidden;
-        }
+        for (int64_t r = 0; r < rows; ++r)
+            w.sums[r] = {
+                {}, {}, {}, -kInfinity, -kInfinity, t.hidden + (first_row + r) * t.most_hidden};
     }
     const int64_t last_tile = (chunk + 1) * t.tiles / t.chunks;
     for (int64_t index = chunk * t.tiles / t.chunks; index < last_tile; ++index) {
@@ -123,15 +120,10 @@ void process(const Task& t, Worker& w, int64_t item) {
         }
     }
     for (int64_t r = 0; t.sums && r < rows; ++r) {
-        float lanes[3];
-        for (int n = 0; n < 3; ++n) {
-            V total = set1(0.0f);
-            for (int j = 0; j < kLanes; j += kWidth)
-                total = add(total, load(w.state + (3 * r + n) * kLanes + j));
-            lanes[n] = sum(total);
-        }
+        const RowSums& row = w.sums[r];
         const bool own = t.selection == Selection::kExpected;
         t.parts[chunk * t.rows + first_row + r] = {
-            lanes[0], lanes[1], lanes[2], w.shift[r], own ? w.sq_shift[r] : 2.0f * w.shift[r]};
+            sum_lanes(row.sum), sum_lanes(row.squares), sum_lanes(row.count), row.shift,
+            own ? row.sq_shift : 2.0f * row.shift};
     }
 }

@@ -59,6 +59,13 @@ struct Task {
     int64_t heap_sets;
 };
 
+// Sums of one row over a chunk, in units of 2^shift: partial sums in lanes.
+struct alignas(64) RowSums {
+    float sum[kLanes], squares[kLanes], count[kLanes];
+    float shift, sq_shift;
+    const int64_t* next;  // the first of its hidden slots from here on
+};
+
 // Buffers of one thread.
 struct Worker {
     float* rows;          // (tile, padded) the tile in fp32, or what little mining needs of it
@@ -77,10 +84,8 @@ struct Worker {
     float* rho;              // (kTile,)
     int64_t* ids;            // (kTile,) of the slots
     uint64_t* hidden;        // (kTile / kSub,) a bit per slot that a row must not see
-    const int64_t** next;    // (rows of a group,) the first of a row's hidden slots from here on
     uint64_t* columns;       // (4, kBatches) what Philox knows of a column before it sees a row
-    float* state;            // (rows of a group, 3, kLanes) sum, sum of squares, count
-    float *shift, *sq_shift; // (rows of a group,)
+    RowSums* sums;           // (rows of a group,)
     float* mean;             // (padded,) of a row whose parts are merged
     uint64_t* heaps;         // (B, topk)
     float* bars;             // (B,)

@@ -30,14 +30,6 @@ INLINE void keep_threshold(V (&power)[kVectors]) {
     for (V& x : power) x = min(x, set1(0.999f * 4294967296.0f));
 }
 
-struct RowSums {
-    float *sum, *squares, *count;  // kLanes each
-    float *shift, *sq_shift;
-    float* mean;     // (padded,)
-    uint64_t* kept;  // (kTile / kSub,)
-    const int64_t** next;
-};
-
 INLINE bool holds(const int64_t* ids, int width, int64_t id) {
     int64_t found = 0;
     for (int j = 0; j < width; ++j) found |= -int64_t(ids[j] == id);
@@ -78,20 +70,20 @@ INLINE void scale_lanes(float* x, int64_t n, float factor) {
     for (int64_t i = 0; i < n; i += kWidth) store(x + i, mul(load(x + i), set1(factor)));
 }
 
-NOINLINE void move_shift(const Task& t, const RowSums& row, V top) {
-    const float shift = largest(top), factor = power_of_two(*row.shift - shift);
+NOINLINE void move_shift(const Task& t, RowSums& row, float* mean, V top) {
+    const float shift = largest(top), factor = power_of_two(row.shift - shift);
     scale_lanes(row.sum, kLanes, factor);
-    if (t.mean) scale_lanes(row.mean, t.padded, factor);
+    if (t.mean) scale_lanes(mean, t.padded, factor);
     if (t.selection != Selection::kExpected) scale_lanes(row.squares, kLanes, factor * factor);
-    *row.shift = shift;
+    row.shift = shift;
 }
 
 template <Selection kSelection>
-void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const RowSums& row,
-           float* scores) {
+void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, RowSums& row, float* mean,
+           [[maybe_unused]] uint64_t* kept_slots, float* scores) {
     const V scale = set1(t.scale), slope = set1(t.slope);
     V top = set1(-kInfinity);
-    const bool hides = hide(t, w, tile, i, *row.next);
+    const bool hides = hide(t, w, tile, i, row.next);
     int kept = tile.width;
     if constexpr (kSelection == Selection::kBernoulli) {
         philox_row(t, tile, w.columns, i, w.words);
@@ -99,7 +91,7 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
             each_hidden(w, tile, [&](int j) { w.words[j] = 0xFFFFFFFFu; });
         const V center = set1(t.s_pos[i] + t.b);
         kept = 0;
-        for (int panel = 0; panel < tile.width / kSub; ++panel) row.kept[panel] = 0;
+        for (int panel = 0; panel < tile.width / kSub; ++panel) kept_slots[panel] = 0;
         for (int j = 0; j < tile.width; j += kFlight * kWidth) {
             V s[kFlight], p[kFlight];
             for (int n = 0; n < kFlight; ++n) s[n] = load(scores + j + n * kWidth);
@@ -112,7 +104,7 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
                 store(scores + j + n * kWidth, s[n]);
                 top = max(top, s[n]);
             }
-            row.kept[j / kSub] |= mask << j % kSub;
+            kept_slots[j / kSub] |= mask << j % kSub;
             kept += __builtin_popcountll(mask);
         }
     } else {
@@ -125,8 +117,8 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
     }
     row.count[0] += float(kept);
     top = mul(top, scale);
-    if (any_above(top, set1(*row.shift + kHeadroom))) move_shift(t, row, top);
-    const V shift = set1(-*row.shift);
+    if (any_above(top, set1(row.shift + kHeadroom))) move_shift(t, row, mean, top);
+    const V shift = set1(-row.shift);
     V total = set1(0.0f), squares = set1(0.0f);
     for (int j = 0; j < tile.width; j += kFlight * kWidth) {
         V e[kFlight];
@@ -146,7 +138,7 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, const Ro
 // shift of its own.
 template <>
 void weigh<Selection::kExpected>(const Task& t, const Worker& w, const Tile& tile, int64_t i,
-                                 const RowSums& row, float* scores) {
+                                 RowSums& row, float* mean, uint64_t*, float* scores) {
     const V scale = set1(t.scale), slope = set1(t.slope), cap = set1(kLog2Cap);
     const V center = set1(t.s_pos[i] + t.b);
     float *squares = w.scratch, *chance = w.scratch + kTile;
@@ -157,24 +149,24 @@ void weigh<Selection::kExpected>(const Task& t, const Worker& w, const Tile& til
         store(scores + j, weight);
         store(squares + j, fma(s, scale, weight));
     }
-    if (hide(t, w, tile, i, *row.next))
+    if (hide(t, w, tile, i, row.next))
         each_hidden(w, tile, [&](int j) { scores[j] = squares[j] = chance[j] = -kInfinity; });
     V top = set1(-kInfinity), sq_top = top;
     for (int j = 0; j < tile.width; j += kWidth) {
         top = max(top, load(scores + j));
         sq_top = max(sq_top, load(squares + j));
     }
-    if (any_above(top, set1(*row.shift + kHeadroom))) move_shift(t, row, top);
-    if (any_above(sq_top, set1(*row.sq_shift + kHeadroom))) {
+    if (any_above(top, set1(row.shift + kHeadroom))) move_shift(t, row, mean, top);
+    if (any_above(sq_top, set1(row.sq_shift + kHeadroom))) {
         const float shift = largest(sq_top);
-        scale_lanes(row.squares, kLanes, power_of_two(*row.sq_shift - shift));
-        *row.sq_shift = shift;
+        scale_lanes(row.squares, kLanes, power_of_two(row.sq_shift - shift));
+        row.sq_shift = shift;
     }
-    if (*row.shift == -kInfinity) {  // every chance underflowed
+    if (row.shift == -kInfinity) {  // every chance underflowed
         __builtin_memset(scores, 0, size_t(tile.width) * sizeof(float));
         return;
     }
-    const V shift = set1(-*row.shift), sq_shift = set1(-*row.sq_shift);
+    const V shift = set1(-row.shift), sq_shift = set1(-row.sq_shift);
     for (int j = 0; j < tile.width; j += kWidth) {
         V e[3] = {add(load(scores + j), shift), add(load(squares + j), sq_shift), load(chance + j)};
         exp2<0>(e);
@@ -189,12 +181,12 @@ void weigh<Selection::kExpected>(const Task& t, const Worker& w, const Tile& til
 // shift from the first tile on.
 template <>
 void weigh<Selection::kAffine>(const Task& t, const Worker& w, const Tile& tile, int64_t i,
-                               const RowSums& row, float* scores) {
+                               RowSums& row, float*, uint64_t*, float* scores) {
     const float* affine = t.affine + i;
     const V alpha = set1(affine[0]), beta = set1(affine[t.rows]), gamma = set1(affine[2 * t.rows]);
     const V scale = set1(t.scale), cap = set1(affine[4 * t.rows]), zero = set1(0.0f);
-    *row.shift = affine[3 * t.rows] * t.scale;
-    const V shift = set1(-*row.shift);
+    row.shift = affine[3 * t.rows] * t.scale;
+    const V shift = set1(-row.shift);
     float* weights = w.scratch;
     for (int j = 0; j < tile.width; j += kWidth) {
         const V s = load(scores + j);
@@ -205,7 +197,7 @@ void weigh<Selection::kAffine>(const Task& t, const Worker& w, const Tile& tile,
         store(weights + j, weight);
         store(scores + j, mul(weight, e[0]));
     }
-    if (hide(t, w, tile, i, *row.next))
+    if (hide(t, w, tile, i, row.next))
         each_hidden(w, tile, [&](int j) { scores[j] = weights[j] = 0.0f; });
     V total = load(row.sum), count = load(row.count);
     for (int j = 0; j < tile.width; j += kWidth) {
