@@ -255,8 +255,8 @@ def true_step(query, key, bank, count=None, *, temperature=0.2, topk=5, a=0.5, b
 
 
 def assert_step(got, want, dtype):
-    """Each loss, and each row of the gradient by its length. Negatives of a bf16 bank have weights in
-    bf16 where the machine multiplies them."""
+    """Each loss, and each row of the gradient by its length. The negatives of a bf16 bank weigh in
+    bf16 where the machine multiplies bf16."""
     for name, a, b in zip(("loss", "gradient"), got, want, strict=True):
         rtol = 4e-3 if (name, dtype) == ("gradient", torch.bfloat16) else 1e-4
         a, b = a.double().reshape(len(b), -1), b.reshape(len(b), -1)

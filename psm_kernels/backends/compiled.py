@@ -106,16 +106,11 @@ class Compiled(Backend):
         from psm_kernels import _C
 
         query, key = query.float().contiguous(), key.float().contiguous()
-        gradient = torch.empty_like(query)
-        loss = query.new_empty(len(query))
+        batch, mining = len(query), _mining_struct(options, row_offset)
+        loss, gradient = query.new_empty(batch), torch.empty_like(query)
+        noise = address(rng_state)
         args = _C.StepArgs(
-            pass_=_C.PassArgs(
-                options=_mining_struct(options, row_offset),
-                bank=bank_struct(bank, count),
-                exclude=_exclude_struct(exclude),
-                batch=len(query),
-                rng_state=address(rng_state),
-            ),
+            pass_=_pass_args(mining, batch, bank, count, exclude, rng_state=noise),
             query=query.data_ptr(),
             key=key.data_ptr(),
             soft_weights=SOFT_WEIGHTS[options.soft_weights],
@@ -139,8 +134,6 @@ class Compiled(Backend):
         mean: bool = True,  # without it neg_mean is not written, which saves the product for it
         **addresses: int,
     ) -> BankPass:
-        from psm_kernels import _C
-
         batch = len(key if query is None else query)
         empty = functools.partial(torch.empty, dtype=torch.float32, device=bank.device)
         row, topk = (batch if query is not None else 0,), (batch, options.topk)
@@ -155,15 +148,8 @@ class Compiled(Backend):
         addresses |= {name: tensor.data_ptr() for name, tensor in result._asdict().items()}
         if not mean:
             del addresses["neg_mean"]
-        args = _C.PassArgs(
-            options=options,
-            bank=bank_struct(bank, count),
-            exclude=_exclude_struct(exclude),
-            batch=batch,
-            query=address(query),
-            key=address(key),
-            **addresses,
-        )
+        addresses |= {"query": address(query), "key": address(key)}
+        args = _pass_args(options, batch, bank, count, exclude, **addresses)
         self.run("bank_pass", args, bank)
         return result
 
@@ -175,26 +161,23 @@ def address(tensor: Tensor | None) -> int:
 def bank_struct(bank: Tensor, count: Tensor) -> Any:
     from psm_kernels import _C
 
+    slots, dim = bank.shape
     return _C.Bank(
-        rows=bank.data_ptr(),
-        slots=bank.shape[0],
-        dim=bank.shape[1],
-        dtype=DTYPES[bank.dtype],
-        count=count.data_ptr(),
+        rows=bank.data_ptr(), slots=slots, dim=dim, dtype=DTYPES[bank.dtype], count=count.data_ptr()
     )
 
 
-def _exclude_struct(exclude: Exclude) -> Any:
+def _pass_args(
+    options: Any, batch: int, bank: Tensor, count: Tensor, exclude: Exclude, **addresses: int
+) -> Any:
     from psm_kernels import _C
 
-    if exclude is NOTHING:
-        return _C.Exclude()
-    return _C.Exclude(
-        slots=address(exclude.slots),
-        listed=0 if exclude.slots is None else exclude.slots.shape[1],
-        ids=address(exclude.ids),
-        bank_ids=address(exclude.bank_ids),
-    )
+    args = _C.PassArgs(options=options, batch=batch, bank=bank_struct(bank, count), **addresses)
+    if exclude is not NOTHING:
+        slots, ids, bank_ids = map(address, exclude)
+        listed = 0 if exclude.slots is None else exclude.slots.shape[1]
+        args.exclude = _C.Exclude(slots=slots, listed=listed, ids=ids, bank_ids=bank_ids)
+    return args
 
 
 @functools.lru_cache(maxsize=256)

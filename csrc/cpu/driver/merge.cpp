@@ -22,19 +22,19 @@ double log_of(double sum, float shift) {
 Sums merge_sums(const Kernels& kernels, const Task& t, int64_t row, float* mean) {
     float shift = -kInfinity, sq_shift = -kInfinity;
     for (int64_t c = 0; c < t.chunks; ++c) {
-        shift = std::max(shift, t.part_shift[c * t.rows + row]);
-        sq_shift = std::max(sq_shift, t.part_sq_shift[c * t.rows + row]);
+        shift = std::max(shift, t.parts[c * t.rows + row].shift);
+        sq_shift = std::max(sq_shift, t.parts[c * t.rows + row].sq_shift);
     }
     double sum = 0.0, squares = 0.0, count = 0.0;
     float factors[kMaxChunks] = {};
     for (int64_t c = 0; c < t.chunks; ++c) {
-        const int64_t at = c * t.rows + row;
-        count += t.part_count[at];
+        const Part& part = t.parts[c * t.rows + row];
+        count += part.count;
         // An empty part has shift -inf; a part spoiled by NaN must still be added.
-        if (t.part_shift[at] == -kInfinity && t.part_sum[at] == 0.0f) continue;
-        factors[c] = std::exp2(t.part_shift[at] - shift);
-        sum += double(factors[c]) * t.part_sum[at];
-        squares += double(std::exp2(t.part_sq_shift[at] - sq_shift)) * t.part_sq[at];
+        if (part.shift == -kInfinity && part.sum == 0.0f) continue;
+        factors[c] = std::exp2(part.shift - shift);
+        sum += double(factors[c]) * part.sum;
+        squares += double(std::exp2(part.sq_shift - sq_shift)) * part.squares;
     }
     if (t.mean)
         kernels.merge_mean(t, row, factors, sum == 0.0 ? 0.0f : float(1.0 / sum), mean);

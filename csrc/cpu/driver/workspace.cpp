@@ -51,9 +51,7 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
             arena.take(t.query_pairs, panel_rows * t.padded / 2);
         else
             arena.take(t.query_panel, panel_rows * t.dim);
-        for (float** part : {&t.part_shift, &t.part_sq_shift, &t.part_sum, &t.part_sq,
-                             &t.part_count})
-            arena.take(*part, t.chunks * t.rows);
+        arena.take(t.parts, t.chunks * t.rows);
         arena.take(t.part_mean, t.mean ? t.chunks * t.rows * t.padded : 0);
         arena.take(t.hidden, t.rows * t.most_hidden);
     } else {

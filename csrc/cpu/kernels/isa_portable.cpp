@@ -1,18 +1,7 @@
-#include "../../philox.h"
-#include "task.h"
+#define ISA "portable"
+#define SIMD "../simd/portable.h"
+#define QUADS 0
+#define PAIRS 0
+#include "isa.inl"
 
-#define PSM_QUADS 0
-#define PSM_PAIRS 0
-
-namespace psm::cpu {
-namespace {
-#include "scalar.inl"
-#include "../simd/portable.h"
-using namespace simd;
-#include "kernel.inl"
-constexpr Kernels kKernels{"portable", false, false, unit_rows, prepare, process,
-                           merge_mean, similarities, gradient};
-}  // namespace
-
-const Kernels* portable_kernels() { return &kKernels; }
-}  // namespace psm::cpu
+const psm::cpu::Kernels* psm::cpu::portable_kernels() { return &kKernels; }

@@ -37,16 +37,16 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
     if (!t.sums) return mine<kRows>(t, w, tile, block);
     for (int panel = 0; panel < tile.width / kSub; ++panel) {
         float* scores = w.scores + place * kTile + panel * kSub;
-#if PSM_PAIRS
+#if PAIRS
         if (t.query_pairs) {
             const int64_t pairs = t.padded / 2;
-            product_pairs<kRows>(t.query_pairs + block * pairs * kBlock,
-                                 w.pairs + panel * pairs * kSub, pairs, scores);
+            product<Pairs, kRows>(t.query_pairs + block * pairs * kBlock,
+                                  w.pairs + panel * pairs * kSub, pairs, scores);
             continue;
         }
 #endif
-        product<kRows>(t.query_panel + block * t.dim * kBlock, w.panel + panel * t.dim * kSub,
-                       t.dim, scores);
+        product<Floats, kRows>(t.query_panel + block * t.dim * kBlock,
+                               w.panel + panel * t.dim * kSub, t.dim, scores);
     }
     mean += block * kBlock * t.padded;
     for (int r = 0; r < kRows; ++r) {
@@ -65,14 +65,19 @@ void process_block(const Task& t, Worker& w, const Tile& tile, int64_t block, in
             weigh<Selection::kAffine>(t, w, tile, i, row, scores);
         else
             weigh<Selection::kAll>(t, w, tile, i, row, scores);
-#if PSM_PAIRS
+#if PAIRS
         if (t.query_pairs)
             for (int j = 0; j < tile.width; j += 2 * kWidth)
                 store_pairs(w.weight_pairs + (r * kTile + j) / 2, load(scores + j),
                             load(scores + j + kWidth));
 #endif
     }
-    if (t.mean && !skips_slots(t)) accumulate_rows<kRows>(t, w, tile, mean);
+    if (!t.mean || skips_slots(t)) return;
+#if PAIRS
+    if (t.query_pairs)
+        return accumulate_rows<Pairs, kRows>(w.weight_pairs, w.row_pairs, tile.high, t.padded, mean);
+#endif
+    accumulate_rows<Floats, kRows>(w.scores, tile.rows, tile.high, t.padded, mean);
 }
 
 void process(const Task& t, Worker& w, int64_t item) {
@@ -118,7 +123,6 @@ void process(const Task& t, Worker& w, int64_t item) {
         }
     }
     for (int64_t r = 0; t.sums && r < rows; ++r) {
-        const int64_t at = chunk * t.rows + first_row + r;
         float lanes[3];
         for (int n = 0; n < 3; ++n) {
             V total = set1(0.0f);
@@ -126,9 +130,8 @@ void process(const Task& t, Worker& w, int64_t item) {
                 total = add(total, load(w.state + (3 * r + n) * kLanes + j));
             lanes[n] = sum(total);
         }
-        t.part_sum[at] = lanes[0], t.part_sq[at] = lanes[1], t.part_count[at] = lanes[2];
-        t.part_shift[at] = w.shift[r];
         const bool own = t.selection == Selection::kExpected;
-        t.part_sq_shift[at] = own ? w.sq_shift[r] : 2.0f * w.shift[r];
+        t.parts[chunk * t.rows + first_row + r] = {
+            lanes[0], lanes[1], lanes[2], w.shift[r], own ? w.sq_shift[r] : 2.0f * w.shift[r]};
     }
 }

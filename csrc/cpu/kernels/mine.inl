@@ -31,7 +31,7 @@ void heap_replace_root(uint64_t* heap, int64_t size, uint64_t entry) {
 // approximate (kRows, kTile) = similarities of the rows of a block to one panel of the bank.
 template <int kRows>
 void screen(const Task& t, const Worker& w, int64_t block, int panel, float* approximate) {
-#if PSM_QUADS
+#if QUADS
     I acc[kRows][kPanels];
     for (int n = 0; n < kPanels; ++n)
         for (int r = 0; r < kRows; ++r)
@@ -52,8 +52,8 @@ void screen(const Task& t, const Worker& w, int64_t block, int panel, float* app
             store(approximate + r * kTile + n * kWidth,
                   mul(to_float(acc[r][n]), load(w.slot_step + panel * kSub + n * kWidth)));
 #else
-    product<kRows>(t.query_panel + block * t.dim * kBlock, w.panel + panel * t.dim * kSub, t.dim,
-                   approximate);
+    product<Floats, kRows>(t.query_panel + block * t.dim * kBlock, w.panel + panel * t.dim * kSub,
+                           t.dim, approximate);
 #endif
 }
 

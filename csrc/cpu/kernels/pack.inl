@@ -6,7 +6,7 @@ struct Quantized {
     float step, norm, residual;  // squares of the norms of the row and of (row - step * bytes)
 };
 
-#if PSM_QUADS
+#if QUADS
 template <Dtype kDtype>
 Quantized quantize_row(const void* rows, int64_t first, int64_t padded, int8_t* bytes) {
     V top = set1(0.0f), norm = set1(0.0f), residual = set1(0.0f);
@@ -53,7 +53,7 @@ void prepare(const Task& t, int64_t block) {
         const int64_t i = block * kBlock + r;
         float* row = t.sums ? scratch : t.query_rows + i * t.padded;
         read_query(t, i, row);
-#if PSM_QUADS
+#if QUADS
         if (!t.sums) {
             int8_t* bytes = (int8_t*)scratch;
             const Quantized q = quantize_row<Dtype::kFloat32>(row, 0, t.padded, bytes);
@@ -118,7 +118,7 @@ void mark_slots(const Task& t, Worker& w, Tile& tile) {
     tile.whole = unseen == 0;
 }
 
-#if PSM_QUADS
+#if QUADS
 // For mining: bytes along D.
 void pack_quads(const Task& t, Worker& w, Tile& tile) {
     const int64_t ld = t.padded;
@@ -145,7 +145,7 @@ void pack_quads(const Task& t, Worker& w, Tile& tile) {
 }
 #endif
 
-#if PSM_PAIRS
+#if PAIRS
 // For sums over bf16, whose rows are pairs along D already: pairs along D and along slots.
 void pack_pairs(const Task& t, Worker& w, const Tile& tile, bool in_place) {
     const int64_t ld = t.padded;
@@ -177,14 +177,14 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
         for (int j = 0; j < tile.width; ++j)
             w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
     const int64_t ld = t.padded;
-#if PSM_QUADS
+#if QUADS
     if (!t.sums) {
         pack_quads(t, w, tile);
         return tile;
     }
 #endif
     const bool in_place = t.dim == ld && tile.low == 0 && tile.high == tile.width;
-#if PSM_PAIRS
+#if PAIRS
     if (t.query_pairs) {
         pack_pairs(t, w, tile, in_place);
         return tile;

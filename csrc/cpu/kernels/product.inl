@@ -1,19 +1,41 @@
 // Register-blocked products, fp32 and bf16 pairs. Part of kernel.inl.
 
-// scores (kRows, kTile) = query panel x one panel of the bank
-template <int kRows>
-void product(const float* query, const float* panel, int64_t dim, float* scores) {
+struct Floats {
+    using Element = float;
+    using Vector = V;
+    static constexpr int kSlots = 1;  // in an element
+    INLINE V load(const float* p) { return simd::load(p); }
+    INLINE V set1(float x) { return simd::set1(x); }
+    INLINE V multiply_add(V acc, V x, V y) { return fma(x, y, acc); }
+};
+
+#if PAIRS
+struct Pairs {
+    using Element = uint32_t;
+    using Vector = I;
+    static constexpr int kSlots = 2;
+    INLINE I load(const uint32_t* p) { return load_i(p); }
+    INLINE I set1(uint32_t x) { return set1_i(x); }
+    INLINE V multiply_add(V acc, I x, I y) { return dot_pairs(acc, x, y); }
+};
+#endif
+
+// scores (kRows, kTile) = query panel x one panel of the bank, over `depth` elements
+template <class Form, int kRows>
+void product(const typename Form::Element* query, const typename Form::Element* panel,
+             int64_t depth, float* scores) {
     for (int first = 0; first < kSub; first += kPanels * kWidth) {
         V acc[kRows][kPanels];
         for (int r = 0; r < kRows; ++r)
             for (int n = 0; n < kPanels; ++n) acc[r][n] = set1(0.0f);
-        const float *q = query, *m = panel + first;
-        for (int64_t d = 0; d < dim; ++d, q += kBlock, m += kSub) {
-            V bank[kPanels];
-            for (int n = 0; n < kPanels; ++n) bank[n] = load(m + n * kWidth);
+        const auto *q = query, *m = panel + first;
+        for (int64_t d = 0; d < depth; ++d, q += kBlock, m += kSub) {
+            typename Form::Vector bank[kPanels];
+            for (int n = 0; n < kPanels; ++n) bank[n] = Form::load(m + n * kWidth);
             for (int r = 0; r < kRows; ++r) {
-                const V x = set1(q[r]);
-                for (int n = 0; n < kPanels; ++n) acc[r][n] = fma(x, bank[n], acc[r][n]);
+                const auto x = Form::set1(q[r]);
+                for (int n = 0; n < kPanels; ++n)
+                    acc[r][n] = Form::multiply_add(acc[r][n], x, bank[n]);
             }
         }
         for (int r = 0; r < kRows; ++r)
@@ -23,84 +45,37 @@ void product(const float* query, const float* panel, int64_t dim, float* scores)
 }
 
 // mean (kRows, ld) += weights (kRows, kTile) x rows (slots, ld), for kColumns vectors of columns
-template <int kRows, int kColumns>
-void accumulate(const float* weights, const float* rows, int slots, int64_t ld, float* mean) {
+template <class Form, int kRows, int kColumns>
+void accumulate(const typename Form::Element* weights, const typename Form::Element* rows,
+                int slots, int64_t ld, float* mean) {
     V acc[kRows][kColumns];
     for (int r = 0; r < kRows; ++r)
         for (int n = 0; n < kColumns; ++n) acc[r][n] = load(mean + r * ld + n * kWidth);
-    for (int j = 0; j < slots; ++j, rows += ld) {
-        V bank[kColumns];
-        for (int n = 0; n < kColumns; ++n) bank[n] = load(rows + n * kWidth);
+    for (int j = 0; j < (slots + Form::kSlots - 1) / Form::kSlots; ++j, rows += ld) {
+        typename Form::Vector bank[kColumns];
+        for (int n = 0; n < kColumns; ++n) bank[n] = Form::load(rows + n * kWidth);
         for (int r = 0; r < kRows; ++r) {
-            const V x = set1(weights[r * kTile + j]);
-            for (int n = 0; n < kColumns; ++n) acc[r][n] = fma(x, bank[n], acc[r][n]);
+            const auto x = Form::set1(weights[r * (kTile / Form::kSlots) + j]);
+            for (int n = 0; n < kColumns; ++n)
+                acc[r][n] = Form::multiply_add(acc[r][n], x, bank[n]);
         }
     }
     for (int r = 0; r < kRows; ++r)
         for (int n = 0; n < kColumns; ++n) store(mean + r * ld + n * kWidth, acc[r][n]);
 }
 
-#if PSM_PAIRS
-template <int kRows>
-void product_pairs(const uint32_t* query, const uint32_t* panel, int64_t pairs, float* scores) {
-    V acc[kRows][kPanels];
-    for (int r = 0; r < kRows; ++r)
-        for (int n = 0; n < kPanels; ++n) acc[r][n] = set1(0.0f);
-    for (int64_t d = 0; d < pairs; ++d, query += kBlock, panel += kSub) {
-        I bank[kPanels];
-        for (int n = 0; n < kPanels; ++n) bank[n] = load_i(panel + n * kWidth);
-        for (int r = 0; r < kRows; ++r) {
-            const I x = set1_i(query[r]);
-            for (int n = 0; n < kPanels; ++n) acc[r][n] = dot_pairs(acc[r][n], x, bank[n]);
-        }
-    }
-    for (int r = 0; r < kRows; ++r)
-        for (int n = 0; n < kPanels; ++n) store(scores + r * kTile + n * kWidth, acc[r][n]);
-}
-
-template <int kRows, int kColumns>
-void accumulate_pairs(const uint32_t* weights, const uint32_t* rows, int slots, int64_t ld,
-                      float* mean) {
-    V acc[kRows][kColumns];
-    for (int r = 0; r < kRows; ++r)
-        for (int n = 0; n < kColumns; ++n) acc[r][n] = load(mean + r * ld + n * kWidth);
-    for (int j = 0; j < (slots + 1) / 2; ++j, rows += ld) {
-        I bank[kColumns];
-        for (int n = 0; n < kColumns; ++n) bank[n] = load_i(rows + n * kWidth);
-        for (int r = 0; r < kRows; ++r) {
-            const I x = set1_i(weights[r * (kTile / 2) + j]);
-            for (int n = 0; n < kColumns; ++n) acc[r][n] = dot_pairs(acc[r][n], x, bank[n]);
-        }
-    }
-    for (int r = 0; r < kRows; ++r)
-        for (int n = 0; n < kColumns; ++n) store(mean + r * ld + n * kWidth, acc[r][n]);
-}
-#endif
-
-template <int kRows, int kColumns>
-INLINE void accumulate_at(const Worker& w, const Tile& tile, int64_t d, int64_t ld,
-                          [[maybe_unused]] bool pairs, float* mean) {
-#if PSM_PAIRS
-    if (pairs) {
-        accumulate_pairs<kRows, kColumns>(w.weight_pairs, w.row_pairs + d, tile.high, ld, mean + d);
-        return;
-    }
-#endif
-    accumulate<kRows, kColumns>(w.scores, tile.rows + d, tile.high, ld, mean + d);
-}
-
-template <int kRows>
-void accumulate_rows(const Task& t, const Worker& w, const Tile& tile, float* mean) {
-    const int64_t ld = t.padded;
-    const bool pairs = t.query_pairs != nullptr;
+template <class Form, int kRows>
+void accumulate_rows(const typename Form::Element* weights, const typename Form::Element* rows,
+                     int slots, int64_t ld, float* mean) {
     int64_t d = 0;
     for (; d + kPanels * kWidth <= ld; d += kPanels * kWidth)
-        accumulate_at<kRows, kPanels>(w, tile, d, ld, pairs, mean);
+        accumulate<Form, kRows, kPanels>(weights, rows + d, slots, ld, mean + d);
     constexpr int kHalf = kPanels / 2;  // padding leaves half a block or nothing
-    for (; d < ld; d += kHalf * kWidth) accumulate_at<kRows, kHalf>(w, tile, d, ld, pairs, mean);
+    for (; d < ld; d += kHalf * kWidth)
+        accumulate<Form, kRows, kHalf>(weights, rows + d, slots, ld, mean + d);
 }
 
-// The same for two rows that keep only some slots. Masks are walked bit by bit on ports that the
+// accumulate for two rows that keep only some slots. Masks are walked bit by bit on ports that the
 // products leave idle; slots that both rows keep are loaded once. With 65 % kept this takes 73 % of
 // the time of the above, with 95 % as long. Slots that only one keeps come last, so that the last
 // bit of a row's mean depends on what its neighbor keeps.

@@ -21,34 +21,33 @@ void convert_row(const void* src, int64_t first, int64_t dim, int64_t padded, fl
     for (; d < padded; ++d) dst[d] = 0.0f;
 }
 
-void convert(const Task& t, const void* src, int64_t row, float* dst) {
-    const int64_t first = row * t.dim;
-    if (t.dtype == Dtype::kFloat32) convert_row<Dtype::kFloat32>(src, first, t.dim, t.padded, dst);
-    if (t.dtype == Dtype::kBFloat16)
-        convert_row<Dtype::kBFloat16>(src, first, t.dim, t.padded, dst);
-    if (t.dtype == Dtype::kFloat16) convert_row<Dtype::kFloat16>(src, first, t.dim, t.padded, dst);
-}
-
 template <Dtype kDtype>
 struct As {
     static constexpr Dtype dtype = kDtype;
 };
 
+// Calls run(As<dtype>).
+template <class Run>
+INLINE void with_dtype(Dtype dtype, Run run) {
+    if (dtype == Dtype::kFloat32) run(As<Dtype::kFloat32>{});
+    if (dtype == Dtype::kBFloat16) run(As<Dtype::kBFloat16>{});
+    if (dtype == Dtype::kFloat16) run(As<Dtype::kFloat16>{});
+}
+
+void convert(const Task& t, const void* src, int64_t row, float* dst) {
+    with_dtype(t.dtype, [&](auto as) {
+        convert_row<as.dtype>(src, row * t.dim, t.dim, t.padded, dst);
+    });
+}
+
 // Calls read(As<dtype>, rows, first element) for a row of the bank: where it lies, if it needs no
 // padding, else in `buffer`.
 template <class Read>
 INLINE void read_row(const Task& t, int64_t slot, float* buffer, Read read) {
-    const int64_t first = slot * t.dim;
-    if (t.dim != t.padded) {
-        convert(t, t.bank, slot, buffer);
-        read(As<Dtype::kFloat32>{}, buffer, 0);
-    } else if (t.dtype == Dtype::kFloat32) {
-        read(As<Dtype::kFloat32>{}, t.bank, first);
-    } else if (t.dtype == Dtype::kBFloat16) {
-        read(As<Dtype::kBFloat16>{}, t.bank, first);
-    } else {
-        read(As<Dtype::kFloat16>{}, t.bank, first);
-    }
+    if (t.dim == t.padded)
+        return with_dtype(t.dtype, [&](auto as) { read(as, t.bank, slot * t.dim); });
+    convert(t, t.bank, slot, buffer);
+    read(As<Dtype::kFloat32>{}, buffer, 0);
 }
 
 template <Dtype kDtype>

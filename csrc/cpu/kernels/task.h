@@ -16,6 +16,11 @@ constexpr int kLanes = 16;     // partial sums kept per row
 constexpr int64_t kNoSlot = INT64_MAX;
 constexpr int kBatches = kTile / 4;  // Philox counters per row and tile
 
+// What a chunk of the bank gives a row; sums are in units of 2^shift.
+struct Part {
+    float sum, squares, count, shift, sq_shift;
+};
+
 // Either mines or sums: what is mined may have to be left out of the sums.
 struct Task {
     const void *query, *bank;
@@ -46,11 +51,10 @@ struct Task {
     int64_t* hidden;      // (B, most_hidden) a row's slots that it must not sum, ascending, kNoSlot
     int64_t most_hidden;  // counts the kNoSlot that ends each list
 
-    // Partial results of chunk c, merged in the order of c.
-    float *part_shift, *part_sq_shift;       // (chunks, B) exponents are relative to 2^shift
-    float *part_sum, *part_sq, *part_count;  // (chunks, B)
-    float* part_mean;                        // (chunks, B, padded)
-    uint64_t* heaps;                         // (heap_sets, B, topk) min-heaps; 0 is a missing entry
+    // Partial results of the chunks, merged in their order.
+    Part* parts;      // (chunks, B)
+    float* part_mean; // (chunks, B, padded)
+    uint64_t* heaps;  // (heap_sets, B, topk) min-heaps; 0 is a missing entry
     float* bars;      // (heap_sets, B) what a similarity, divided by the step, must reach
     int64_t heap_sets;
 };

@@ -95,7 +95,7 @@ INLINE I dot_bytes(I acc, I u, I s) {
 }
 INLINE V to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
 
-#if PSM_PAIRS
+#if PAIRS
 INLINE V dot_pairs(V acc, I a, I b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
 INLINE void store_pairs(uint32_t* p, V first, V second) {
     _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
