@@ -34,19 +34,18 @@ CUDA = Path("csrc/cuda")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"]
 AVX512 = [*AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "vnni"))]
-SOURCES = {  # source -> flags of its own: nothing else may be compiled for more than the baseline
-    Path("csrc/bindings.cpp"): [],
-    CPU / "bank_pass.cpp": [],
-    CPU / "finish.cpp": [],
-    CPU / "rows.cpp": [],
-    CPU / "threads.cpp": [],
-    CPU / "isa_portable.cpp": [],
+OWN_FLAGS = {  # nothing else may be compiled for more than the baseline processor
+    "isa_avx2.cpp": AVX2,
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 X86 = platform.machine() in ("x86_64", "AMD64")
-if X86:
-    SOURCES[CPU / "isa_avx2.cpp"] = AVX2
-    SOURCES[CPU / "isa_avx512.cpp"] = AVX512
-    SOURCES[CPU / "isa_avx512_bf16.cpp"] = [*AVX512, "-mavx512bf16"]
+
+
+def cpu_sources() -> list[Path]:
+    found = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / CPU).rglob("*.cpp")]
+    own = [path.relative_to(ROOT) for path in sorted(found)]
+    return [path for path in own if X86 or path.name not in OWN_FLAGS]
 
 
 def find_compiler() -> str | None:
@@ -72,12 +71,12 @@ class Cuda(NamedTuple):
 
     def sources(self) -> list[Path]:
         """sm_90a instructions exist nowhere else, so those sources are left out without it."""
-        found = sorted(path.relative_to(ROOT) for path in (ROOT / CUDA).glob("*.cu"))
-        return [path for path in found if "90a" in self.archs or "sm90" not in path.name]
+        found = sorted(path.relative_to(ROOT) for path in (ROOT / CUDA).rglob("*.cu"))
+        return [path for path in found if "90a" in self.archs or path.parent.name != "sm90"]
 
     def flags(self, source: Path) -> list[str]:
         define = ["-DPSM_CUDA_SM90A"] * ("90a" in self.archs)
-        if "sm90" in source.name:
+        if source.parent.name == "sm90":
             return ["-gencode=arch=compute_90a,code=sm_90a", *define]
         # One run of the front end serves all: PTX of the oldest becomes machine code for each, and
         # is kept for chips that are not named.
@@ -257,14 +256,17 @@ class BuildKernels(build_ext):
                 command = [*nvcc, *cuda.flags(source), "-c", str(ROOT / source), "-o"]
                 objects[self.object_dir / f"cuda_{source.stem}.o"] = command
             defines = ["-DPSM_CUDA", f'-DPSM_CUDA_BUILT_FOR="{cuda.describe()}"']
-            command = [compiler, *flags, *defines, "-c", str(ROOT / CUDA / "bindings.cpp"), "-o"]
+            source = ROOT / CUDA / "host/bindings.cpp"
+            command = [compiler, *flags, *defines, "-c", str(source), "-o"]
             objects[self.object_dir / "cuda_bindings.o"] = command
-        for source, own in SOURCES.items():
-            own = [*own, *defines] if source.name == "bindings.cpp" else own
+        for source in cpu_sources():
+            own = defines if source.name == "bindings.cpp" else OWN_FLAGS.get(source.name, [])
             command = [compiler, *flags, *own, "-c", str(ROOT / source), "-o"]
             objects[self.object_dir / f"{source.stem}.o"] = command
         for path, command in objects.items():
             command.append(str(path))
+        for left in set(self.object_dir.glob("*.o")) - set(objects):  # of a source that is gone
+            left.unlink()
         shared = ["-bundle", "-undefined", "dynamic_lookup"]
         shared = shared if sys.platform == "darwin" else ["-shared"]
         link = [compiler, *shared, "-pthread", *sanitizer_flags(), *map(str, objects)]
@@ -279,6 +281,6 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=[Extension("psm_kernels._C", [str(source) for source in SOURCES])],
+    ext_modules=[Extension("psm_kernels._C", list(map(str, cpu_sources())))],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -1,4 +1,4 @@
-"""Train a ResNet without labels by PSM or its kin: python train.py
+"""Train a ResNet without labels by PSM or another method: python train.py
 
     python train.py                                       digits: no download, minutes on two cores
     python train.py --data cifar10 --download --amp bf16  the released recipe, for a GPU
@@ -29,14 +29,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from psm_kernels import (
-    HCLLoss,
-    InfoNCELoss,
-    PSMLoss,
-    SSCLLoss,
-    UnReMixLoss,
-    rank_gradient_stats,
-)
+from psm_kernels import losses, rank_gradient_stats
 from psm_kernels.bank.collectives import average, rank_and_world
 from psm_kernels.evaluate import compare, encode, knn_accuracy
 from psm_kernels.training import plots
@@ -47,11 +40,15 @@ from psm_kernels.training.networks import make_encoder, mlp
 from psm_kernels.training.settings import check, command_line, complete, continued, setting
 
 METHODS = {  # another method is one more line, and its own settings below
-    "psm": PSMLoss,
-    "sscl": SSCLLoss,
-    "unremix": UnReMixLoss,
-    "hcl": HCLLoss,
-    "infonce": InfoNCELoss,
+    "psm": losses.PSMLoss,
+    "sscl": losses.SSCLLoss,
+    "unremix": losses.UnReMixLoss,
+    "hcl": losses.HCLLoss,
+    "infonce": losses.InfoNCELoss,
+    "nnclr": losses.NNCLRLoss,
+    "supcon": losses.SupConLoss,  # the one that learns from the labels
+    "ressl": losses.ReSSLLoss,
+    "msf": losses.MSFLoss,
 }
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 METRICS = ("loss", "positive_purity", "kept", "grad_mean", "grad_var", "bank_fill", "own_copies")
@@ -79,10 +76,10 @@ class Settings:
     ema: float = setting(0.99, "momentum of the key encoder", least=0, most=1)
 
     method: str = setting("psm", "loss", choices=tuple(METHODS))
-    temperature: float = setting(0.5, "of the loss")
+    temperature: float = setting(0.5, "of the loss", of=[m for m in METHODS if m != "msf"])
     bank: int = setting(16384, "slots of the memory bank", least=1)
     indexed_bank: bool = setting(False, "one slot for each training image instead")
-    topk: int = setting(5, "mined positives per query", of=["psm"])
+    topk: int = setting(5, "mined positives per query; msf: its own key is one", of=["psm", "msf"])
     a: float = setting(0.5, "density of the selection of negatives", of=["psm"])
     b: float = setting(0.0, "peak of it relative to the positive's similarity", of=["psm"])
     selection: str = setting("bernoulli", "of negatives: bernoulli, expected or all", of=["psm"])
@@ -93,6 +90,7 @@ class Settings:
     num_hard: int = setting(32, "nearest negatives to mix from", of=["sscl"])
     num_synthetic: int = setting(8, "mixed negatives per query", of=["sscl"])
     mix: str = setting("pair", "pair, query or none", of=["sscl"])
+    teacher_temperature: float = setting(0.04, "of the target", of=["ressl"])
     similarity_weight: float = setting(1 / 3, "of similarity to the query", of=["unremix"])
     uncertainty_weight: float = setting(1 / 3, "of the gradient's size", of=["unremix"])
     representativeness_weight: float = setting(1 / 3, "of distance to others", of=["unremix"])
@@ -120,6 +118,9 @@ RECIPES = {  # defaults that depend on the data or the method
     "imagefolder": {"image_size": 224, "stem": "large"},
     "sscl": {"tau_plus": 0.05},
     "infonce": {"temperature": 0.2},
+    "nnclr": {"temperature": 0.2},
+    "supcon": {"temperature": 0.1},
+    "ressl": {"temperature": 0.1},
 }
 
 
@@ -180,7 +181,7 @@ class Run:
         options["shard_bank" if s.shard_bank else "gather_distributed"] = True
         options |= {"indexed_bank": s.indexed_bank, "seed": s.seed}
         slots = len(train) if s.indexed_bank else s.bank
-        criterion = METHODS[s.method](s.temperature, (slots, s.dim), **options)
+        criterion = METHODS[s.method](memory_bank_size=(slots, s.dim), **options)
         self.criterion = criterion.to(self.device)
         learned = [p for p in self.networks.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(learned, s.lr, momentum=0.9, weight_decay=s.weight_decay)
@@ -204,8 +205,8 @@ class Run:
             yield [t.to(self.device, non_blocking=True) for t in batch]
 
     def save(self) -> None:
-        facts = {"settings": vars(self.settings), "history": self.history}
-        save_checkpoint(self.folder / "checkpoint.pt", self.parts, **facts)
+        more = {"settings": vars(self.settings), "history": self.history}
+        save_checkpoint(self.folder / "checkpoint.pt", self.parts, **more)
 
 
 def learning_rate(s: Settings, epoch: float) -> float:
@@ -271,7 +272,7 @@ def contrast(criterion, pairs, projection, **rows) -> tuple[torch.Tensor, torch.
     """The loss, and METRICS as a vector; NaN where there is none, as purity at topk 0 or all but
     what concerns the bank where nothing is mined. The bank stays as it is."""
     options, bank = rows | {"update": False}, criterion.memory_bank
-    if isinstance(criterion, PSMLoss):
+    if isinstance(criterion, losses.PSMLoss):
         options |= {"projection": projection, "return_stats": True}
         loss, stats = criterion.symmetric(*pairs, **options)
         found = vars(stats)

@@ -12,7 +12,7 @@ import torch
 from benchmarks import measure, report, tables
 from benchmarks.cases import SWEEPS, default_cases, sweep_cases, tiny
 from benchmarks.providers import our_name
-from psm_kernels import backends
+from psm_kernels.backends import registry
 
 RESULTS = pytest.StashKey[dict]()
 
@@ -45,7 +45,7 @@ def pytest_configure(config):
     end = time.monotonic() + 60 * config.option.minutes
     config.option.seconds_left = lambda: end - time.monotonic()
     if our_name(device) == "reference":
-        raise pytest.UsageError(f"nothing to measure on {device}:\n{backends.describe()}")
+        raise pytest.UsageError(f"nothing to measure on {device}:\n{registry.describe()}")
     names = SWEEPS if "all" in config.option.sweep else config.option.sweep
     cases = sweep_cases(names) or default_cases(device)
     if config.option.tiny:

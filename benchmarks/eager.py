@@ -1,63 +1,31 @@
-"""The baseline: what a user writes with plain torch, B x K matrices and all.
-
-PSM's is the package's own reference with torch's generator and ties left open; it computes its
-gradient itself, which is kinder than autograd. Its kin are written out with autograd, which is
-leaner than the reference. `Problem` in, scalar loss (or top-k similarities) out.
-"""
+"""The baseline: the leanest lines that a user would write with plain torch, B x K matrices and all,
+gradients by autograd. `Problem` in, scalar loss (or top-k similarities) out."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.cases import Problem
-from psm_kernels.functional import hcl, info_nce, psm, psm_loss
-from psm_kernels.ops import BankPass, reference
 
 
-@contextlib.contextmanager
-def another_pass(bank_pass: Callable[..., BankPass]) -> Iterator[None]:
-    """The losses of `psm_kernels.functional` on `bank_pass` instead of the library's."""
-    modules = (psm, info_nce, hcl)
-    theirs = [module.bank_pass for module in modules]
-    for module in modules:
-        module.bank_pass = bank_pass
-    try:
-        yield
-    finally:
-        for module, own in zip(modules, theirs, strict=True):
-            module.bank_pass = own
-
-
-def carry(query: Tensor, swept: BankPass, temperature: float) -> BankPass:
-    """Adds zero and carries the gradient: d neg_lse / d query = neg_mean / tau."""
-    carrier = ((query - query.detach()) * swept.neg_mean).sum(1) / temperature
-    return swept._replace(neg_lse=swept.neg_lse + carrier)
-
-
-def naive_pass(
-    query, key, bank, count, s_pos, *, temperature, selection="all", a=0.5, b=0.0, topk=0,
-    exclude_mined=False, **unused,
-) -> BankPass:  # fmt: skip
+def psm_step(p: Problem, temperature: float = 0.5, a: float = 0.5) -> Tensor:
+    query, key, topk = normalize(p.query), normalize(p.key), p.case.topk
+    found, pos = similarity(query, p.bank), (query * key).sum(1, keepdim=True)
     with torch.no_grad():
-        seen = query.to(bank.dtype)
-        mine = None if key is None else key.to(bank.dtype)
-        swept = reference.bank_pass(
-            seen, mine, bank, count, s_pos, temperature, selection, a, b, topk, None, 0, 0,
-            exclude_mined=exclude_mined, noise="torch", exact_ties=False,
-        )  # fmt: skip
-    return carry(query, BankPass(*swept), temperature)
-
-
-def psm_step(p: Problem) -> Tensor:
-    """To be run under `another_pass(naive_pass)`, outside of what torch.compile traces."""
-    return psm_loss(
-        p.query, p.key, p.bank, topk=p.case.topk, rng_state=p.rng_state, backend="reference"
-    )
+        mined = similarity(key, p.bank).topk(topk).indices
+        keep = torch.rand_like(found) < torch.exp(-a * (found - pos) ** 2).clamp_max(0.999)
+        keep.scatter_(1, mined, False)
+    near = torch.cat((pos, found.gather(1, mined)), 1)  # (B, 1 + k)
+    weight = torch.cat((torch.ones_like(pos), near[:, 1:].softmax(1)), 1)
+    negatives = (torch.exp(found / temperature) * keep).sum(1)
+    log_z = (torch.exp(near / temperature).sum(1) + negatives).log()
+    log_h = (torch.exp(pos[:, 0] / temperature) + negatives).log()
+    soft = (weight * (log_z[:, None] - near / temperature)).sum(1)
+    return (soft + log_h - pos[:, 0] / temperature).mean()
 
 
 def similarity(rows: Tensor, bank: Tensor) -> Tensor:  # (B, K)
@@ -122,8 +90,7 @@ def unremix_step(p: Problem, temperature: float = 0.5) -> Tensor:
 
 
 def topk_step(p: Problem) -> Tensor:
-    query = p.query.detach().to(p.bank.dtype)
-    return reference.bank_topk(query, p.bank, p.case.topk, p.memory.count, exact_ties=False)[0]
+    return similarity(p.query.detach(), p.bank).topk(p.case.topk).values
 
 
 STEPS: dict[str, Callable[[Problem], Tensor]] = {

@@ -29,11 +29,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psm_kernels import backends
-from psm_kernels.functional import psm_loss
 from psm_kernels import MemoryBank
-from psm_kernels.rows import unit_rows
+from psm_kernels.backends import registry
+from psm_kernels.backends.base import Backend
+from psm_kernels.backends.cuda import Cuda
+from psm_kernels.functional import psm_loss
 from psm_kernels.ops import NOTHING, bank_pass, bank_topk
+from psm_kernels.options import PassOptions
+from psm_kernels.rows import unit_rows
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {  # kind -> B, K, D and for topk k; the smallest first
@@ -48,7 +51,7 @@ SHAPES = {  # kind -> B, K, D and for topk k; the smallest first
     ],
     "topk": [(10_000, 50_000, 512, 5), (10_000, 50_000, 512, 200)],
 }
-DRAW = {"temperature": 0.1, "selection": "bernoulli", "a": 0.5, "b": 0.0}
+SAMPLING = {"temperature": 0.1, "selection": "bernoulli", "a": 0.5, "b": 0.0}
 TOPK = 5
 DEVICE = "cuda"
 
@@ -135,30 +138,34 @@ def pass_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
 
     def step():
         out = bank_pass(
-            leaf, key, bank, count, s_pos, **DRAW, topk=TOPK, exclude_mined=True,
+            leaf, key, bank, count, s_pos, **SAMPLING, topk=TOPK, exclude_mined=True,
             rng_state=rng_state, backend=group,
         )  # fmt: skip
         return torch.autograd.grad(out.neg_lse.sum(), leaf)
 
     yield Run(group, step, True)
-    low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos, *DRAW.values()
-    rest = (TOPK, rng_state, 0, 0, NOTHING, True)
-    direct = functools.partial(backends.load(group).bank_pass, *low, *rest)
-    yield Run(f"{group} kernels", direct, True)  # without the casts and autograd's few kernels
+    low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos
+    options = PassOptions(**SAMPLING, topk=TOPK, exclude_mined=True)
+
+    def direct(backend: Backend) -> Callable:
+        return functools.partial(backend.bank_pass, *low, options, NOTHING, rng_state)
+
+    # without the casts and autograd's few kernels
+    yield Run(f"{group} kernels", direct(registry.TABLE[group]), True)
     if group == "cuda":
-        yield Run("cuda null epilogue", functools.partial(direct, null_epilogue=True), True)
+        yield Run("cuda null epilogue", direct(Cuda(null_epilogue=True)), True)
         if torch.cuda.get_device_capability()[0] == 9:
-            yield Run("cuda sm_80 kernels", functools.partial(direct, force_sm80=True), True)
+            yield Run("cuda sm_80 kernels", direct(Cuda(force_sm80=True)), True)
 
 
 def eager_pass(query: Tensor, key: Tensor, bank: Tensor, s_pos: Tensor) -> tuple[Tensor, ...]:
     """What a user writes, products in the bank's dtype; neg_mean is the gradient."""
     similarity = (query @ bank.T).float()  # (B, K)
-    distance = similarity - s_pos[:, None] - DRAW["b"]
-    p = torch.exp(-DRAW["a"] * distance.square()).clamp_max(0.999)
+    distance = similarity - s_pos[:, None] - SAMPLING["b"]
+    p = torch.exp(-SAMPLING["a"] * distance.square()).clamp_max(0.999)
     mined = (key @ bank.T).topk(TOPK)
     keep = (torch.rand_like(p) < p).scatter(1, mined.indices, False)
-    logits = torch.where(keep, similarity / DRAW["temperature"], -torch.inf)
+    logits = torch.where(keep, similarity / SAMPLING["temperature"], -torch.inf)
     neg_lse = logits.logsumexp(1)
     neg_mean = (logits - neg_lse[:, None]).exp().to(bank.dtype) @ bank
     neg_sq_lse = (2 * logits).logsumexp(1)
@@ -178,7 +185,7 @@ def loss_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
 
     def step():
         loss = psm_loss(
-            query, key, bank, **DRAW, topk=TOPK, rng_state=rng_state,
+            query, key, bank, **SAMPLING, topk=TOPK, rng_state=rng_state,
             backend="reference" if group == "torch" else group,
         )  # fmt: skip
         return torch.autograd.grad(loss, query)
@@ -213,8 +220,8 @@ PRODUCTS = {"pass": 3, "loss": 3, "topk": 1, "enqueue": 0}  # of B x K x D
 
 def measure_group(group: str, seconds: float, write: Callable[[dict], None]) -> bool:
     """Hands each row to `write`; False where something failed that was to run."""
-    reason = backends.load(group) if group in backends.TABLE else None
-    if isinstance(reason, str):
+    reason = registry.TABLE[group].unavailable() if group in registry.TABLE else None
+    if reason:
         write({"error": reason})
         return False
     flush = torch.zeros(64 << 20, device=DEVICE)
@@ -417,7 +424,7 @@ def run_groups(seconds: float, folder: Path) -> int:
     result = {
         "machine": machine[0],
         "versions": versions(),
-        "settings": DRAW | {"topk": TOPK},
+        "settings": SAMPLING | {"topk": TOPK},
         "failed": {},
         "rows": [],
     }

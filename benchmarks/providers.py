@@ -15,10 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import eager, slab
+from benchmarks import eager
 from benchmarks.cases import DTYPES, Case, Problem
 from benchmarks.measure import available_memory
-from psm_kernels import backends, functional, ops
+from benchmarks.slab import Slab
+from psm_kernels import functional, ops
+from psm_kernels.backends import registry
+from psm_kernels.backends.base import Backend
 
 Run = Callable[[], Tensor]
 OTHER_JOB = "does another job"  # of a provider that was never meant for the operation
@@ -48,7 +51,7 @@ def step(p: Problem, loss: Callable[[], Tensor]) -> Run:
 # --- ours ----------------------------------------------------------------------------------------
 
 
-def our_loss(p: Problem, backend: str) -> Tensor:
+def our_loss(p: Problem, backend: str | Backend) -> Tensor:
     name = p.case.operation.removesuffix("_forward")
     settings = {
         "psm": {"topk": p.case.topk, "rng_state": p.rng_state},
@@ -58,18 +61,24 @@ def our_loss(p: Problem, backend: str) -> Tensor:
     return loss(p.query, p.key, p.bank, backend=backend, **settings)
 
 
+def make_on(p: Problem, backend: str | Backend) -> Run:
+    if p.case.operation == "bank_topk":
+        return lambda: ops.bank_topk(p.query, p.bank, p.case.topk, backend=backend)[0]
+    return step(p, lambda: our_loss(p, backend))
+
+
 def ours(backend: str) -> Provider:
-    row = backends.TABLE[backend]
+    table = registry.TABLE[backend]
 
     def refuse(case: Case, device: str) -> str | None:
-        reason = backends.load(backend)
-        if isinstance(reason, str):
+        if table.devices is not None and device not in table.devices:
+            return OTHER_JOB
+        if (backend, device) == ("triton", "cpu"):
+            return f"runs on {device} in tests alone"
+        sums = case.operation != "bank_topk"
+        reason = table.supports(device, DTYPES[case.dtype], case.dim, case.topk, sums=sums)
+        if reason:
             return reason
-        if device not in row.devices or (backend, device) == ("triton", "cpu"):
-            return f"runs on {device} in tests alone" if device in row.devices else OTHER_JOB
-        most = row.max_topk_dim if case.operation == "bank_topk" else row.max_dim
-        if DTYPES[case.dtype] not in row.dtypes or case.dim > most:
-            return f"takes no {case.dtype} bank of {case.dim} columns"
         if case.operation == "enqueue" and backend != our_name(device):
             return "the enqueue is the same for every backend"
         return None
@@ -78,17 +87,15 @@ def ours(backend: str) -> Provider:
         if p.case.operation == "enqueue":
             memory = copy.deepcopy(p.memory)  # other cases read this bank
             return lambda: memory.enqueue(p.key)
-        if p.case.operation == "bank_topk":
-            return lambda: ops.bank_topk(p.query, p.bank, p.case.topk, backend=backend)[0]
-        return step(p, lambda: our_loss(p, backend))
+        return make_on(p, backend)
 
-    return Provider(f"psm_kernels, {row.what}", refuse, make)
+    return Provider(f"psm_kernels, {table.what}", refuse, make)
 
 
 def our_name(device: str) -> str:
     """The backend that `auto` picks."""
     probe = torch.empty(1, 128, device=device)
-    return backends.choose("auto", probe).__name__.rpartition(".")[2]
+    return registry.choose("auto", probe).name
 
 
 # --- what a user writes --------------------------------------------------------------------------
@@ -106,9 +113,7 @@ def make_eager(p: Problem, wrap=lambda call: call) -> Run:
     if p.case.operation == "enqueue":
         return make_slice_copy(p)
     call = wrap(lambda: eager.STEPS[p.case.operation](p))
-    if p.case.operation == "bank_topk":
-        return call
-    return eager.another_pass(eager.naive_pass)(step(p, call))
+    return call if p.case.operation == "bank_topk" else step(p, call)
 
 
 def make_slice_copy(p: Problem) -> Run:
@@ -132,14 +137,6 @@ def refuse_slab(case: Case, device: str) -> str | None:
     if case.operation == "unremix":
         return "not written for UnReMix, whose weights need a pass of their own"
     return OTHER_JOB if case.operation == "enqueue" else None
-
-
-def make_slab(p: Problem) -> Run:
-    if p.case.operation == "bank_topk":
-        query = p.query.detach().to(p.bank.dtype)
-        return lambda: slab.slab_topk(query, p.bank, p.case.topk)[0]
-
-    return eager.another_pass(slab.slab_pass)(step(p, lambda: our_loss(p, "reference")))
 
 
 def refuse_product(case: Case, device: str) -> str | None:
@@ -240,14 +237,14 @@ def make_faiss(p: Problem) -> Run:
 
 
 PROVIDERS = {
-    **{name: ours(name) for name in backends.TABLE if name != "reference"},
+    **{name: ours(name) for name in registry.TABLE if name != "reference"},
     "eager": Provider("plain torch with B x K matrices", refuse_matrices, make_eager),
     "compile": Provider(
         "torch.compile of eager",
         refuse_compiled,
         functools.partial(make_eager, wrap=functools.partial(torch.compile, dynamic=False)),
     ),
-    "slab": Provider("slabs of 32 MB, fused pointwise", refuse_slab, make_slab),
+    "slab": Provider(Slab.what, refuse_slab, functools.partial(make_on, backend=Slab())),
     "matmul": Provider("one query @ bank.T, nothing else", refuse_product, make_product, False),
     "lightly": Provider("NTXentLoss with a bank", peer("lightly", "info_nce"), make_lightly),
     "metric-learning": Provider(

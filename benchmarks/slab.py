@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
 
-from benchmarks.eager import carry
+from psm_kernels.backends.base import NOTHING, Backend, BankPass
 from psm_kernels.noise import keep_probability
-from psm_kernels.ops import BankPass
 
 SLAB = 32 << 20  # bytes
 
@@ -33,49 +31,48 @@ def _weigh(selection: str):
     return torch.compile(weigh, dynamic=False)
 
 
-def slab_pass(
-    query, key, bank, count, s_pos, *, temperature, selection="all", a=0.5, b=0.0, topk=0,
-    exclude_mined=False, **unused,
-) -> BankPass:  # fmt: skip
-    with torch.no_grad():
-        seen, weigh = query.to(bank.dtype), _weigh(selection)
-        mined = slab_topk(seen if key is None else key.to(bank.dtype), bank, topk)
+class Slab(Backend):
+    """Keeps no order among equal similarities and samples by torch's generator."""
+
+    name, what = "slab", "slabs of 32 MB, fused pointwise"
+
+    def bank_pass(self, query, key, bank, count, s_pos, options, exclude=NOTHING, rng_state=None):
+        o, weigh = options, _weigh(options.selection)
+        mined = self.bank_topk(query if key is None else key, bank, o.topk, count)
         parts, start = [], 0
         for rows in bank.split(_rows(len(query))):
-            scores = (seen @ rows.T).float()
-            if exclude_mined:
+            scores = (query @ rows.T).float()
+            if o.exclude_mined:
                 local = mined[1] - start
                 row, place = ((local >= 0) & (local < len(rows))).nonzero(as_tuple=True)
                 scores[row, local[row, place]] = -torch.inf
             start += len(rows)
-            weights, *sums = weigh(scores, s_pos, temperature, a, b)
+            weights, *sums = weigh(scores, s_pos, o.temperature, o.a, o.b)
             parts.append((*sums, (weights.to(bank.dtype) @ rows).float()))
         top, total, squares, kept, mean = (torch.stack(part) for part in zip(*parts, strict=True))
         shift = top.amax(0)
         scale = torch.exp(top - shift)  # (slabs, B)
         total = (total * scale).sum(0)
-        swept = BankPass(
+        return BankPass(
             shift + total.log(),
             (mean * scale[..., None]).sum(0) / total[:, None],
             2 * shift + (squares * scale.square()).sum(0).log(),
             kept.sum(0),
             *mined,
         )
-    return carry(query, swept, temperature)
 
-
-def slab_topk(query: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    if k == 0:
-        empty = query.new_empty((len(query), 0), dtype=torch.float32)
-        return empty, empty.long()
-    start, best, where = 0, [], []
-    for rows in bank.split(_rows(len(query))):
-        found = (query @ rows.T).float().topk(min(k, len(rows)), 1)
-        best.append(found.values)
-        where.append(found.indices + start)
-        start += len(rows)
-    found = torch.cat(best, 1).topk(k, 1)
-    return found.values, torch.cat(where, 1).gather(1, found.indices)
+    def bank_topk(self, query, bank, k, count, exclude=NOTHING):
+        if k == 0:
+            empty = query.new_empty((len(query), 0), dtype=torch.float32)
+            return empty, empty.long()
+        start, best, where = 0, [], []
+        for rows in bank.split(_rows(len(query))):
+            found = (query @ rows.T).float().topk(min(k, len(rows)), 1)
+            best.append(found.values)
+            where.append(found.indices + start)
+            start += len(rows)
+        found = torch.cat(best, 1).topk(k, 1)
+        return found.values, torch.cat(where, 1).gather(1, found.indices)
 
 
 def _rows(batch: int) -> int:

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.cases import Case, make_problem, sweep_cases
 from benchmarks.measure import Turns, available_memory, peak_memory
 from benchmarks.providers import OTHER_JOB, PROVIDERS
-from psm_kernels import backends
+from psm_kernels.backends import registry
 
 # Of the loss: another provider draws other negatives, metric-learning has the batch's keys besides.
 TOLERANCE = 0.03
@@ -34,7 +34,7 @@ def test_operation(case, cache, benchmark, results, options):
             runs[name] = PROVIDERS[name].make(problem)
             values[name] = runs[name]()
         except Exception as error:  # of a competitor, as where Inductor's C++ does not compile
-            if name in backends.TABLE:
+            if name in registry.TABLE:
                 raise
             runs.pop(name, None)
             reasons[name] = f"failed: {str(error).strip().splitlines()[0][:200]}"

@@ -1,18 +1,32 @@
 """Contrastive losses with memory banks, never a B x K matrix."""
 
 from psm_kernels.bank import MemoryBank
-from psm_kernels.losses import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, UnReMixLoss
+from psm_kernels.losses import (
+    HCLLoss,
+    InfoNCELoss,
+    MSFLoss,
+    NNCLRLoss,
+    PSMLoss,
+    ReSSLLoss,
+    SSCLLoss,
+    SupConLoss,
+    UnReMixLoss,
+)
 from psm_kernels.losses.stats import MiningStats, PSMOutput, rank_gradient_stats
 
 __version__ = "0.1.0"
 __all__ = [
     "HCLLoss",
     "InfoNCELoss",
+    "MSFLoss",
     "MemoryBank",
     "MiningStats",
+    "NNCLRLoss",
     "PSMLoss",
     "PSMOutput",
+    "ReSSLLoss",
     "SSCLLoss",
+    "SupConLoss",
     "UnReMixLoss",
     "rank_gradient_stats",
 ]

@@ -2,8 +2,22 @@
 
 from psm_kernels.losses.hcl import hcl_loss
 from psm_kernels.losses.info_nce import info_nce_loss
+from psm_kernels.losses.msf import msf_loss
+from psm_kernels.losses.nnclr import nnclr_loss
 from psm_kernels.losses.psm import psm_loss
+from psm_kernels.losses.ressl import ressl_loss
 from psm_kernels.losses.sscl import sscl_loss
+from psm_kernels.losses.supcon import supcon_loss
 from psm_kernels.losses.unremix import unremix_loss
 
-__all__ = ["hcl_loss", "info_nce_loss", "psm_loss", "sscl_loss", "unremix_loss"]
+__all__ = [
+    "hcl_loss",
+    "info_nce_loss",
+    "msf_loss",
+    "nnclr_loss",
+    "psm_loss",
+    "ressl_loss",
+    "sscl_loss",
+    "supcon_loss",
+    "unremix_loss",
+]

@@ -10,7 +10,7 @@ from psm_kernels._autograd import backward, refuse_transforms, remember, with_gr
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import EMPTY, NOTHING, BankPass, Exclude
 from psm_kernels.options import PassOptions, PSMOptions, takes
-from psm_kernels.rows import wide
+from psm_kernels.rows import reduce, wide
 
 MAX_EXCLUDE = 64  # slots per row: kernels look them up in a short list
 
@@ -174,7 +174,7 @@ def psm_step(
     row_offset: int = 0,
     backend: str = "auto",
 ) -> Tensor | None:
-    """PSM's loss rows (B,) of query and key (B, D) of any length, in one call of the backend; None
+    """PSM's loss, reduced, of query and key (B, D) of any length in one call of the backend; None
     where it has none for these options, and in a graph. `key` carries no gradient."""
     if torch.compiler.is_compiling():  # the table imports modules, which no graph can hold
         return None
@@ -185,7 +185,8 @@ def psm_step(
     loss, gradient = chosen.psm_step(
         query.detach(), key, bank, count, options, exclude, rng_state, row_offset
     )
-    return with_gradient(loss, gradient, query)
+    divisor = len(query) if options.reduction == "mean" else 1
+    return with_gradient(reduce(loss, options.reduction), gradient, query, divisor)
 
 
 def seen_query(query: Tensor, bank: Tensor, differentiable: bool) -> Tensor:

@@ -43,15 +43,13 @@ class PassOptions:
         checks.check_option("exclude_mined", self.exclude_mined, (False, True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """What every loss has. A method's own settings are a subclass, in the method's file."""
 
-    temperature: float = 0.5
     reduction: str = "mean"
 
     def __post_init__(self):
-        checks.check_number("temperature", self.temperature, above=0)
         checks.check_option("reduction", self.reduction, REDUCTIONS)
 
     @classmethod
@@ -66,7 +64,18 @@ class LossOptions:
 
 
 @dataclass(frozen=True)
-class PSMOptions(LossOptions):
+class ContrastiveOptions(LossOptions):
+    """Of a loss that is a softmax: all but MSF."""
+
+    temperature: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.check_number("temperature", self.temperature, above=0)
+
+
+@dataclass(frozen=True)
+class PSMOptions(ContrastiveOptions):
     """See `psm_kernels.functional.psm_loss`. Here, not in its file: backends fuse it."""
 
     topk: int = 5
@@ -110,9 +119,12 @@ def takes(options: type) -> Callable[[F], F]:
     return show
 
 
-def with_fields(signature: inspect.Signature, options: type) -> inspect.Signature:
-    """`signature` with the fields of `options` in the place of its **settings."""
+def with_fields(
+    signature: inspect.Signature, options: type, more: tuple[inspect.Parameter, ...] = ()
+) -> inspect.Signature:
+    """`signature` with `more` and the fields of `options` in the place of its **settings."""
     named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named += [p for p in more if p.name not in signature.parameters]
     taken = {p.name for p in named}
     own = [
         inspect.Parameter(

@@ -80,7 +80,7 @@ def test_a_found_toolkit_is_used(machine):
     commands = machine.nvcc_commands()
     assert "compute_80,code=[sm_80,sm_86,sm_89,sm_90,sm_120,compute_80]" in commands
     assert commands.count("code=sm_90a") == 2
-    assert commands.count("\n") == len(list(ROOT.glob("csrc/cuda/*.cu")))
+    assert commands.count("\n") == len(list(ROOT.glob("csrc/cuda/*/*.cu")))
 
 
 def test_the_toolkit_behind_a_wrapper_on_the_path(machine, tmp_path):

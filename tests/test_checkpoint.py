@@ -67,7 +67,7 @@ def test_numpy_and_paths_come_back_as_plain_values(tmp_path):
     schedule = np.linspace(0.1, 0, 5)
     for group in parts["optimizer"].param_groups:  # as the scripts of DINO and MAE do
         group["lr"], group["weight_decay"] = schedule[1], np.asarray(0.5)
-    facts = {
+    more = {
         "best": np.float32(0.5),
         "epoch": np.int64(3),
         "done": np.bool_(True),
@@ -75,7 +75,7 @@ def test_numpy_and_paths_come_back_as_plain_values(tmp_path):
         "swapped": np.arange(3, dtype=">i4"),
         "settings": {"runs": Path("a/b"), "sizes": [(np.int32(2), {np.int64(1): None})]},
     }
-    save_checkpoint(path, parts, **facts)
+    save_checkpoint(path, parts, **more)
     state = load_checkpoint(path, make_parts(1))
     assert torch.equal(state["schedule"], torch.from_numpy(schedule[::-1].copy()))
     assert state["swapped"].tolist() == [0, 1, 2]
@@ -93,7 +93,7 @@ def test_numpy_and_paths_come_back_as_plain_values(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("more", "message"),
     [
         ({"encoder": 1}, "encoder: got it for two"),
         ({"torch_rng": 1}, "torch_rng: got it for two"),
@@ -106,9 +106,9 @@ def test_numpy_and_paths_come_back_as_plain_values(tmp_path):
         ({"a": np.longdouble(1)}, "a: got numpy.longdouble, which"),
     ],
 )
-def test_what_load_would_refuse_is_refused_before_anything_is_written(tmp_path, facts, message):
+def test_what_load_would_refuse_is_refused_before_anything_is_written(tmp_path, more, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        save_checkpoint(tmp_path / "a.pt", make_parts(0), **facts)
+        save_checkpoint(tmp_path / "a.pt", make_parts(0), **more)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from ranks import DIM, WORLDS, Pool, started, unit
 
-from psm_kernels import PSMLoss, distributed
+from psm_kernels import PSMLoss
+from psm_kernels.bank import collectives
 from psm_kernels.ops import BankPass, bank_pass
 
 
@@ -30,7 +31,7 @@ def test_merge_of_any_split_is_the_whole(cuts):
         part = bank_pass(query, key, rows, held, s_pos, col_offset=start, **settings)
         index = torch.where(part.topk_index >= 0, part.topk_index + start, -1)
         parts.append(part._replace(topk_index=index))
-    merged = distributed.merge(BankPass(*map(torch.stack, zip(*parts, strict=True))))
+    merged = collectives.merge(BankPass(*map(torch.stack, zip(*parts, strict=True))))
     for got, expected in zip(
         merged, bank_pass(query, key, bank, count, s_pos, **settings), strict=True
     ):
@@ -69,12 +70,12 @@ def test_traffic_does_not_grow_with_the_bank(pool):
         mined = rows * topk * columns
         # rows of both kinds, then slots: those to leave out, those whose rows are wanted
         own = 2 * (columns * (2 if topk else 1) + 4 + (8 + 8) * topk)
-        assert big == result + mined + own + distributed._FACTS_BYTES
+        assert big == result + mined + own + collectives._SAID_BYTES
 
 
 def averaged(at):
     tensors = torch.tensor([1.0, at.rank]), torch.tensor(10.0 * at.rank)
-    distributed.average(*tensors, group=at.group)
+    collectives.average(*tensors, group=at.group)
     return [t.tolist() for t in tensors]
 
 
@@ -208,12 +209,12 @@ def test_a_killed_rank_ends_the_others_with_an_error(tmp_path, flag):
 
 
 def beside(at):
-    """A group that cannot move CPU tensors: facts go through a gloo group of its own."""
+    """A group that cannot move CPU tensors has a gloo group beside it for what the ranks say."""
     group = dist.new_group([0, 1], backend="cuda:gloo", use_local_synchronization=True)
-    distributed.agree(group, lambda: {"batch size": 4})
-    assert distributed._cpu_group(group) is distributed._cpu_group(group)
+    collectives.agree(group, lambda: {"batch size": 4})
+    assert collectives._cpu_group(group) is collectives._cpu_group(group)
     try:
-        distributed.agree(group, lambda: {"batch size": 4 + at.rank})
+        collectives.agree(group, lambda: {"batch size": 4 + at.rank})
     except ValueError as error:
         return str(error)
 
@@ -224,12 +225,12 @@ def test_groups_without_cpu_collectives_agree_through_gloo(pool):
 
 
 def long_refusal(at):
-    def facts():
+    def say():
         if at.rank == 0:
             raise ValueError("ü" * 5000)
         return {}
 
-    distributed.agree(at.group, facts)
+    collectives.agree(at.group, say)
 
 
 def test_a_long_message_is_cut(pool):

@@ -14,13 +14,17 @@ import torch
 from conftest import problem
 from test_ops import LOW, MEAN_ATOL, assert_agree, run, truth
 
-from psm_kernels import __version__
-from psm_kernels.ops import bank_topk, cpp, excluded
+from psm_kernels import __version__, noise
+from psm_kernels.backends import compiled
+from psm_kernels.backends.base import NOTHING
+from psm_kernels.backends.cpp import Cpp
+from psm_kernels.ops import bank_topk, excluded
+from psm_kernels.options import PassOptions, PSMOptions
 from psm_kernels.rows import unit_rows
 from psm_kernels.weighted import row_ranges, weighted_pass
 
-if cpp.unavailable() is not None:
-    pytest.skip(f"cpp: {cpp.unavailable()}", allow_module_level=True)
+if Cpp().unavailable() is not None:
+    pytest.skip(f"cpp: {Cpp().unavailable()}", allow_module_level=True)
 
 from psm_kernels import _C
 
@@ -201,21 +205,166 @@ def test_views_that_are_aligned_to_elements_only(isa, dim):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-# --- finish --------------------------------------------------------------------------------------
+# --- step ----------------------------------------------------------------------------------------
+
+RNG_STATE = torch.tensor([2**40 + 7, 5])
 
 
-def test_finish_does_not_depend_on_the_number_of_threads(isa, threads):
-    query, key, bank, s_pos = problem(3000, 500, 60)
-    swept = run(query, key, bank, s_pos, topk=20, exclude_mined=True, backend="cpp")
-    weighting = {"soft_weights": "attention", "weight_temperature": 0.3, "hard_weight": 0.7}
+def step(query, key, bank, count=None, *, exclude=NOTHING, row_offset=0, **settings):
+    count = torch.tensor(len(bank) if count is None else count)
+    options = PSMOptions(**{"temperature": 0.2, "weight_temperature": 0.5, **settings})
+    return Cpp().psm_step(query, key, bank, count, options, exclude, RNG_STATE, row_offset)
 
-    def finished(count):
+
+def true_step(query, key, bank, count=None, *, temperature=0.2, topk=5, a=0.5, b=0.0,
+              selection="bernoulli", soft_weights="attention", weight_temperature=0.5,
+              hard_weight=1.0):  # fmt: skip
+    """Loss rows and the gradient of their sum in float64, by autograd, from what a step reads: unit
+    rows, rounded to the bank's dtype where they mine and where they are negatives."""
+    dtype, bank = bank.dtype, bank.double()[:count]
+    leaf = query.double().requires_grad_()
+    unit, key = unit_rows(leaf, torch.float64), unit_rows(key.double(), torch.float64)
+    s_pos = (unit * key).sum(1)
+    rounded = unit + (unit.detach().float().to(dtype).double() - unit.detach())
+    near = key.float().to(dtype).double() @ bank.T
+    index = near.sort(dim=1, descending=True, stable=True).indices[:, :topk]
+    s = rounded @ bank.T
+    p = noise.keep_weight(
+        s.detach(), s_pos.detach()[:, None],
+        noise.philox_words(torch.arange(len(query)), torch.arange(len(bank)), RNG_STATE),
+        selection, a, b,
+    )  # fmt: skip
+    p = p.double().scatter(1, index, 0.0)
+    plus = s_pos / temperature
+    logits = torch.where(p > 0, s / temperature + p.log(), -torch.inf)
+    relative = logits - plus[:, None]
+    top = torch.cat((relative, torch.zeros_like(plus)[:, None]), 1).amax(1).detach()
+    others = torch.exp(relative - top[:, None]).sum(1)
+    hard = top + torch.log(torch.exp(-top) + others)
+    hard = torch.where(top == 0, torch.log1p(others), hard)
+    mined = (unit[:, None] * bank[index]).sum(2)  # (B, k)
+    m = mined / temperature - plus[:, None]
+    soft = torch.logsumexp(torch.cat((hard[:, None], m), 1), 1) if topk else hard
+    if soft_weights == "attention":
+        w = (mined / weight_temperature).softmax(1)
+    else:
+        w = torch.ones_like(mined) / (index.shape[1] if soft_weights == "uniform" else 1)
+    loss = soft + (w * (soft[:, None] - m)).sum(1) + hard_weight * hard
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    return loss.detach(), gradient
+
+
+def assert_step(got, want, dtype):
+    """Each loss, and each row of the gradient by its length. Negatives of a bf16 bank have weights in
+    bf16 where the machine multiplies them."""
+    for name, a, b in zip(("loss", "gradient"), got, want, strict=True):
+        rtol = 4e-3 if (name, dtype) == ("gradient", torch.bfloat16) else 1e-4
+        a, b = a.double().reshape(len(b), -1), b.reshape(len(b), -1)
+        error = (a - b).norm(dim=1) / b.norm(dim=1).clamp_min(1e-300)
+        assert error.max() < rtol, f"{name}: off by {error.max():.1e} of its size"
+
+
+def pairs(batch, size, dim, dtype=torch.float32, **options):
+    """Queries and keys of any length that are alike."""
+    query, key, bank, _ = problem(batch, size, dim, dtype=dtype, **options)
+    length = torch.logspace(-1, 1, batch)[:, None]
+    return length * query, 3 * query + key, bank
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "topk"),
+    [(1, 70, 8, 5), (13, 300, 20, 20), (7, 1000, 129, 0), (64, 700, 64, 5), (3, 90, 511, 20)],
+)
+@pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
+def test_step(isa, selection, batch, size, dim, topk, dtype):
+    query, key, bank = pairs(batch, size, dim, dtype)
+    settings = {"selection": selection, "topk": topk, "count": size - 7, "hard_weight": 0.7}
+    for soft_weights in ("attention", "uniform", "binary")[: 3 if topk else 1]:
+        settings["soft_weights"] = soft_weights
+        got = step(query, key, bank, **settings)
+        want = true_step(query, key, bank, **settings)
+        assert_step(got, want, dtype)
+
+
+def test_step_of_rows_of_any_length(isa):
+    """Their squares are no numbers in fp32. Zeros have no direction: no gradient of their norm."""
+    query, key, bank = pairs(6, 200, 24)
+    want = step(query, key, bank, selection="all")
+    scale = torch.tensor([1e30, 1e-30, 1.0, 1e18, 1e-18, 0.0])[:, None]
+    loss, gradient = step(query * scale, key * scale.flip(0), bank, selection="all")
+    assert loss.isfinite().all()
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(loss[1:5], want[0][1:5], rtol=1e-5, atol=0)
+    torch.testing.assert_close((gradient * scale)[1:5], want[1][1:5], rtol=1e-4, atol=1e-5)
+
+
+def test_step_on_an_empty_bank(isa):
+    query, key, bank = pairs(9, 50, 30)
+    loss, gradient = step(query, key, bank, 0)
+    assert not loss.any()
+    assert not gradient.any()
+    loss, gradient = step(query[:0], key[:0], bank)
+    assert (loss.shape, gradient.shape) == ((0,), (0, 30))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_row_that_is_not_a_number_spoils_its_step_alone(isa, bad, dtype):
+    query, key, bank = pairs(14, 400, 40, dtype)
+    want = step(query, key, bank)
+    query[5, 3], key[8, 0] = bad, bad
+    got = step(query, key, bank)
+    rest = torch.tensor([i not in (5, 8) for i in range(14)])
+    for a, b in zip(got, want, strict=True):
+        # Whom a row shares the loads of a product with may move its last bit.
+        torch.testing.assert_close(a[rest], b[rest], rtol=1e-5, atol=1e-6)
+        assert not a[~rest].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_step_rounds_unit_rows_as_torch_does(isa, dtype):
+    """With one slot, which is kept, the loss gives its similarity to the rounded query."""
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(300, 40, generator=g) * torch.logspace(0, -9, 40)  # subnormal in fp16
+    query[0] = torch.tensor([1.0 + 2.0**-9, 1.0 + 3 * 2.0**-9] * 20)
+    query = unit_rows(query)
+    bank = torch.eye(40, dtype=dtype)
+    index = torch.arange(300) % 40
+    for slot in range(40):
+        rows = index == slot
+        got = Cpp().bank_pass(query[rows].to(dtype), None, bank[slot : slot + 1], torch.tensor(1),
+                              torch.zeros(int(rows.sum())), PassOptions(1.0))  # fmt: skip
+        loss, _ = step(query[rows], -query[rows], bank[slot : slot + 1], temperature=1.0, topk=0,
+                       selection="all", hard_weight=0.0)  # fmt: skip
+        # -1 is the similarity to the key: log(1 + exp(s + 1))
+        want = torch.log1p(torch.exp(got.neg_lse.double() + 1))
+        torch.testing.assert_close(loss.double(), want, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_small_losses_keep_their_digits(isa, dtype):
+    """InfoNCE, of losses about 1e-6."""
+    g = torch.Generator().manual_seed(0)
+    query = unit_rows(torch.randn(1, 32, generator=g)).repeat(5, 1)
+    bank = unit_rows(0.6 * torch.randn(40, 32, generator=g) - query[:1]).to(dtype)
+    key = query + 0.05 * torch.randn(5, 32, generator=g)
+    settings = {"temperature": 0.06, "topk": 0, "selection": "all", "hard_weight": 0.0}
+    got, want = step(query, key, bank, **settings), true_step(query, key, bank, **settings)
+    assert ((want[0] > 1e-8) & (want[0] < 1e-5)).all()
+    assert_step(got, want, dtype)
+
+
+def test_a_step_does_not_depend_on_the_number_of_threads(isa, threads):
+    query, key, bank = pairs(3000, 500, 60)
+
+    def stepped(count):
         threads(count)
-        return cpp.psm_finish(query, key, bank, s_pos, swept, temperature=0.2, **weighting)
+        return step(query, key, bank, topk=20)
 
-    want = finished(1)
-    got = finished(3)  # above the work from which threads are started
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    want = stepped(1)
+    for count in (2, 3, 8):
+        assert all(torch.equal(a, b) for a, b in zip(stepped(count), want, strict=True))
 
 
 # --- threads and processes -----------------------------------------------------------------------
@@ -251,17 +400,14 @@ def test_no_thread_is_left_running(threads):
 def _child(queue):
     torch.set_num_threads(2)
     args = torch.load(queue.get())
-    out = cpp.bank_pass(*args)
-    queue.put([t.tolist() for t in out])
+    queue.put([t.tolist() for t in step(*args)])
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
 def test_a_forked_child_computes_the_same(threads, tmp_path):
     threads(2)
-    query, key, bank, s_pos = problem(64, 20000, 64)
-    count, rng_state = torch.tensor(20000), torch.tensor([1, 2])
-    args = (query, key, bank, count, s_pos, 0.2, "bernoulli", 0.5, 0.0, 5, rng_state, 0, 0)
-    want = [t.tolist() for t in cpp.bank_pass(*args)]
+    args = pairs(64, 20000, 64)
+    want = [t.tolist() for t in step(*args)]
     torch.save(args, tmp_path / "args.pt")
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -296,33 +442,36 @@ def test_a_child_may_load_the_kernels_after_the_fork():
 # --- memory --------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    pass
+COUNT = torch.tensor(1 << 40)  # clamped to the slots
 
 
-def workspace(batch, count, dim, topk) -> int:
-    """Bytes that a pass would ask for; the call is stopped there."""
-    sizes = []
+def pass_args(change):
+    """PassArgs that pass the checks and are never run; `change` as {"bank.dim": 3}."""
+    names = "query key s_pos affine rho neg_lse neg_mean neg_sq_lse neg_count"
+    args = _C.PassArgs(
+        options=_C.PassOptions(temperature=0.5, selection=0, topk=2, exclude_mined=True),
+        bank=_C.Bank(rows=4096, slots=10, dim=8, count=COUNT.data_ptr()),
+        exclude=_C.Exclude(slots=4096, listed=3, ids=4096, bank_ids=4096),
+        batch=4,
+        rng_state=RNG_STATE.data_ptr(),
+        **dict.fromkeys([*names.split(), "topk_sim", "topk_index"], 4096),
+    )
+    return changed(args, change)
 
-    def allocate(size):
-        sizes.append(size)
-        raise Stop
 
-    with pytest.raises(Stop):
-        _C.bank_pass(**call(batch, count, dim, topk) | {"allocate": allocate})
-    return sizes[0]
+def changed(args, change):
+    for path, value in change.items():
+        struct, _, field = path.rpartition(".")
+        part = getattr(args, struct) if struct else args
+        setattr(part, field, value)
+        if struct:
+            setattr(args, struct, part)
+    return args
 
 
-def call(batch=4, count=10, dim=8, topk=2) -> dict:
-    """Arguments of _C.bank_pass with addresses that pass its checks and are never used."""
-    names = "query key bank s_pos affine rho exclude ids bank_ids"
-    names += " neg_lse neg_mean neg_sq_lse neg_count topk_sim topk_index"
-    arguments = dict.fromkeys(names.split(), 4096)
-    arguments |= {"batch": batch, "count": count, "dim": dim, "topk": topk, "dtype": 0}
-    arguments |= {"selection": 0, "temperature": 0.5, "a": 0.5, "b": 0.0, "seed": 0, "offset": 0}
-    arguments |= {"row_offset": 0, "col_offset": 0, "isa": ISAS[0], "threads": 2}
-    arguments |= {"listed": 3, "exclude_mined": True}
-    return arguments | {"allocate": lambda size: 0}
+def workspace(batch, slots, dim, topk) -> int:
+    sizes = {"batch": batch, "bank.slots": slots, "bank.dim": dim, "options.topk": topk}
+    return _C.workspace_bytes(pass_args(sizes), ISAS[0], 2)
 
 
 def test_extra_memory_does_not_grow_with_the_bank():
@@ -338,39 +487,38 @@ def test_extra_memory_does_not_grow_with_the_bank():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": 0}, "query: got a null pointer"),
         ({"key": 0}, "key: got a null pointer"),
-        ({"bank": 0}, "bank: got a null pointer"),
+        ({"bank.rows": 0}, "bank: got a null pointer"),
+        ({"bank.count": 0}, "count: got a null pointer"),
         ({"neg_lse": 0}, "neg_lse: got a null pointer"),
+        ({"s_pos": 0}, "s_pos: got a null pointer"),
+        ({"rng_state": 0}, "rng_state: got a null pointer"),
         ({"query": 4097}, "query: got address 4097, wanted a multiple of 4"),
-        ({"bank": 4097, "dtype": 1}, "bank: got address 4097, wanted a multiple of 2"),
+        ({"bank.rows": 4097, "bank.dtype": 1}, "bank: got address 4097, wanted a multiple of 2"),
         ({"topk_index": 4100}, "topk_index: got address 4100, wanted a multiple of 8"),
         ({"batch": -1}, "batch: got -1"),
-        ({"count": -1}, "count: got -1"),
-        ({"count": 1 << 32}, "count: got 4294967296"),
-        ({"dim": 0}, "dim: got 0"),
-        ({"dim": 4097}, "dim: got 4097"),
-        ({"topk": -1}, "topk: got -1"),
+        ({"bank.slots": -1}, "slots: got -1"),
+        ({"bank.slots": 1 << 32}, "slots: got 4294967296"),
+        ({"bank.dim": 0}, "dim: got 0"),
+        ({"bank.dim": 4097}, "dim: got 4097"),
+        ({"options.topk": -1}, "topk: got -1"),
         ({"batch": 1 << 62}, "batch: got"),
-        ({"dtype": 3}, "dtype: got 3"),
-        ({"selection": 4}, "selection: got 4"),
-        ({"selection": 3, "rho": 0}, "rho: got a null pointer"),
-        ({"selection": 3, "affine": 0}, "affine: got a null pointer"),
-        ({"exclude": 0}, "exclude: got a null pointer"),
-        ({"exclude": 4100}, "exclude: got address 4100, wanted a multiple of 8"),
-        ({"listed": -1}, "listed: got -1"),
-        ({"ids": 0}, "ids: got a null pointer"),
-        ({"bank_ids": 0}, "bank_ids: got a null pointer"),
-        ({"temperature": 0.0}, "temperature: got 0"),
-        ({"temperature": float("nan")}, "temperature: got"),
-        ({"threads": 0}, "threads: got 0"),
-        ({"isa": "sse9"}, "isa: got 'sse9'"),
-        ({}, "workspace: got a null pointer"),
+        ({"bank.dtype": 3}, "dtype: got 3"),
+        ({"options.selection": 4}, "selection: got 4"),
+        ({"options.selection": 3, "rho": 0}, "rho: got a null pointer"),
+        ({"options.selection": 3, "affine": 0}, "affine: got a null pointer"),
+        ({"exclude.slots": 0}, "exclude: got a null pointer"),
+        ({"exclude.slots": 4100}, "exclude: got address 4100, wanted a multiple of 8"),
+        ({"exclude.listed": -1}, "listed: got -1"),
+        ({"exclude.ids": 0}, "ids: got a null pointer"),
+        ({"exclude.bank_ids": 0}, "bank_ids: got a null pointer"),
+        ({"options.temperature": 0.0}, "temperature: got 0"),
+        ({"options.temperature": float("nan")}, "temperature: got"),
     ],
 )
 def test_bindings_refuse_bad_arguments(change, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        _C.bank_pass(**call() | change)
+        _C.bank_pass(pass_args(change), ISAS[0], 2)
 
 
 @pytest.mark.parametrize(
@@ -378,22 +526,34 @@ def test_bindings_refuse_bad_arguments(change, message):
     [
         ({"key": 0}, "key: got a null pointer"),
         ({"query": 4097}, "query: got address 4097, wanted a multiple of 4"),
-        ({"stats": 0}, "stats: got a null pointer"),
+        ({"gradient": 0}, "gradient: got a null pointer"),
         ({"soft_weights": 3}, "soft_weights: got 3"),
         ({"weight_temperature": 0.0}, "weight_temperature: got 0"),
-        ({"slots": 2}, "topk_index: got 2"),
-        ({"slots": 3, "isa": "sse9"}, "isa: got 'sse9'"),
+        ({"pass_": pass_args({"options.selection": 3})}, "selection: got 3"),
+        ({"pass_": pass_args({"batch": -1})}, "batch: got -1"),
     ],
 )
-def test_finish_refuses_bad_arguments(change, message):
-    index = torch.tensor([-1, 2])
-    names = "query key bank s_pos neg_lse neg_mean neg_sq_lse neg_count loss grad_query stats"
-    arguments = dict.fromkeys(names.split(), 4096) | {"topk_index": index.data_ptr()}
-    arguments |= {"batch": 1, "slots": 3, "dim": 8, "dtype": 0, "topk": 2, "threads": 2}
-    arguments |= {"temperature": 0.5, "soft_weights": 0, "weight_temperature": 1.0}
-    arguments |= {"hard_weight": 1.0, "isa": ISAS[0]}
+def test_a_step_refuses_bad_arguments(change, message):
+    addresses = dict.fromkeys(("query", "key", "loss", "gradient"), 4096)
+    args = changed(_C.StepArgs(pass_=pass_args({}), **addresses), change)
     with pytest.raises(ValueError, match=f"^{message}"):
-        _C.psm_finish(**arguments | change)
+        _C.psm_step(args, ISAS[0], 2)
+
+
+def test_threads_and_instruction_set_are_checked():
+    with pytest.raises(ValueError, match=r"^threads: got 0"):
+        _C.bank_pass(pass_args({}), ISAS[0], 0)
+    with pytest.raises(ValueError, match=r"^isa: got 'sse9'"):
+        _C.bank_pass(pass_args({}), "sse9", 2)
+
+
+def test_a_struct_refuses_what_is_not_its_field():
+    with pytest.raises(TypeError, match=r"there is no field 'depth'"):
+        _C.Bank(depth=3)
+    with pytest.raises(TypeError, match=r"dim: got 2\.5"):
+        _C.Bank(dim=2.5)
+    name = "".join(["d", "im"])  # not the same object as the name in the module
+    assert _C.Bank(**{name: 7}).dim == 7
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
@@ -407,6 +567,6 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
 
 def test_a_module_of_other_sources_is_refused(monkeypatch):
     monkeypatch.setattr(_C, "source_id", f"{__version__}+0000000000000000")
-    assert "built from other sources" in cpp.unavailable.__wrapped__()
+    assert "built from other sources" in compiled.unavailable.__wrapped__()
     monkeypatch.setattr(_C, "source_id", "0.0.1")
-    assert "pip install -e ." in cpp.unavailable.__wrapped__()
+    assert "pip install -e ." in compiled.unavailable.__wrapped__()

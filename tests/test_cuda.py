@@ -5,13 +5,27 @@ has no such name, run those of sm_80, so that a hang of one leaves the results o
 
 import functools
 
+import cold
 import pytest
 import torch
 from conftest import problem
-from test_cuda_host import LOW, MEAN_ATOL, arguments, assert_agree, hidden, widened
+from test_cuda_host import (
+    LOW,
+    MEAN_ATOL,
+    STATE,
+    arguments,
+    assert_agree,
+    exact_rows,
+    hidden,
+    step_in_float64,
+    widened,
+)
 
-from psm_kernels import MemoryBank, functional, noise
-from psm_kernels.ops import NOTHING, BankPass, Exclude, bank_pass, cuda, reference
+from psm_kernels import MemoryBank, noise
+from psm_kernels.backends.base import NOTHING, BankPass, Exclude
+from psm_kernels.backends.cuda import Cuda
+from psm_kernels.backends.reference import Reference
+from psm_kernels.options import PSMOptions
 from psm_kernels.weighted import weighted_pass
 
 pytestmark = [
@@ -22,8 +36,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def built():
-    reason = backends.load("cuda")
-    if isinstance(reason, str):
+    if reason := Cuda().unavailable():
         pytest.fail(reason)
 
 
@@ -40,23 +53,23 @@ def on_device(args, device="cuda"):
 
 
 def run(args, device="cuda", **flags) -> BankPass:
-    return BankPass(*(x.cpu() for x in cuda.bank_pass(*on_device(args, device), **flags)))
+    return BankPass(*(x.cpu() for x in Cuda(**flags).bank_pass(*on_device(args, device))))
 
 
 def truth(args) -> BankPass:
     """In float64; on the GPU, for otherwise it takes nearly all of the time."""
-    return BankPass(*(x.cpu() for x in reference.bank_pass(*on_device(widened(args)))))
+    return BankPass(*(x.cpu() for x in Reference().bank_pass(*on_device(widened(args)))))
 
 
-def rows_of_sure_draws(args) -> torch.Tensor:
-    """(B,) whether no draw of the row lies so close to its p that rounding decides it: one of some
-    10 million does, and this file makes 30 million."""
-    query, _, bank, count, s_pos, _, selection, a, b, _, rng_state, row, col = on_device(args)[:13]
-    if selection != "bernoulli":
+def rows_of_sure_samples(args) -> torch.Tensor:
+    """(B,) whether no sample of the row lies so close to its p that rounding decides it: one of
+    some 10 million does, and this file makes 30 million."""
+    query, _, bank, count, s_pos, options, _, rng_state = on_device(args)
+    if options.selection != "bernoulli":
         return torch.ones(len(query), dtype=torch.bool)
     similarity = query.double() @ bank[:count].double().T
-    p = noise.keep_probability(similarity, s_pos.double()[:, None], a, b)
-    words = noise.philox_block(row, *p.shape, col, rng_state)
+    p = noise.keep_probability(similarity, s_pos.double()[:, None], options.a, options.b)
+    words = noise.philox_block(options.row_offset, *p.shape, options.col_offset, rng_state)
     return ((words / 2**32 - p).abs() > 2e-6).all(1).cpu()
 
 
@@ -71,7 +84,7 @@ def test_odd_sizes(batch, size, dim, topk, selection, dtype, force_sm80):
     query, key, bank, s_pos = problem(batch, size, dim, dtype=dtype)
     bank[count:] = torch.nan
     args = arguments(query, key, bank, s_pos, selection=selection, topk=topk, count=count)
-    got, sure = run(args, force_sm80=force_sm80), rows_of_sure_draws(args)
+    got, sure = run(args, force_sm80=force_sm80), rows_of_sure_samples(args)
     assert sure.float().mean() > 0.9
     assert_agree(*(BankPass(*(x[sure] for x in out)) for out in (got, truth(args))), dtype)
     again = run(args, force_sm80=force_sm80)
@@ -91,7 +104,7 @@ def test_what_is_hidden(dim, lists, ids, exclude_mined, selection, dtype, force_
     exclude = hidden(batch, size, count, lists=lists, ids=ids)
     settings = {"exclude": exclude, "exclude_mined": exclude_mined, "col_offset": 21}
     args = arguments(query, key, bank, s_pos, selection=selection, count=count, **settings)
-    got, sure = run(args, force_sm80=force_sm80), rows_of_sure_draws(args)
+    got, sure = run(args, force_sm80=force_sm80), rows_of_sure_samples(args)
     assert sure.float().mean() > 0.5
     assert_agree(*(BankPass(*(x[sure] for x in out)) for out in (got, truth(args))), dtype)
     again = run(args, force_sm80=force_sm80)
@@ -119,8 +132,8 @@ def test_bank_topk(dtype, size, dim, k, force_sm80):
     _, key, bank, _ = problem(140, size, dim, dtype=dtype)
     bank[size - 10 :] = torch.nan
     key, count = key.to(dtype), torch.tensor(size - 10)
-    sim, index = cuda.bank_topk(*on_device((key, bank, k, count)), force_sm80=force_sm80)
-    want_sim, want_index = reference.bank_topk(key.double(), bank.double(), k, count)
+    sim, index = Cuda(force_sm80=force_sm80).bank_topk(*on_device((key, bank, k, count)))
+    want_sim, want_index = Reference().bank_topk(key.double(), bank.double(), k, count)
     torch.testing.assert_close(sim.cpu().double(), want_sim, atol=1e-6, rtol=1e-5)
     assert (index.cpu() == want_index).float().mean() > 0.99
 
@@ -130,9 +143,9 @@ def test_bank_topk_takes_many_rows_in_chunks(force_sm80):
     """Cell maxima of 16,000 rows take more than the 128 MB of a chunk."""
     _, key, bank, _ = problem(16_000, 17_000, 8, dtype=torch.bfloat16, few_bits=True)
     key, count = key.bfloat16(), torch.tensor(17_000)
-    _, index = cuda.bank_topk(*on_device((key, bank, 200, count)), force_sm80=force_sm80)
+    _, index = Cuda(force_sm80=force_sm80).bank_topk(*on_device((key, bank, 200, count)))
     some = torch.tensor([0, 127, 128, 15_700, 15_800, 15_999])
-    want = reference.bank_topk(key[some].double(), bank.double(), 200, count)[1]
+    want = Reference().bank_topk(key[some].double(), bank.double(), 200, count)[1]
     assert torch.equal(index.cpu()[some], want)
 
 
@@ -143,8 +156,8 @@ def test_bank_topk_takes_many_rows_in_chunks(force_sm80):
 @pytest.mark.parametrize("hides", [False, True])
 def test_weighted_pass(hides, batch, size, dim, count, dtype):
     query, _, bank, _ = problem(batch, size, dim, dtype=dtype)
-    draw = torch.Generator().manual_seed(1)
-    affine, rho = torch.rand(5, batch, generator=draw) - 0.3, torch.rand(size, generator=draw)
+    random = torch.Generator().manual_seed(1)
+    affine, rho = torch.rand(5, batch, generator=random) - 0.3, torch.rand(size, generator=random)
     affine[3] = (query.to(dtype).float() @ bank.float().T).max(1).values
     exclude = hidden(batch, size, count) if hides else NOTHING
     args = (query.to(dtype), bank, torch.tensor(count), 0.3, affine, rho, exclude)
@@ -153,7 +166,7 @@ def test_weighted_pass(hides, batch, size, dim, count, dtype):
         args[0].double(), bank.double(), count, temperature=0.3, rho=rho.double(),
         exclude=exclude, **dict(zip(names, affine.double(), strict=True)), backend="reference",
     )  # fmt: skip
-    got = [x.cpu().double() for x in cuda.weighted_pass(*on_device(args))]
+    got = [x.cpu().double() for x in Cuda().weighted_pass(*on_device(args))]
     mean = MEAN_ATOL[dtype]
     for a, b, atol in zip(got, want, (1e-5, mean, 1e-4), strict=True):
         torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
@@ -164,25 +177,25 @@ def test_weighted_pass(hides, batch, size, dim, count, dtype):
 def test_streams_and_graphs_see_current_inputs(dtype, force_sm80):
     settings = {"exclude": hidden(70, 3000, 3000), "exclude_mined": True}
     args = on_device(arguments(*problem(70, 3000, 128, dtype=dtype), **settings))
-    sweep = functools.partial(cuda.bank_pass, *args, force_sm80=force_sm80)
-    want = sweep()
+    run_pass = functools.partial(Cuda(force_sm80=force_sm80).bank_pass, *args)
+    want = run_pass()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        got = sweep()
+        got = run_pass()
     torch.cuda.current_stream().wait_stream(stream)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = sweep()
-    query, count, rng_state = args[0], args[3], args[10]
+        captured = run_pass()
+    query, count, rng_state = args[0], args[3], args[7]
     for step in range(3):
         query.copy_(query.roll(1, 0))
         count.sub_(100)
         rng_state[1] += step
         graph.replay()
-        want = sweep()
+        want = run_pass()
         assert all(torch.equal(a, b) for a, b in zip(captured, want, strict=True))
 
 
@@ -213,35 +226,30 @@ def test_enqueue(key_dtype, dtype):
         torch.testing.assert_close(got.bank, want.bank, atol=0, rtol=rtol)
 
 
+@each_path
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
 @pytest.mark.parametrize("soft_weights", ["attention", "uniform", "binary"])
-def test_finish_is_the_loss_and_its_gradient(soft_weights, selection, dtype):
-    query, key, bank, s_pos = on_device(problem(40, 900, 96, dtype=dtype))
-    count, rng_state = torch.tensor(800, device="cuda"), torch.tensor([3, 4], device="cuda")
-    draw = {"temperature": 0.3, "selection": selection, "a": 2.0, "b": -0.1, "row_offset": 7}
-    draw["rng_state"] = rng_state if selection == "bernoulli" else None
-    rest = {"soft_weights": soft_weights, "weight_temperature": 0.7, "hard_weight": 0.6}
-    swept = bank_pass(
-        query, key, bank, count, s_pos, topk=5, exclude_mined=True, backend="reference", **draw
-    )
-    loss, grad, (kept, mean, var) = cuda.psm_finish(
-        query, key, bank, s_pos, swept, temperature=0.3, **rest
-    )
-    leaf = query.clone().requires_grad_()
-    want = functional.psm_loss(
-        leaf, key, bank, count=count, topk=5, reduction="none", return_stats=True,
-        backend="reference", **draw, **rest,
-    )  # fmt: skip
-    want.loss.sum().backward()
-    # psm_loss normalizes its inputs once more, after which some entries round to their neighbors.
-    loose = 2e-5 if dtype is torch.float32 else 1e-3
-    torch.testing.assert_close(loss, want.loss.detach(), atol=loose, rtol=1e-5)
-    along = (grad * query).sum(1, keepdim=True) * query
-    torch.testing.assert_close(grad - along, leaf.grad, atol=loose, rtol=1e-4)
-    torch.testing.assert_close(kept, want.stats.kept_count, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(mean, want.stats.grad_mean, atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(var, want.stats.grad_var, atol=1e-5, rtol=1e-2)
+@pytest.mark.parametrize("topk", [0, 5])
+def test_psm_step(topk, soft_weights, selection, dtype, force_sm80):
+    """Of rows that are exact in every dtype; also captured in a graph, which sees new queries."""
+    query, key, bank = exact_rows(300, 2000, dtype=dtype)
+    settings = {
+        "temperature": 0.3, "selection": selection, "a": 2.0, "b": -0.1, "topk": topk,
+        "soft_weights": soft_weights, "weight_temperature": 0.7, "hard_weight": 0.6,
+    }  # fmt: skip
+    args = on_device((query, key, bank, torch.tensor(1900)))
+    rest = (PSMOptions(**settings), NOTHING, STATE.cuda(), 7)
+    run_step = functools.partial(Cuda(force_sm80=force_sm80).psm_step, *args, *rest)
+    got = run_step()
+    want = step_in_float64(query, key, bank, count=1900, row_offset=7, **settings)
+    cold.assert_step(got, want, dtype)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_step()
+    args[0].copy_(args[0].roll(1, 0))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run_step(), strict=True))
 
 
 @each_path
@@ -250,5 +258,5 @@ def test_memory_does_not_grow_with_batch_times_bank(force_sm80):
     args = on_device(arguments(*problem(256, 1 << 20, 64, dtype=torch.bfloat16), **settings))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    cuda.bank_pass(*args, force_sm80=force_sm80)
+    Cuda(force_sm80=force_sm80).bank_pass(*args)
     assert torch.cuda.max_memory_allocated() - before < 64 << 20  # B x K fp32 would be 1 GB

@@ -16,8 +16,13 @@ import torch
 from conftest import problem
 from ptx import machine, runtime, text
 
-from psm_kernels import MemoryBank, functional, noise
-from psm_kernels.ops import EMPTY, NOTHING, BankPass, Exclude, bank_pass, cuda, reference
+from psm_kernels import noise
+from psm_kernels.backends.base import EMPTY, NOTHING, BankPass, Exclude
+from psm_kernels.backends.cuda import Cuda
+from psm_kernels.backends.reference import Reference
+from psm_kernels.bank.memory_bank import MemoryBank
+from psm_kernels.functional import psm_loss
+from psm_kernels.options import PassOptions, PSMOptions
 from psm_kernels.weighted import weighted_pass
 
 pytestmark = pytest.mark.skipif(
@@ -35,6 +40,9 @@ PATHS = [
 ]
 CAPABILITY = {"sm80": 8, "sm90": 9}
 SEED, OFFSET = 0x1234567_89ABCDEF, 3 << 33 | 5
+STATE = torch.tensor([SEED, OFFSET])
+CELLS = 244  # where KernelArgs has its cells
+CUDA, REFERENCE = Cuda(), Reference()
 
 
 @pytest.fixture
@@ -42,39 +50,25 @@ def gpu(monkeypatch) -> runtime.Gpu:
     return runtime.Gpu(monkeypatch)
 
 
-def arguments(query, key, bank, s_pos, **settings):
-    settings = {
-        "count": len(bank),
-        "temperature": 0.2,
-        "selection": "bernoulli",
-        "a": 2.0,
-        "b": -0.1,
-        "topk": 5,
-        "rng_state": torch.tensor([SEED, OFFSET]),
-        "row_offset": 0,
-        "col_offset": 0,
-        "exclude": NOTHING,
-        "exclude_mined": False,
-        **settings,
-    }
-    settings["count"] = torch.tensor(settings["count"])
-    key = key.to(bank.dtype) if settings["topk"] else None
-    count = settings.pop("count")
-    return query.to(bank.dtype), key, bank, count, s_pos, *settings.values()
+def arguments(query, key, bank, s_pos, count=None, exclude=NOTHING, **settings):
+    options = PassOptions(
+        **{"temperature": 0.2, "selection": "bernoulli", "a": 2.0, "b": -0.1, "topk": 5, **settings}
+    )
+    count = torch.tensor(len(bank) if count is None else count)
+    key = key.to(bank.dtype) if options.topk else None
+    return query.to(bank.dtype), key, bank, count, s_pos, options, exclude, STATE
 
 
 def widened(args) -> list:
     return [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
 
 
-def both(gpu, problem, path, cut=1, **settings) -> tuple[BankPass, BankPass]:
+def both(gpu, problem, path, cut=1, cell_log2=0, **settings) -> tuple[BankPass, BankPass]:
     """The kernels with `cut` multiprocessors to divide the work among, and the reference in
     float64 on the same rounded inputs."""
-    cell_log2 = settings.pop("cell_log2", 0)
     args = arguments(*problem, **settings)
     gpu.capability, gpu.multiprocessors = CAPABILITY[path], cut
-    got = BankPass(*cuda.bank_pass(*args, cell_log2=cell_log2))
-    return got, BankPass(*reference.bank_pass(*widened(args)))
+    return Cuda(cell_log2=cell_log2).bank_pass(*args), REFERENCE.bank_pass(*widened(args))
 
 
 def assert_agree(got: BankPass, want: BankPass, dtype):
@@ -122,8 +116,8 @@ def test_it_does_not_matter_when_asynchronous_work_is_done(gpu, path, dtype):
     query, key, bank, s_pos = problem(3, 420, 128, dtype=dtype)
     got, want = both(gpu, (query, key, bank, s_pos), path, 2, count=400)
     assert_agree(got, want, dtype)
-    _, index = cuda.bank_topk(key.to(dtype), bank, 9, torch.tensor(400))
-    want = reference.bank_topk(key.to(dtype).double(), bank.double(), 9, torch.tensor(400))
+    _, index = CUDA.bank_topk(key.to(dtype), bank, 9, torch.tensor(400))
+    want = REFERENCE.bank_topk(key.to(dtype).double(), bank.double(), 9, torch.tensor(400))
     assert torch.equal(index, want[1])
 
 
@@ -155,7 +149,7 @@ def test_exact_products_give_the_same_masks_and_indices(gpu, path, dtype):
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
 def test_masks_do_not_depend_on_how_the_bank_is_cut(gpu, path, dtype):
-    """A shard that starts anywhere draws the noise of its global slots."""
+    """A shard that starts anywhere has the noise of its global slots."""
     query, key, bank, s_pos = problem(4, 400, 64, dtype=dtype, few_bits=True)
     whole = both(gpu, (query, key, bank, s_pos), path, row_offset=7)[0]
     counts = torch.zeros(4)
@@ -260,8 +254,8 @@ def test_bank_topk(gpu, path, dtype, size, dim, k, cut, cell_log2):
     bank[size - 10 :] = torch.nan
     gpu.capability, gpu.multiprocessors = CAPABILITY[path], cut
     key, count = key.to(dtype), torch.tensor(size - 10)
-    sim, index = cuda.bank_topk(key, bank, k, count, cell_log2=cell_log2)
-    want_sim, want_index = reference.bank_topk(key.double(), bank.double(), k, count)
+    sim, index = Cuda(cell_log2=cell_log2).bank_topk(key, bank, k, count)
+    want_sim, want_index = REFERENCE.bank_topk(key.double(), bank.double(), k, count)
     torch.testing.assert_close(sim.double(), want_sim, atol=1e-6, rtol=1e-5)
     assert (index == want_index).float().mean() > 0.99
 
@@ -269,8 +263,8 @@ def test_bank_topk(gpu, path, dtype, size, dim, k, cut, cell_log2):
 def test_bank_topk_of_odd_widths(gpu):
     _, key, bank, _ = problem(5, 257, 33, dtype=torch.bfloat16)
     key, count = key.bfloat16(), torch.tensor(257)
-    sim, _ = cuda.bank_topk(key, bank, 20, count)
-    want = reference.bank_topk(key.double(), bank.double(), 20, count)
+    sim, _ = CUDA.bank_topk(key, bank, 20, count)
+    want = REFERENCE.bank_topk(key.double(), bank.double(), 20, count)
     torch.testing.assert_close(sim.double(), want[0], atol=1e-6, rtol=1e-5)
 
 
@@ -283,8 +277,8 @@ def test_bank_topk_gives_ties_to_the_smaller_slot(gpu, path, dtype, cell_log2):
     gpu.capability, gpu.multiprocessors = CAPABILITY[path], 2
     key, count = key.to(dtype), torch.tensor(700)
     for k in (1, 3, 6, 50):
-        _, index = cuda.bank_topk(key, bank, k, count, cell_log2=cell_log2)
-        want = reference.bank_topk(key.double(), bank.double(), k, count)[1]
+        _, index = Cuda(cell_log2=cell_log2).bank_topk(key, bank, k, count)
+        want = REFERENCE.bank_topk(key.double(), bank.double(), k, count)[1]
         assert torch.equal(index, want)
 
 
@@ -304,14 +298,14 @@ def test_the_size_of_cells(gpu, slots, dim, k, group, log2):
     """From the arguments of a launch that is not run."""
     gpu.capability, gpu.runs = 9 if group > 1 else 8, False
     gpu.place(None)
-    outputs = ("neg_lse", "neg_mean", "neg_sq_lse", "neg_count", "topk_sim", "topk_index")
-    runtime.module().cuda.bank_pass(
-        query=0, key=4096, bank=4096, count=0, s_pos=0, rng_state=0, batch=1, slots=slots, dim=dim,
-        dtype=1, selection=2, temperature=1.0, a=0.0, b=0.0, topk=k, row_offset=0, col_offset=0,
-        sums=False, null_epilogue=False, force_sm80=False, cell_log2=0, device=0, stream=0,
-        allocate=lambda size: 4096, **dict.fromkeys(outputs, 0),
+    kernels, at = runtime.module(), 4096
+    args = kernels.PassArgs(
+        options=kernels.PassOptions(selection=2, topk=k), batch=1, key=at,
+        bank=kernels.Bank(rows=at, slots=slots, dim=dim, dtype=1, count=at),
+        topk_sim=at, topk_index=at,
     )  # fmt: skip
-    planned_log2, planned_group, room = struct.unpack_from("3i", gpu.values[0], 116)  # PassArgs
+    kernels.cuda.bank_pass(args, device=0, stream=0, workspace=at)
+    planned_log2, planned_group, room = struct.unpack_from("3i", gpu.values[0], CELLS)
     assert (planned_log2, planned_group) == (log2, group)
     assert room << log2 >= slots
     assert room % group == 0
@@ -331,11 +325,11 @@ def test_a_bad_slot_hides_no_other(gpu, path, dtype):
 
 def hidden(batch: int, size: int, count: int, *, lists=True, ids=True) -> Exclude:
     """Slots twice, behind `count`, outside the bank; any number of copies of an id; empty slots."""
-    draw = torch.Generator().manual_seed(batch)
-    slots = torch.randint(-3, size + 3, (batch, 7), generator=draw)
+    random = torch.Generator().manual_seed(batch)
+    slots = torch.randint(-3, size + 3, (batch, 7), generator=random)
     slots[:, 3] = slots[:, 5]
     slots[0] = 2**40
-    bank_ids = torch.randint(-1, 2 * batch, (size,), generator=draw)
+    bank_ids = torch.randint(-1, 2 * batch, (size,), generator=random)
     bank_ids[size // 3 : size // 2] = torch.arange(size // 3, size // 2) % 2  # copies of 0 and 1
     bank_ids[::17] = EMPTY
     named = torch.arange(batch) // 2  # two rows of one id
@@ -407,9 +401,9 @@ def test_flags_of_a_long_bank(gpu, path):
 @pytest.mark.parametrize("temperature", [0.05, 0.02])
 def test_cold_temperatures(gpu, path, dtype, selection, temperature):
     """Mined rows hold exp(0.4/0.02) = 5e8 times what is left: no sum may hold them."""
-    gpu.capability = CAPABILITY[path]
     p, settings = cold.problem(size=230), {"selection": selection, "temperature": temperature}
-    cold.assert_step(cold.step(cuda, p, dtype, **settings), cold.answer(p, **settings), dtype)
+    got = step(gpu, path, *p[:2], p.bank.to(dtype), count=230, state=cold.RNG_STATE, **settings)
+    cold.assert_step(got, cold.answer(p, **settings), dtype)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -419,12 +413,12 @@ def test_cold_temperatures(gpu, path, dtype, selection, temperature):
 @pytest.mark.parametrize("hides", [False, True])
 def test_weighted_pass(gpu, hides, batch, size, dim, count, dtype):
     query, _, bank, _ = problem(batch, size, dim, dtype=dtype)
-    draw = torch.Generator().manual_seed(1)
-    rows = {name: torch.rand(batch, generator=draw) - 0.3 for name in ("alpha", "beta", "gamma")}
+    random = torch.Generator().manual_seed(1)
+    rows = {name: torch.rand(batch, generator=random) - 0.3 for name in ("alpha", "beta", "gamma")}
     query = query.to(dtype).float()
     rows["top"] = (query @ bank.float().T).max(1).values
     rows["cap"] = torch.full((batch,), 0.2)
-    rho = torch.rand(size, generator=draw) - 0.5
+    rho = torch.rand(size, generator=random) - 0.5
     exclude = hidden(batch, size, count) if hides else NOTHING
     want = weighted_pass(
         query.double(),
@@ -439,7 +433,7 @@ def test_weighted_pass(gpu, hides, batch, size, dim, count, dtype):
     bank[count:], rho[count:] = torch.nan, torch.nan
     affine = torch.stack(tuple(rows.values()))
     args = (query.to(dtype), bank, torch.tensor(count), 0.3, affine, rho, exclude)
-    log_sum, mean, weight = cuda.weighted_pass(*args)
+    log_sum, mean, weight = CUDA.weighted_pass(*args)
     torch.testing.assert_close(log_sum.double(), want.log_sum, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(weight.double(), want.weight, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(mean.double(), want.mean, atol=MEAN_ATOL[dtype], rtol=1e-4)
@@ -452,10 +446,9 @@ def test_weighted_pass(gpu, hides, batch, size, dim, count, dtype):
 def test_the_noise_is_the_canonical_one(gpu, path, dtype, row_offset, col_offset):
     """A bank of unit vectors: the mean of what is kept is the mask itself."""
     bank, query = torch.eye(64).to(dtype), torch.full((19, 64), 0.125)
-    state = torch.tensor([SEED, OFFSET])
     settings = {"row_offset": row_offset, "col_offset": col_offset, "topk": 0}
     got, _ = both(gpu, (query, query, bank, torch.zeros(19)), path, a=44.0, b=0.0, **settings)
-    words = noise.philox_block(row_offset, 19, 64, col_offset, state)
+    words = noise.philox_block(row_offset, 19, 64, col_offset, STATE)
     assert torch.equal(got.neg_mean > 0, words < math.exp(-44.0 / 64) * 2**32)
 
 
@@ -474,7 +467,7 @@ def test_enqueue(gpu, key_dtype, dtype):
         slots = torch.arange(int(got.ptr), int(got.ptr) + batch)[-10:] % 10
         named[slots] = -1 if ids is None else ids[-10:]
         want.enqueue(keys, labels)
-        cuda.enqueue(keys, labels, ids, got.bank, got.labels, bank_ids, got.ptr, got.count)
+        CUDA.enqueue(keys, labels, ids, got.bank, got.labels, bank_ids, got.ptr, got.count)
         assert torch.equal(bank_ids, named)
         assert torch.equal(got.ptr, want.ptr)
         assert torch.equal(got.count, want.count)
@@ -482,42 +475,119 @@ def test_enqueue(gpu, key_dtype, dtype):
         torch.testing.assert_close(got.bank, want.bank, atol=0, rtol=2.0**-8)
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
+def step(
+    gpu, path, query, key, bank, *, count, exclude=NOTHING, row_offset=0, state=STATE, **settings
+):
+    gpu.capability, gpu.multiprocessors = CAPABILITY[path], 2
+    options = PSMOptions(**settings)
+    return CUDA.psm_step(query, key, bank, torch.tensor(count), options, exclude, state, row_offset)
+
+
+def step_in_float64(query, key, bank, *, count, exclude=NOTHING, row_offset=0, **settings):
+    """psm_loss and its gradient by `query`, of the rounded rows that the kernels sum over."""
+    leaf = query.double().requires_grad_()
+    loss = psm_loss(
+        leaf, key.double(), bank.double(), count=count, rng_state=STATE,
+        row_offset=row_offset, ids=exclude.ids, bank_ids=exclude.bank_ids,
+        reduction="none", backend="reference", **settings,
+    )  # fmt: skip
+    loss.sum().backward()
+    return loss.detach(), leaf.grad
+
+
+def exact_rows(batch, size, dim=64, *, dtype, seed=0):
+    """Rows of any power of two in length whose unit rows are exact in every dtype: only then do
+    the kernels, which round, and float64 sample the same."""
+    query, key, bank, _ = problem(batch, size, dim, dtype=dtype, few_bits=True, seed=seed)
+    return query * 4.0, key / 2.0, bank
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
 @pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
 @pytest.mark.parametrize("soft_weights", ["attention", "uniform", "binary"])
-@pytest.mark.parametrize(("size", "topk"), [(60, 5), (3, 3), (60, 0), (0, 5)])
-def test_finish_is_the_loss_and_its_gradient(gpu, size, topk, soft_weights, selection, dtype):
-    """Of a pass without what it mined, against functional.psm_loss under autograd."""
-    query, key, bank, s_pos = problem(4, max(size, 10), 20, dtype=dtype)
-    rng_state = torch.tensor([SEED, OFFSET])
+@pytest.mark.parametrize(("size", "topk"), [(60, 5), (3, 5), (60, 0), (0, 5)])
+def test_psm_step(gpu, size, topk, soft_weights, selection, path, dtype):
+    query, key, bank = exact_rows(4, max(size, 10), dtype=dtype)
     settings = {
+        "temperature": 0.3, "selection": selection, "a": 2.0, "b": -0.1, "row_offset": 3,
+        "soft_weights": soft_weights, "weight_temperature": 0.7, "hard_weight": 0.6,
+        "topk": topk, "count": size,
+    }  # fmt: skip
+    got = step(gpu, path, query, key, bank, **settings)
+    want = step_in_float64(query, key, bank, **settings)
+    cold.assert_step(got, want, dtype)
+    known = ("unit_kernel", "mined_kernel", "merge_kernel", "loss_kernel")
+    stages = [name for launch in gpu.launches for name in known if name in launch]
+    assert stages == [name for name in known if topk or name != "mined_kernel"]
+
+
+@pytest.mark.parametrize("dim", [20, 64, 250])
+@pytest.mark.parametrize("scale", [1e30, 1.0, 1e-30])
+def test_psm_step_of_rows_of_any_length(gpu, scale, dim):
+    """Their squares are not fp32 numbers."""
+    query, key, bank, _ = problem(3, 90, dim)
+    settings = {"temperature": 0.2, "selection": "all", "count": 90}
+    got = step(gpu, "sm80", query * scale, key * scale, bank, **settings)
+    want = step_in_float64(query, key, bank, **settings)
+    torch.testing.assert_close(got[0].double(), want[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[1].double() * scale, want[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+def test_psm_step_of_rows_of_zeros(gpu, path, dtype):
+    """Of numbers below the normal ones as well: a row stays as it is, and so does its gradient."""
+    query, key, bank, _ = problem(4, 90, 64, dtype=dtype)
+    query[1], query[2], key[3] = 0.0, 1e-40, 0.0
+    settings = {"temperature": 0.2, "selection": "all", "count": 90}
+    loss, gradient = step(gpu, path, query, key, bank, **settings)
+    want = step_in_float64(query.where(query.abs() > 1e-39, 0.0), key, bank, **settings)
+    torch.testing.assert_close(loss.double(), want[0], atol=1e-3, rtol=1e-3)
+    assert gradient.isfinite().all()
+    rows = torch.tensor([0, 3])
+    torch.testing.assert_close(gradient[rows].double(), want[1][rows], atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+def test_a_bad_row_spoils_its_own_step_alone(gpu, path, dtype):
+    query, key, bank = exact_rows(5, 90, dtype=dtype)
+    settings = {"temperature": 0.2, "count": 90}
+    good = step(gpu, path, query, key, bank, **settings)
+    query[1, 3], key[2, 4] = math.nan, math.inf
+    loss, gradient = step(gpu, path, query, key, bank, **settings)
+    others = torch.tensor([0, 3, 4])
+    assert torch.equal(loss[others], good[0][others])
+    assert torch.equal(gradient[others], good[1][others])
+    assert loss[1:3].isnan().all()
+    assert gradient[1:3].isnan().any(1).all()
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize("topk", [0, 5])
+def test_psm_step_sees_nothing_hidden(gpu, path, dtype, topk):
+    query, key, bank = exact_rows(19, 200, dtype=dtype)
+    settings = {
+        "exclude": hidden(19, 200, 190, lists=False),
+        "count": 190,
+        "topk": topk,
         "temperature": 0.3,
-        "selection": selection,
-        "a": 2.0,
-        "b": -0.1,
-        "row_offset": 3,
     }
-    rest = {"soft_weights": soft_weights, "weight_temperature": 0.7, "hard_weight": 0.6}
-    count = torch.tensor(size)
-    swept = bank_pass(
-        query, key, bank, count, s_pos, **settings, topk=topk, rng_state=rng_state,
-        exclude_mined=True, backend="reference",
-    )  # fmt: skip
-    loss, grad, (kept, mean, var) = cuda.psm_finish(
-        query, key, bank, s_pos, swept, temperature=settings["temperature"], **rest
-    )
-    leaf = query.clone().requires_grad_()
-    want = functional.psm_loss(
-        leaf, key, bank, count=count, topk=topk, rng_state=rng_state, reduction="none",
-        return_stats=True, backend="reference", **settings, **rest,
-    )  # fmt: skip
-    want.loss.sum().backward()
-    torch.testing.assert_close(loss, want.loss.detach(), atol=2e-5, rtol=1e-5)
-    along = (grad * query).sum(1, keepdim=True) * query  # psm_loss normalizes its query
-    torch.testing.assert_close(grad - along, leaf.grad, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(kept, want.stats.kept_count, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(mean, want.stats.grad_mean, atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(var, want.stats.grad_var, atol=1e-5, rtol=1e-2)
+    got = step(gpu, path, query, key, bank, **settings)
+    cold.assert_step(got, step_in_float64(query, key, bank, **settings), dtype)
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize("loss", [1e-2, 1e-6, 1e-30])
+def test_small_losses_keep_their_digits(gpu, path, dtype, loss):
+    """InfoNCE of a positive of similarity 1 and 16 negatives of 0.5, all of them the same row."""
+    query, bank = torch.zeros(1, 64), torch.zeros(16, 64, dtype=dtype)
+    query[0, 0], bank[:, 0], bank[:, 1] = 4.0, 0.5, 0.75**0.5
+    tau = 0.5 / math.log(16 / loss)
+    settings = {"temperature": tau, "topk": 0, "selection": "all", "hard_weight": 0.0}
+    got, gradient = step(gpu, path, query, 3.0 * query, bank, count=16, **settings)
+    assert got.item() == pytest.approx(math.log1p(loss), rel=1e-4)
+    pull = loss / (1 + loss) / tau / 4.0  # of the part of the negatives across the query
+    assert gradient[0, 1].item() == pytest.approx(pull * bank[0, 1].item(), rel=5e-3)
+    assert gradient[0, 0].abs() < 5e-3 * pull
 
 
 @pytest.mark.parametrize(

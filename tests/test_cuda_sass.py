@@ -41,9 +41,10 @@ class Compiled(NamedTuple):
 
 def compile_for(source: Path, functions: dict[str, bool], *options) -> Compiled:
     """`functions`: to instantiate, and whether they take tensor maps."""
-    lines = ['#include "csrc/cuda/pass_kernel.cuh"', "using namespace psm::cuda;"]
+    lines = [f'#include "csrc/cuda/{f}/kernels_{f}.cuh"' for f in ("sm80", "sm90")]
+    lines.append("using namespace psm::cuda;")
     for function, maps in functions.items():
-        arguments = "const __grid_constant__ PassArgs"
+        arguments = "const __grid_constant__ KernelArgs"
         arguments += ", const __grid_constant__ TensorMaps" * maps
         lines.append(f"template __global__ void psm::cuda::{function}({arguments});")
     source.write_text("\n".join(lines) + "\n")

@@ -4,22 +4,33 @@ import pytest
 import torch
 from ranks import BATCH, DIM, At, unit, whole_batch
 
-from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss
+from psm_kernels import (
+    HCLLoss,
+    InfoNCELoss,
+    MSFLoss,
+    PSMLoss,
+    ReSSLLoss,
+    SSCLLoss,
+    SupConLoss,
+)
 
 SIZE = 41  # no world size divides it
 LOSSES = {
-    "psm": (PSMLoss, {"topk": 4, "a": 2.0}),
-    "neighbors": (PSMLoss, {"topk": 3, "negatives": "neighbors"}),
-    "info_nce": (InfoNCELoss, {}),
-    "hcl": (HCLLoss, {"beta": 0.5}),
-    "sscl": (SSCLLoss, {"num_hard": 6}),
+    "psm": (PSMLoss, {"temperature": 0.1, "topk": 4, "a": 2.0}),
+    "neighbors": (PSMLoss, {"temperature": 0.1, "topk": 3, "negatives": "neighbors"}),
+    "info_nce": (InfoNCELoss, {"temperature": 0.1}),
+    "hcl": (HCLLoss, {"temperature": 0.1, "beta": 0.5}),
+    "sscl": (SSCLLoss, {"temperature": 0.1, "num_hard": 6}),
+    "supcon": (SupConLoss, {"temperature": 0.1}),
+    "ressl": (ReSSLLoss, {"temperature": 0.1}),
+    "msf": (MSFLoss, {"topk": 4}),
 }
 
 
 def make(at, name, **options):
     cls, settings = LOSSES[name]
     fixed = {"bank_dtype": torch.float64, "reduction": "none", "process_group": at.group}
-    return cls(0.1, (SIZE, DIM), **fixed, **settings, **options)
+    return cls(memory_bank_size=(SIZE, DIM), **fixed, **settings, **options)
 
 
 def ids_of(number):
@@ -37,7 +48,7 @@ def steps(at, name, options, state, number=3):
         ids = ids_of(n) if options.get("indexed_bank") else ids_of(n).where(ids_of(n) > 2, -1)
         own = at.own(ids)
         copies = criterion.memory_bank.copies(own)
-        loss = criterion(leaf, key, ids=own)
+        loss = criterion(leaf, key, ids=own, labels=at.own(ids_of(n) % 3))
         loss.mean().backward()
         results.append({"loss": loss.detach(), "grad": leaf.grad, "copies": copies})
     count = criterion.memory_bank.count.clone()
@@ -51,9 +62,9 @@ def test_equal_to_one_process(pool, name, flag, indexed):
     alone = At(0, 1, None)
     single = make(alone, name, indexed_bank=indexed)
     first = torch.arange(20) if indexed else torch.arange(20) % 7
-    single.enqueue(unit(20, seed=7), ids=first)
+    single.enqueue(unit(20, seed=7), first % 3, ids=first)
     state = single.state_dict()
-    worlds = (2, 4) if name == "psm" else (2,)
+    worlds = (2, 4) if name in ("psm", "supcon") else (2,)
     want, count = steps(alone, name, {"indexed_bank": indexed}, state)
     assert sum(int(row["copies"].sum()) for row in want) > 10
     for world in worlds:

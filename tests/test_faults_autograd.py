@@ -4,17 +4,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import problem
-from test_methods import expected_unremix
+from formulas import expected_unremix
 from torch.autograd import forward_ad, gradgradcheck
 
 from psm_kernels import InfoNCELoss, MemoryBank, PSMLoss, SSCLLoss, functional, ops
 from psm_kernels.backends import registry
-from psm_kernels.bank import Shard
-from psm_kernels.ops import bank_pass
+from psm_kernels.bank import Shard, view_of
+from psm_kernels.options import SELECTIONS, PassOptions
 from psm_kernels.training.checkpoint import full_state_dict
 from psm_kernels.weighted import row_ranges, weighted_pass
 
-BANK_LOSSES = ("psm", "info_nce", "hcl", "sscl", "unremix")
+BANK_LOSSES = ("psm", "info_nce", "hcl", "sscl", "unremix", "supcon", "ressl")
+NO_SUMS = ("nnclr", "msf")  # they mine alone: what has a gradient is plain torch
 
 
 def double(batch=4, size=24, dim=6):
@@ -27,6 +28,10 @@ def step(name, key, bank, backend, **settings):
         settings["rng_state"] = torch.tensor([3, 4])
     if name == "sscl":
         settings["num_hard"] = 5
+    if name == "supcon":
+        settings |= {"labels": torch.arange(len(key)) % 3, "bank_labels": torch.arange(24) % 3}
+    if name == "msf":
+        del settings["temperature"]
     loss = getattr(functional, f"{name}_loss")
     return lambda q: loss(q, key, bank, backend=backend, **settings)
 
@@ -84,7 +89,7 @@ def test_reference_is_right_for_unremix(form):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("selection", ops.SELECTIONS)
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_reference_pass_is_right_with_empty_rows(selection):
     query, key, bank = double()
     slots = torch.full((4, 24), -1)
@@ -155,7 +160,7 @@ def test_others_refuse_the_second_derivative_alone(fused, name):
 
 @pytest.mark.parametrize("name", BANK_LOSSES)
 def test_within_the_batch_every_backend_is_right(backend, name):
-    if name == "psm":
+    if name in ("psm", "supcon", "ressl"):
         pytest.skip("has no form without a bank")
     query, key, _ = double()
     got, wanted = (
@@ -164,6 +169,15 @@ def test_within_the_batch_every_backend_is_right(backend, name):
     )
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", NO_SUMS)
+def test_what_only_mines_has_every_derivative(backend, name):
+    query, key, bank, _ = problem(4, 24, 6, seed=5)
+    got = derivatives(step(name, key, bank, backend, temperature=0.3), query)
+    wide = step(name, key.double(), bank.double(), "reference", temperature=0.3)
+    for a, b in zip(got, derivatives(wide, query.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
 def refused(neg_lse, query):
@@ -226,10 +240,8 @@ def test_a_shard_refuses_the_second_derivative():
     query, _, bank, s_pos = problem(4, 24, 6)
     shard = Shard(torch.cat((bank, bank[:1])), 24, None)
     query.requires_grad_()
-    settings = {"temperature": 0.3, "backend": "reference"}
-    count = torch.tensor(24)
-    whole = bank_pass(query, None, bank, count, s_pos, **settings).neg_lse
-    divided = bank_pass(query, None, shard, count, s_pos, **settings).neg_lse
+    views = [view_of(b, 24, None, None, "reference") for b in (bank, shard)]
+    whole, divided = (v.scan(query, None, s_pos, PassOptions(0.3)).neg_lse for v in views)
     torch.testing.assert_close(divided, whole)
     gradients = [torch.autograd.grad(x.sum(), query, retain_graph=True) for x in (divided, whole)]
     torch.testing.assert_close(*gradients)

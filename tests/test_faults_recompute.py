@@ -5,7 +5,18 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, UnReMixLoss, functional
+from psm_kernels import (
+    HCLLoss,
+    InfoNCELoss,
+    MSFLoss,
+    NNCLRLoss,
+    PSMLoss,
+    ReSSLLoss,
+    SSCLLoss,
+    SupConLoss,
+    UnReMixLoss,
+    functional,
+)
 
 each_way = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not"])
 AGAIN = "run again inside backward.*leave it out of the checkpointed part"
@@ -19,10 +30,10 @@ class Step(nn.Module):
         torch.manual_seed(0)
         self.layer, self.criterion = nn.Linear(8, 8), criterion
         if criterion.memory_bank is not None:
-            criterion.enqueue(torch.randn(20, 8))
+            criterion.enqueue(torch.randn(20, 8), torch.arange(20) % 3)
 
     def forward(self, x, key):
-        return self.criterion(self.layer(x), key)
+        return self.criterion(self.layer(x), key, labels=torch.arange(len(x)) % 3)
 
 
 def batch():
@@ -54,8 +65,15 @@ def assert_refused(loss, module):
         lambda b: SSCLLoss(0.5, (32, 8), num_hard=8, backend=b),
         lambda b: UnReMixLoss(0.5, (32, 8), backend=b),
         lambda b: SSCLLoss(0.5, 0, num_hard=8, backend=b),  # no bank, but noise
+        lambda b: SupConLoss(0.1, (32, 8), backend=b),
+        lambda b: NNCLRLoss(0.2, (32, 8), backend=b),
+        lambda b: ReSSLLoss(0.1, (32, 8), backend=b),
+        lambda b: MSFLoss((32, 8), backend=b),
     ],
-    ids=["psm", "psm-all", "info_nce", "hcl", "sscl", "unremix", "sscl-batch"],
+    ids=[
+        *("psm", "psm-all", "info_nce", "hcl", "sscl", "unremix", "sscl-batch"),
+        *("supcon", "nnclr", "ressl", "msf"),
+    ],
 )
 def test_a_loss_with_a_state_is_refused(backend, make, use_reentrant):
     step = Step(make(backend))

@@ -24,13 +24,16 @@ LOSSES = {
     "hcl": {},
     "sscl": {"num_hard": 6, **DRAW},
     "unremix": {},
+    "supcon": {"labels": torch.arange(33) % 5, "bank_labels": torch.arange(700) % 7 - 1},
+    "nnclr": {},
+    "ressl": {},
+    "msf": {},
 }
 
 
 @pytest.fixture(params=[name for name, row in registry.TABLE.items() if name != "cpp"])
 def backend(request) -> str:
-    reason = backends.load(request.param)
-    if isinstance(reason, str):
+    if reason := registry.TABLE[request.param].unavailable():
         pytest.fail(f"{request.param}: {reason}")
     return request.param
 

@@ -10,8 +10,12 @@ from psm_kernels import (
     HCLLoss,
     InfoNCELoss,
     MemoryBank,
+    MSFLoss,
+    NNCLRLoss,
     PSMLoss,
+    ReSSLLoss,
     SSCLLoss,
+    SupConLoss,
     UnReMixLoss,
     functional,
 )
@@ -19,13 +23,18 @@ from psm_kernels.ops import bank_pass, bank_topk
 from psm_kernels.rows import unit_rows
 
 LOSSES = {
-    "psm": (PSMLoss, {"topk": 3}),
-    "info_nce": (InfoNCELoss, {}),
-    "hcl": (HCLLoss, {"beta": 0.7, "tau_plus": 0.05}),
-    "sscl": (SSCLLoss, {"num_hard": 4, "num_synthetic": 3}),
-    "unremix": (UnReMixLoss, {}),
+    "psm": (PSMLoss, {"temperature": 0.1, "topk": 3}),
+    "info_nce": (InfoNCELoss, {"temperature": 0.1}),
+    "hcl": (HCLLoss, {"temperature": 0.1, "beta": 0.7, "tau_plus": 0.05}),
+    "sscl": (SSCLLoss, {"temperature": 0.1, "num_hard": 4, "num_synthetic": 3}),
+    "unremix": (UnReMixLoss, {"temperature": 0.1}),
+    "supcon": (SupConLoss, {"temperature": 0.1}),
+    "nnclr": (NNCLRLoss, {"temperature": 0.1}),
+    "ressl": (ReSSLLoss, {"temperature": 0.1}),
+    "msf": (MSFLoss, {"topk": 4}),
 }
 DRAWS = ("psm", "sscl")
+LENDS_POSITIVES = ("nnclr", "msf")  # the bank does, alone: an empty one leaves a loss
 
 
 def keys(batch=6, dim=8, seed=0):
@@ -39,30 +48,34 @@ def without(bank, bank_ids, own, size):
     return bank[:size][seen[:size]].contiguous()
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "unremix"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("unremix", "nnclr")])
 def test_hidden_slots_are_as_if_they_were_not_there(backend, name):
     """Row by row against a bank without its own copies. PSM: without noise."""
     query, key, bank, _ = problem(5, 60, 16)
     ids = torch.tensor([7, 3, -1, 9, 7])  # unknown; in no slot; twice in the batch
     bank_ids = torch.randint(-1, 9, (60,), generator=torch.Generator().manual_seed(1))
     bank_ids[50:] = 7  # beyond count
+    labels, bank_labels = torch.arange(5) % 3, torch.arange(60) % 3
     loss = getattr(functional, f"{name}_loss")
     _, settings = LOSSES[name]
     settings = settings | ({"rng_state": torch.tensor([3, 4])} if name in DRAWS else {})
     settings |= {"selection": "all"} if name == "psm" else {}
+    given = {"labels": labels, "bank_labels": bank_labels} if name == "supcon" else {}
     leaf = query.clone().requires_grad_()
     rows = loss(
-        leaf, key, bank, count=50, ids=ids, bank_ids=bank_ids, temperature=0.1, reduction="none",
-        backend=backend, **settings,
+        leaf, key, bank, count=50, ids=ids, bank_ids=bank_ids, reduction="none",
+        backend=backend, **settings, **given,
     )  # fmt: skip
     rows.sum().backward()
     for i in range(5):
         one = query[i : i + 1].clone().requires_grad_()
-        own = without(bank, bank_ids, int(ids[i]) if ids[i] >= 0 else -9, 50)
+        name_i = int(ids[i]) if ids[i] >= 0 else -9
+        own = without(bank, bank_ids, name_i, 50)
         here = settings | ({"row_offset": i} if name in DRAWS else {})
-        want = loss(
-            one, key[i : i + 1], own, temperature=0.1, reduction="none", backend="reference", **here
-        )
+        if given:
+            of_own = without(bank_labels, bank_ids, name_i, 50)
+            here |= {"labels": labels[i : i + 1], "bank_labels": of_own}
+        want = loss(one, key[i : i + 1], own, reduction="none", backend="reference", **here)
         want.sum().backward()
         torch.testing.assert_close(rows[i : i + 1], want, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(leaf.grad[i : i + 1], one.grad, atol=1e-5, rtol=1e-4)
@@ -111,19 +124,19 @@ def test_unremix_when_the_hidden_are_the_nearest(backend, temperature):
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in LENDS_POSITIVES])
 def test_a_bank_of_nothing_but_own_copies_is_an_empty_bank(backend, name):
     make, settings = LOSSES[name]
-    criterion = make(0.2, (12, 8), backend=backend, **settings)
+    criterion = make(memory_bank_size=(12, 8), backend=backend, **settings)
     query, key = keys()
     same = torch.full((6,), 5)
     for _ in range(3):
         leaf = query.clone().requires_grad_()
-        loss = criterion(leaf, key, ids=same)
+        loss = criterion(leaf, key, ids=same, labels=same)
         assert float(loss) == pytest.approx(0, abs=1e-6)
         loss.backward()
         assert leaf.grad.isfinite().all()
-    other = criterion(query, key, ids=same + 1)
+    other = criterion(query, key, ids=same + 1, labels=same)
     assert float(other) > 0.1
 
 
@@ -263,20 +276,22 @@ def test_an_indexed_bank_with_holes_is_what_it_holds(backend, name):
     make, settings = LOSSES[name]
     settings = settings | ({"selection": "all"} if name == "psm" else {})
     query, key = keys()
-    criterion = make(0.1, (40, 8), indexed_bank=True, backend=backend, **settings)
-    assert float(criterion(query, key, update=False)) == pytest.approx(0, abs=1e-6)
+    labels = torch.arange(6) % 3
+    criterion = make(memory_bank_size=(40, 8), indexed_bank=True, backend=backend, **settings)
+    nothing = float(criterion(query, key, labels=labels, update=False))
+    assert nothing == pytest.approx(0, abs=1e-6) or name in LENDS_POSITIVES
     for seed in (1, 2):
         order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
-        criterion.enqueue(keys(12, seed=seed)[1], ids=order[:12])
+        criterion.enqueue(keys(12, seed=seed)[1], torch.arange(12) % 3, ids=order[:12])
     bank = criterion.memory_bank
     there = bank.ids >= 0
     assert int(bank.count) == int(there.sum()) < 24
-    noise = {"rng_state": criterion.rng_state.clone()} if name in DRAWS else {}
-    got = criterion(query, key, ids=torch.arange(6) + 100, update=False)
+    more = {"rng_state": criterion.rng_state.clone()} if name in DRAWS else {}
+    more |= {"labels": labels, "bank_labels": bank.labels[there]} if name == "supcon" else {}
+    got = criterion(query, key, ids=torch.arange(6) + 100, labels=labels, update=False)
     want = getattr(functional, f"{name}_loss")(
-        query, key, bank.bank[there].contiguous(), temperature=0.1, backend=backend,
-        **settings, **noise,
-    )  # fmt: skip
+        query, key, bank.bank[there].contiguous(), backend=backend, **settings, **more
+    )
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 

@@ -15,13 +15,14 @@ ROOMS = (  # from the ground up: a module imports from its own row and from thos
     ("backends",),
     ("ops", "weighted", "_autograd"),
     ("bank",),
-    ("losses", "stats", "evaluate", "mine"),
-    ("functional", "compat"),
+    ("losses", "evaluate", "mine"),
+    ("functional", "compat", "distributed"),
     ("training",),
     ("__init__", "__main__"),
 )
 HEIGHT = {room: height for height, row in enumerate(ROOMS) for room in row}
 BUILT = {"psm_kernels._C", "psm_kernels._build_info"}  # by setup.py, not by hand
+VERSION = "psm_kernels.__version__"  # a constant, which setup.py reads where it stands
 
 
 def module_name(path: Path) -> str:
@@ -82,7 +83,8 @@ def uses(module: str) -> set[str]:
 
 def own(names: Iterable[str]) -> set[str]:
     """The modules of psm_kernels among the names, or that the names are in."""
-    found = {name if name in MODULES else name.rpartition(".")[0] for name in {*names} - BUILT}
+    names = {*names} - BUILT - {VERSION}
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in names}
     return {name for name in found if name in MODULES}
 
 

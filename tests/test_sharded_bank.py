@@ -4,8 +4,19 @@ import pytest
 import torch
 from ranks import BATCH, DIM, WORLDS, At, few_bits, filled, joined, step, unit, whole_batch
 
-from psm_kernels import HCLLoss, InfoNCELoss, PSMLoss, SSCLLoss, distributed
+from psm_kernels import (
+    HCLLoss,
+    InfoNCELoss,
+    MSFLoss,
+    NNCLRLoss,
+    PSMLoss,
+    ReSSLLoss,
+    SSCLLoss,
+    SupConLoss,
+)
+from psm_kernels.bank import Shard, view_of
 from psm_kernels.ops import BankPass, bank_pass
+from psm_kernels.options import PassOptions
 
 
 def sharded_steps(at, size, settings, state, steps):
@@ -54,42 +65,77 @@ def test_other_weights(pool, world, settings):
 
 
 KIN = {
-    "info_nce": (InfoNCELoss, {}),
-    "hcl": (HCLLoss, {"beta": 0.5}),
-    "sscl": (SSCLLoss, {"num_hard": 6}),
+    "info_nce": (InfoNCELoss, {"temperature": 0.2}),
+    "hcl": (HCLLoss, {"temperature": 0.2, "beta": 0.5}),
+    "sscl": (SSCLLoss, {"temperature": 0.2, "num_hard": 6}),
+    "supcon": (SupConLoss, {"temperature": 0.2}),
+    "ressl": (ReSSLLoss, {"temperature": 0.2, "teacher_temperature": 0.1}),
+    "msf": (MSFLoss, {"topk": 4}),
+    "nnclr": (NNCLRLoss, {"temperature": 0.2}),
 }
+each_way = pytest.mark.parametrize(
+    "options", [{"shard_bank": True}, {"gather_distributed": True}], ids=str
+)
+
+
+def make_kin(name, state, **options):
+    cls, settings = KIN[name]
+    settings = {"memory_bank_size": (40, DIM), "bank_dtype": torch.float64, **settings}
+    criterion = cls(**settings, **options)
+    criterion.load_state_dict(state)
+    return criterion
 
 
 def kin_steps(at, name, options, state, steps):
-    cls, settings = KIN[name]
-    criterion = cls(
-        0.2, (40, DIM), bank_dtype=torch.float64, process_group=at.group, **settings, **options
-    )
-    criterion.load_state_dict(state)
-    results = []
+    criterion, results = make_kin(name, state, process_group=at.group, **options), []
     for _ in range(steps):
-        query, key = (at.own(x) for x in whole_batch()[:2])
+        query, key, _, labels = (at.own(x) for x in whole_batch())
         query = query.clone().requires_grad_()
-        loss = criterion(query, key)
+        loss = criterion(query, key, labels=labels)
         loss.backward()
         results.append((loss.detach(), query.grad / at.world))
     return results
 
 
-@pytest.mark.parametrize("options", [{"shard_bank": True}, {"gather_distributed": True}], ids=str)
-@pytest.mark.parametrize("name", KIN)
-def test_kin_equal_one_process(pool, name, options):
+def kin_state(name):
     cls, settings = KIN[name]
-    single = cls(0.2, (40, DIM), bank_dtype=torch.float64, **settings)
-    single.enqueue(unit(30, seed=7))
-    got = pool.run(kin_steps, 2, name, options, single.state_dict(), 2)
-    expected = kin_steps(At(0, 1, None), name, {}, single.state_dict(), 2)
+    single = cls(memory_bank_size=(40, DIM), bank_dtype=torch.float64, **settings)
+    single.enqueue(unit(30, seed=7), torch.arange(30) % 4)
+    return single.state_dict()
+
+
+@each_way
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", [name for name in KIN if name != "nnclr"])
+def test_kin_equal_one_process(pool, name, world, options):
+    state = kin_state(name)
+    got = pool.run(kin_steps, world, name, options, state, 2)
+    expected = kin_steps(At(0, 1, None), name, {}, state, 2)
     for ranks, (loss, grad) in zip(zip(*got, strict=True), expected, strict=True):
-        torch.testing.assert_close(sum(r[0] for r in ranks) / 2, loss, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(sum(r[0] for r in ranks) / world, loss, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(torch.cat([r[1] for r in ranks]), grad, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"shard_bank": True}, {"gather_distributed": True}], ids=str)
+@each_way
+@pytest.mark.parametrize("world", WORLDS)
+def test_nnclr_compares_the_queries_of_its_own_rank(pool, world, options):
+    """Neighbors come from all slots; the batch is one process's."""
+    state = kin_state("nnclr")
+    got = pool.run(kin_steps, world, "nnclr", options, state, 2)
+    single = make_kin("nnclr", state)
+    query, key, *_ = whole_batch()
+    for ranks in zip(*got, strict=True):
+        for rank, (loss, grad) in enumerate(ranks):
+            at = At(rank, world, None)
+            leaf = at.own(query).clone().requires_grad_()
+            want = single(leaf, at.own(key), update=False)
+            want.backward()
+            torch.testing.assert_close(loss, want.detach(), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(grad, leaf.grad / world, rtol=1e-10, atol=1e-12)
+        single.enqueue(key)
+
+
+@each_way
 def test_kin_that_cannot_be_distributed(pool, options):
     errors = pool.refused(kin_without_bank, 2, options)
     assert all("memory_bank_size: got 0" in error for error in errors)
@@ -101,25 +147,20 @@ def kin_without_bank(at, options):
 
 def sharded_operators(at, query, key, bank, labels, count, settings):
     rows = torch.zeros(-(-len(bank) // at.world) + 1, *bank.shape[1:], dtype=bank.dtype)
-    shard = distributed.Shard(rows, len(bank), at.group)
+    shard = Shard(rows, len(bank), at.group)
     own = bank[shard.start :][: shard.per_rank]
     rows[: len(own)] = own
     rows[len(own) :] = torch.nan  # neither the scrap row nor slots beyond K may matter
     label_rows = labels.new_full((len(rows),), -7)
     label_rows[: len(own)] = labels[shard.start :][: shard.per_rank]
     query, key = at.own(query), at.own(key)
-    found = distributed.bank_pass(
-        query,
-        key,
-        shard,
-        count,
-        (query * key).sum(1),
-        row_offset=at.rank * len(query),
-        **settings,
-    )
+    settings = dict(settings, row_offset=at.rank * len(query))
+    rng_state, view = settings.pop("rng_state"), view_of(shard, count)
+    s_pos = (query * key).sum(1)
+    found = view.scan(query, key, s_pos, PassOptions(**settings), rng_state=rng_state)
     index = found.topk_index.clamp_min(0)
-    label_shard = distributed.Shard(label_rows, len(bank), at.group)
-    nearest = distributed.bank_topk(query, shard, 3, count=count)
+    label_shard = Shard(label_rows, len(bank), at.group)
+    nearest = view.topk(query, 3)
     return tuple(found), nearest, shard[index], label_shard[index]
 
 

@@ -7,9 +7,23 @@ import pytest
 import torch
 from torch import nn
 
-from psm_kernels import HCLLoss, InfoNCELoss, MemoryBank, PSMLoss, SSCLLoss, UnReMixLoss
+from psm_kernels import (
+    HCLLoss,
+    InfoNCELoss,
+    MemoryBank,
+    MSFLoss,
+    NNCLRLoss,
+    PSMLoss,
+    ReSSLLoss,
+    SSCLLoss,
+    SupConLoss,
+    UnReMixLoss,
+)
 
-LOSSES = [PSMLoss, InfoNCELoss, HCLLoss, SSCLLoss, UnReMixLoss]
+LOSSES = [
+    *(PSMLoss, InfoNCELoss, HCLLoss, SSCLLoss, UnReMixLoss),
+    *(NNCLRLoss, SupConLoss, ReSSLLoss, MSFLoss),
+]
 
 
 def keys(batch=6, dim=8, seed=0):
@@ -18,7 +32,8 @@ def keys(batch=6, dim=8, seed=0):
 
 
 def make(kind=PSMLoss, size=40, **settings):
-    return kind(0.2, (size, 8), **settings)
+    temperature = {} if kind is MSFLoss else {"temperature": 0.2}
+    return kind(memory_bank_size=(size, 8), **temperature, **settings)
 
 
 def trained(kind=PSMLoss, steps=3, **settings):
@@ -202,10 +217,10 @@ def test_both_directions_see_the_bank_as_it_was(kind, negatives):
     before = copy.deepcopy(criterion.state_dict())
     q1, k2 = keys(seed=7)
     q2, k1 = keys(seed=8)
-    one, two = (criterion(q, k, update=False) for q, k in ((q1, k2), (q2, k1)))
+    ids, labels = torch.arange(6), torch.arange(6)
+    one, two = (criterion(q, k, labels=labels, update=False) for q, k in ((q1, k2), (q2, k1)))
     criterion.load_state_dict(before)
     leaf = q1.clone().requires_grad_()
-    ids, labels = torch.arange(6), torch.arange(6)
     got = criterion.symmetric(leaf, k2, q2, k1, ids=ids + 90, labels=labels)
     if kind is not SSCLLoss:  # the noise of a row is that of its place
         torch.testing.assert_close(got, (one + two) / 2)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import signal
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def interrupt(monkeypatch, request):
         # A background job starts with SIGINT ignored.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-        enqueue, calls = train.PSMLoss.enqueue, []
+        enqueue, calls = train.losses.PSMLoss.enqueue, []
 
         def spy(self, *args, **kwargs):
             calls.append(0)
@@ -71,7 +72,7 @@ def interrupt(monkeypatch, request):
                 signal.raise_signal(signal.SIGINT)
             return enqueue(self, *args, **kwargs)
 
-        monkeypatch.setattr(train.PSMLoss, "enqueue", spy)
+        monkeypatch.setattr(train.losses.PSMLoss, "enqueue", spy)
 
     return at
 
@@ -135,6 +136,10 @@ def test_an_indexed_bank_has_a_slot_for_each_image(tmp_path):
         ("hcl", {"temperature": 0.5, "tau_plus": 0.1, "beta": 1.0}),
         ("unremix", {"temperature": 0.5, "similarity_weight": 1 / 3}),
         ("infonce", {"temperature": 0.2}),
+        ("nnclr", {"temperature": 0.2}),
+        ("supcon", {"temperature": 0.1}),
+        ("ressl", {"temperature": 0.1, "teacher_temperature": 0.04}),
+        ("msf", {"topk": 5}),
     ],
 )
 def test_other_methods_train_with_their_defaults(tmp_path, method, defaults):
@@ -143,14 +148,16 @@ def test_other_methods_train_with_their_defaults(tmp_path, method, defaults):
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings | defaults == settings
     (row,) = metrics(tmp_path)
-    assert row["loss"] > 1  # log of 1 + 32 negatives is 3.5
+    assert row["loss"] > (0.01 if method == "msf" else 1)  # log of 1 + 32 negatives is 3.5
     assert row["bank_fill"] == 1
     assert row["positive_purity"] is None
 
 
 def test_a_setting_of_another_method_is_refused(tmp_path, capsys):
-    assert run(tmp_path, *TINY, "--method", "hcl", "--topk", 3) == 2
-    assert "topk: got 3, but --method hcl has no such setting" in capsys.readouterr().err
+    for method, name in (("hcl", "topk"), ("msf", "temperature")):
+        assert run(tmp_path, *TINY, "--method", method, f"--{name}", 3) == 2
+        refused = capsys.readouterr().err
+        assert re.search(f"{name}: got 3.*, but --method {method} has no such setting", refused)
     assert not (tmp_path / "run").exists()
 
 
@@ -161,7 +168,8 @@ def test_resume_of_a_finished_run_changes_no_metric(finished, tmp_path):
 
 
 def test_accumulation_moves_the_bank_once_per_step(tmp_path, monkeypatch):
-    forward, enqueue, seen, written = train.PSMLoss.forward, train.PSMLoss.enqueue, [], []
+    kind, seen, written = train.losses.PSMLoss, [], []
+    forward, enqueue = kind.forward, kind.enqueue
 
     def spy_forward(self, query, key, **kwargs):
         seen.append((len(query), self.memory_bank.ptr.item()))
@@ -171,8 +179,8 @@ def test_accumulation_moves_the_bank_once_per_step(tmp_path, monkeypatch):
         written.append(len(key))
         return enqueue(self, key, labels, **kwargs)
 
-    monkeypatch.setattr(train.PSMLoss, "forward", spy_forward)
-    monkeypatch.setattr(train.PSMLoss, "enqueue", spy_enqueue)
+    monkeypatch.setattr(kind, "forward", spy_forward)
+    monkeypatch.setattr(kind, "enqueue", spy_enqueue)
     assert run(tmp_path, *TINY, "--epochs", 1, "--accumulate", 2, "--no-probe") == 0
     assert written == [16] * (2 + 4)  # two to fill the bank, then one an optimizer step
     assert [rows for rows, _ in seen] == [2 * 8] * (4 * 2)  # both directions; steps, passes

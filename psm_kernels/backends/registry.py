@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psm_kernels.backends.base import Backend
 from psm_kernels.backends.cpp import Cpp
-from psm_kernels.backends.cuda_interim import Cuda
+from psm_kernels.backends.cuda import Cuda
 from psm_kernels.backends.reference import Reference
 from psm_kernels.backends.triton import Triton
 
@@ -24,12 +24,15 @@ AUTO = {
 }
 
 
-def choose(name: str, bank: Tensor, topk: int = 0, *, sums: bool = True) -> Backend:
-    """What runs backend `name` on this bank; `sums`: bank_pass is wanted of it, not bank_topk.
+def choose(name: str | Backend, bank: Tensor, topk: int = 0, *, sums: bool = True) -> Backend:
+    """What runs backend `name` on this bank; `sums`: bank_pass is wanted of it, not bank_topk. A
+    Backend that is in no table runs itself, but not under torch.compile.
 
     Raises:
         ValueError: the name is unknown, or the named backend cannot run; says why and which can.
     """
+    if isinstance(name, Backend):
+        return name
     return _choose(name, bank.device.type, bank.dtype, bank.shape[1], topk, sums)
 
 
@@ -50,10 +53,10 @@ def _choose(
     return TABLE[name]
 
 
-def require(name: str) -> None:
+def require(name: str | Backend) -> None:
     """Raise the ValueError of a backend that is unknown, or that no device of this machine runs;
     what depends on device, dtype or size waits for `choose`."""
-    if name == "auto":
+    if name == "auto" or isinstance(name, Backend):
         return
     _check_name(name)
     if reason := TABLE[name].unavailable():

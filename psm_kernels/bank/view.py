@@ -151,35 +151,34 @@ def label_sums(
 ) -> tuple[Tensor, Tensor]:
     """In fp64, so that a row's own copies can be taken away again, however many they are."""
     held = (torch.arange(len(bank), device=bank.device) < count) & (bank_labels >= 0)
-    place, hit = _first_row(bank_labels, labels)
-    total, number = _sums_at(bank, place, hit & held, len(labels))
-    of_label = torch.searchsorted(labels.sort().values, labels)
-    total, number = total[of_label], number[of_label]
-    if exclude.ids is not None:
-        place, hit = _first_row(exclude.bank_ids, exclude.ids)
-        order = exclude.ids.sort().indices
-        hit = hit & (bank_labels == labels[order][place])
-        own, copies = _sums_at(bank, place, hit & held, len(labels))
-        of_id = torch.searchsorted(exclude.ids.sort().values, exclude.ids)
-        total, number = total - own[of_id], number - copies[of_id]
+    total, number = _sums(bank, bank_labels, labels, held)
+    if exclude.ids is not None:  # (label, id) as one number: a sample may come with two labels
+        label, alike = _place(bank_labels, labels)
+        name, own = _place(exclude.bank_ids, exclude.ids)
+        slots = label * len(labels) + name
+        rows = _place(labels, labels)[0] * len(labels) + _place(exclude.ids, exclude.ids)[0]
+        copies, times = _sums(bank, slots, rows, held & alike & own)
+        total, number = total - copies, number - times
     return torch.where(number[:, None] > 0, total, 0.0), number
 
 
-def _first_row(held: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each held value (K,): its place among the sorted wanted ones (B,), and whether it is one
-    of them (K,)."""
-    ordered = wanted.sort().values
-    place = torch.searchsorted(ordered, held).clamp_max(len(wanted) - 1)
-    return place, ordered[place] == held
-
-
-def _sums_at(bank: Tensor, place: Tensor, hit: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Sum (size, D) and number (size,) of the bank's rows at each place, of those that hit."""
-    place = torch.where(hit, place, size)  # the others go to a scrap row
+def _sums(bank: Tensor, held: Tensor, wanted: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum (B, D) and number (B,) of the valid (K,) rows that hold (K,) what is wanted (B,)."""
+    size = len(wanted)
+    place, hit = _place(held, wanted)
+    place = torch.where(hit & valid, place, size)  # the others go to a scrap row
     total = torch.zeros(size + 1, bank.shape[1], dtype=torch.float64, device=bank.device)
     for start in range(0, len(bank), _SLAB):  # not the whole bank in fp64 at once
         part = slice(start, start + _SLAB)
-        rows = torch.where(hit[part, None], bank[part], 0.0)  # a NaN behind `count` stays there
-        total.index_add_(0, place[part], rows.double())
-    number = torch.bincount(place, minlength=size + 1)
-    return total[:size], number[:size]
+        total.index_add_(0, place[part], bank[part].double())  # a NaN behind `count`: scrap
+    number = place.new_zeros(size + 1)
+    number.index_add_(0, place, torch.ones_like(place))  # bincount would wait for the device
+    first, _ = _place(wanted, wanted)
+    return total[first], number[first]
+
+
+def _place(held: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each held value: the first place among the sorted wanted ones, and whether it is one."""
+    ordered = wanted.sort().values
+    place = torch.searchsorted(ordered, held).clamp_max(len(wanted) - 1)
+    return place, ordered[place] == held

@@ -19,7 +19,7 @@ from psm_kernels.bank import BankView, MemoryBank, ShardedBank
 from psm_kernels.bank.collectives import agree, gather, rank_and_world
 from psm_kernels.bank.state import HeldState
 from psm_kernels.losses.common import check_pair
-from psm_kernels.options import LossOptions, with_fields
+from psm_kernels.options import ContrastiveOptions, LossOptions, with_fields
 
 _OWN: Any = object()  # the method's own default
 
@@ -40,6 +40,7 @@ class BankLoss(HeldState):
     _has_in_batch_form = True
     _can_shard = True
     _samples = False  # `function` takes rng_state and row_offset as well
+    _learns_from_labels = False  # and labels
 
     _fixed = (
         *("memory_bank_size", "bank_dtype", "indexed_bank"),
@@ -48,7 +49,7 @@ class BankLoss(HeldState):
 
     def __init_subclass__(cls, **more):
         super().__init_subclass__(**more)
-        own = {"temperature": cls.Options().temperature, "memory_bank_size": cls.memory_bank_size}
+        own = vars(cls.Options()) | {"memory_bank_size": cls.memory_bank_size}
         takes = inspect.signature(cls.__init__).parameters
         if cls.__init__ is not BankLoss.__init__:  # whose **settings go on to it
             shared = inspect.signature(BankLoss.__init__).parameters.items()
@@ -106,7 +107,7 @@ class BankLoss(HeldState):
     @property
     def settings(self) -> dict[str, Any]:
         """By name, the method's own."""
-        shared = {f.name for f in fields(LossOptions)}
+        shared = {f.name for f in fields(ContrastiveOptions)}
         return {n: value for n, value in vars(self.options).items() if n not in shared}
 
     def __getattr__(self, name: str) -> Any:
@@ -294,7 +295,8 @@ class BankLoss(HeldState):
         Returns:
             The loss, fp32: 0-d, or (B,) for reduction="none".
         """
-        return self._step(query, key, labels, ids, update)
+        more = {"labels": labels} if self._learns_from_labels else {}
+        return self._step(query, key, labels, ids, update, more)
 
     def _step(
         self,
@@ -307,46 +309,47 @@ class BankLoss(HeldState):
     ) -> Any:
         """What `function` gives with `more` arguments; then the noise and the bank move on."""
         more = more or {}
-        if self.memory_bank is not None or self._samples:  # what moves on cannot be run again
+        memory = self.memory_bank  # once: a Module looks its parts up slowly
+        if memory is not None or self._samples:  # what moves on cannot be run again
             refuse_recompute(self.rng_state)
-        if update and self.memory_bank is None:
+        if update and memory is None:
             raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
         learns = self._learns()
-        update = learns and self.memory_bank is not None if update is None else update
-        bank, rank = self._view(query, key, labels, ids, update, more)
+        update = learns and memory is not None if update is None else update
+        bank, rank = None, 0
+        if memory is not None:
+            bank = memory.view(ids=ids is not None, backend=self.backend)
+            if not self.collective:
+                memory.check(key, labels, ids, write=update)
+            else:
+                rank = self._agree(query, key, labels, ids, update, bank, more)
         if self._samples:
             more |= {"rng_state": self.rng_state, "row_offset": rank * len(key)}
         result = self.function(query, key, bank, ids=ids, options=self.options, **more)
         # An evaluation leaves the noise as it is, so that it neither changes nor depends on a run.
         if update or learns:
-            with torch.no_grad():
-                self.rng_state[1] += 1
-            self._calls += self.collective
+            self.rng_state[1:].add_(1)
+            if self.collective:
+                self._calls += 1
         if update:
             self._write(key, labels, ids)
         return result
 
-    def _view(
+    def _agree(
         self,
         query: Tensor,
         key: Tensor,
         labels: Tensor | None,
         ids: Tensor | None,
         update: bool,
+        bank: BankView,
         more: dict[str, Any],
-    ) -> tuple[BankView | None, int]:
-        """What the call reads of the bank, and this rank: checked, together with the other ranks
-        where they will exchange rows."""
-        if self.memory_bank is None:
-            return None, 0
-        view = self.memory_bank.view(ids=ids is not None, backend=self.backend)
-        if not self.collective:
-            self.memory_bank.check(key, labels, ids, write=update)
-            return view, 0
+    ) -> int:
+        """Check, together with the other ranks where they will exchange rows; this rank."""
 
         def say() -> dict[str, object]:
-            check_pair(query, key, view, more.get("projection"))
-            view.check()
+            check_pair(query, key, bank, more.get("projection"))
+            bank.check()
             mine = {"query dtype": str(query.dtype), "update": update, "seed": self.seed}
             mine |= {"calls so far": self._calls}  # a rank that trained alone has other noise
             flags = {name: value for name, value in more.items() if isinstance(value, bool)}
@@ -356,7 +359,10 @@ class BankLoss(HeldState):
             agree(self.process_group, say)
         else:
             say()
-        return view, rank_and_world(self.process_group)[0]
+        return self._rank_and_world()[0]
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return rank_and_world(self.process_group) if self.collective else (0, 1)
 
     def _input(
         self, key: Tensor, labels: Tensor | None, ids: Tensor | None, update: bool = True

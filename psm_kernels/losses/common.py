@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from psm_kernels import checks
 from psm_kernels._autograd import refuse_tracing
 from psm_kernels.backends.base import NOTHING, Exclude
 from psm_kernels.bank import BankView, Shard, view_of
-from psm_kernels.options import LossOptions
-from psm_kernels.rows import unit_rows, wide
+from psm_kernels.options import LossOptions, PSMOptions, with_fields
+from psm_kernels.rows import reduce, unit_rows, wide
 
 
 def bank_of(
@@ -21,10 +25,15 @@ def bank_of(
     ids: Tensor | Shard | None = None,
     labels: Tensor | Shard | None = None,
     backend: str = "auto",
+    *,
+    needed: bool = False,
 ) -> BankView | None:
-    """What a loss function got of a bank, checked; None is the form within the batch."""
+    """What a loss function got of a bank, checked; None is the form within the batch, which a
+    method whose bank is `needed` does not have."""
     if isinstance(bank, BankView):
         return bank
+    if bank is None and needed:
+        raise ValueError("bank: got None, wanted a tensor: there is no form within the batch")
     if bank is None:
         if ids is not None:
             raise ValueError("bank_ids: got a tensor, wanted None where there is no bank")
@@ -58,26 +67,65 @@ def own_copies(query: Tensor, bank: BankView | None, ids: Tensor | None) -> Excl
     return NOTHING
 
 
-def loss_of(
-    rows: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    bank: BankView | None,
-    ids: Tensor | None,
-    options: LossOptions,
-    *more,
-) -> Tensor:
-    """What a method's `rows(query, key, bank, exclude, options, *more) -> (B,)` gives of unit rows,
-    in fp32 or better whatever autocast says, reduced."""
-    check_pair(query, key, bank)
-    exclude = own_copies(query, bank, ids)
-    with torch.autocast(query.device.type, enabled=False):
-        query, key = unit(query, bank), unit(key, bank)
-        return reduce(rows(query, key, bank, exclude, options, *more), options.reduction)
+def loss_function(
+    kind: type[LossOptions],
+    *,
+    needs_bank: bool = False,
+    limit: Callable[[Any], PSMOptions] | None = None,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Makes a method, rows(query, key, bank, exclude, options) -> losses (B,), a function of the
+    library. The method gets unit rows in fp32 or better whatever autocast says, a BankView or None
+    (within the batch), and what rows must not see of it; checks and the reduction are done here.
 
+    Args:
+        kind: its options.
+        needs_bank: there is no form within the batch.
+        limit: the PSM that its options stand for, which a backend can compute in one call.
 
-def reduce(rows: Tensor, reduction: str) -> Tensor:
-    return rows if reduction == "none" else getattr(rows, reduction)()
+    What a method takes by keyword beside those (`labels`, `rng_state`), its function takes too.
+    """
+
+    def make(rows: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        more = [p for p in signature(rows).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        if "labels" in {p.name for p in more}:
+            more.append(more[0].replace(name="bank_labels"))
+
+        @functools.wraps(rows)
+        def loss(
+            query: Tensor,
+            key: Tensor,
+            bank: Tensor | Shard | BankView | None = None,
+            *,
+            count: Tensor | int | None = None,
+            ids: Tensor | None = None,
+            bank_ids: Tensor | Shard | None = None,
+            backend: str = "auto",
+            options: LossOptions | None = None,
+            **settings,
+        ) -> Tensor:
+            own = {p.name: settings.pop(p.name, p.default) for p in more}
+            options = kind.of(options, settings)
+            labels = own.pop("bank_labels", None)
+            bank = bank_of(bank, count, bank_ids, labels, backend, needed=needs_bank)
+            check_pair(query, key, bank)
+            exclude = own_copies(query, bank, ids)
+            if bank is not None:
+                options.check_size(len(bank))
+            fusible = bank is not None and not (key.requires_grad or is_compiling())
+            if limit is not None and fusible:
+                fused = bank.psm_step(query, key, limit(options), exclude)
+                if fused is not None:
+                    return fused
+            with torch.autocast(query.device.type, enabled=False):
+                query, key = unit(query, bank), unit(key, bank)
+                found = rows(query, key, bank, exclude, options, **own)
+                return reduce(found, options.reduction)
+
+        plain = signature(loss, follow_wrapped=False)
+        loss.__signature__ = with_fields(plain, kind, tuple(more))
+        return loss
+
+    return make
 
 
 def unit(x: Tensor, bank: BankView | None) -> Tensor:

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from psm_kernels import checks
 from psm_kernels.backends.base import Exclude
-from psm_kernels.bank import BankView, Shard
+from psm_kernels.bank import BankView
 from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
-from psm_kernels.losses.common import bank_of, contrast, loss_of
-from psm_kernels.options import LossOptions, PassOptions, takes
+from psm_kernels.losses.common import contrast, loss_function
+from psm_kernels.options import ContrastiveOptions, PassOptions
 
 
 @dataclass(frozen=True)
-class HCLOptions(LossOptions):
+class HCLOptions(ContrastiveOptions):
     beta: float = 1.0
     tau_plus: float = 0.1
     detach_weights: bool = False
@@ -35,18 +35,13 @@ class HCLOptions(LossOptions):
         checks.check_option("detach_weights", self.detach_weights, (False, True))
 
 
-@takes(HCLOptions)
+@loss_function(HCLOptions)
 def hcl_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | Shard | BankView | None = None,
-    *,
-    count: Tensor | int | None = None,
-    ids: Tensor | None = None,
-    bank_ids: Tensor | Shard | None = None,
-    backend: str = "auto",
-    options: HCLOptions | None = None,
-    **settings,
+    bank: BankView | None,
+    exclude: Exclude,
+    options: HCLOptions,
 ) -> Tensor:
     """HCL: hard negatives weigh more, false ones are subtracted (arXiv 2010.04592).
 
@@ -68,19 +63,8 @@ def hcl_loss(
             lets it flow, and so attracts negatives with x_j < beta R / ((beta + 1) n).
         ids, bank_ids, reduction, backend, options: as in `info_nce_loss`.
 
-    Returns:
-        The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
-
-    Raises:
-        ValueError: an argument is wrong (named in the message), or the backend cannot run here.
+    Returns, raises: as `info_nce_loss`.
     """
-    options = HCLOptions.of(options, settings)
-    return loss_of(_rows, query, key, bank_of(bank, count, bank_ids, None, backend), ids, options)
-
-
-def _rows(
-    query: Tensor, key: Tensor, bank: BankView | None, exclude: Exclude, options: HCLOptions
-) -> Tensor:
     if bank is None:
         views = in_batch.views(query, key)
         return views.fold(loss_rows(view_sums(views, options), options))
@@ -158,9 +142,6 @@ class HCLLoss(BankLoss):
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form, the paper's.
         beta, tau_plus, detach_weights: see there.
         All else: as in `InfoNCELoss`.
-
-    Raises:
-        ValueError: an argument is wrong; bank and noise state are as before.
     """
 
     Options, function = HCLOptions, staticmethod(hcl_loss)

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from psm_kernels.backends.base import Exclude
-from psm_kernels.bank import BankView, Shard
+from psm_kernels.bank import BankView
 from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
-from psm_kernels.losses.common import bank_of, check_pair, contrast, loss_of, own_copies, reduce
-from psm_kernels.options import LossOptions, PassOptions, PSMOptions, takes
+from psm_kernels.losses.common import contrast, loss_function
+from psm_kernels.options import ContrastiveOptions, PassOptions, PSMOptions
 
 
 @dataclass(frozen=True)
-class InfoNCEOptions(LossOptions):
+class InfoNCEOptions(ContrastiveOptions):
     temperature: float = 0.2  # MoCo v2
 
 
-@takes(InfoNCEOptions)
+@functools.lru_cache(maxsize=16)
+def _limit(options: InfoNCEOptions) -> PSMOptions:
+    """The PSM that mines nothing."""
+    return PSMOptions(
+        options.temperature, topk=0, selection="all", hard_weight=0.0, reduction=options.reduction
+    )
+
+
+@loss_function(InfoNCEOptions, limit=_limit)
 def info_nce_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | Shard | BankView | None = None,
-    *,
-    count: Tensor | int | None = None,
-    ids: Tensor | None = None,
-    bank_ids: Tensor | Shard | None = None,
-    backend: str = "auto",
-    options: InfoNCEOptions | None = None,
-    **settings,
+    bank: BankView | None,
+    exclude: Exclude,
+    options: InfoNCEOptions,
 ) -> Tensor:
     """InfoNCE: log(exp(s+/tau) + sum_j exp(s_j/tau)) - s+/tau, cosines s, temperature tau.
 
@@ -60,20 +64,6 @@ def info_nce_loss(
     Raises:
         ValueError: an argument is wrong (named in the message), or the backend cannot run here.
     """
-    options = InfoNCEOptions.of(options, settings)
-    bank = bank_of(bank, count, bank_ids, None, backend)
-    check_pair(query, key, bank)
-    if bank is not None and not key.requires_grad:  # the limit of PSM that mines nothing
-        limit = PSMOptions(options.temperature, topk=0, selection="all", hard_weight=0.0)
-        rows = bank.psm_step(query, key, limit, own_copies(query, bank, ids))
-        if rows is not None:
-            return reduce(rows, options.reduction)
-    return loss_of(_rows, query, key, bank, ids, options)
-
-
-def _rows(
-    query: Tensor, key: Tensor, bank: BankView | None, exclude: Exclude, options: InfoNCEOptions
-) -> Tensor:
     tau = options.temperature
     if bank is None:
         views = in_batch.views(query, key)
@@ -93,9 +83,6 @@ class InfoNCELoss(BankLoss):
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form ((65536, 128): MoCo).
         reduction, bank_dtype, indexed_bank, gather_distributed, shard_bank, process_group, seed,
             backend: as in `PSMLoss`, with its defaults; all that concerns the bank needs one.
-
-    Raises:
-        ValueError: an argument is wrong; bank and noise state are as before.
     """
 
     Options, function = InfoNCEOptions, staticmethod(info_nce_loss)

@@ -10,14 +10,12 @@ from torch import Tensor
 from psm_kernels import checks, noise
 from psm_kernels.backends.base import EMPTY, Exclude
 from psm_kernels.bank import BankView, Shard
-from psm_kernels.bank.collectives import rank_and_world
 from psm_kernels.losses.base import BankLoss, alternate
 from psm_kernels.losses.common import (
     bank_of,
     check_pair,
     contrast,
     own_copies,
-    reduce,
     sampling_state,
     unit,
 )
@@ -26,6 +24,7 @@ from psm_kernels.losses.sampling import Negatives, Positives, Sampling
 from psm_kernels.losses.stats import MiningStats, PSMOutput, mining_stats
 from psm_kernels.ops import snapshot
 from psm_kernels.options import PSMOptions, takes
+from psm_kernels.rows import reduce
 
 
 @takes(PSMOptions)
@@ -100,9 +99,7 @@ def psm_loss(
         ValueError: an argument is wrong (named in the message), or the backend cannot run here.
     """
     options = PSMOptions.of(options, settings)
-    if bank is None:
-        raise ValueError("bank: got None, wanted a tensor")
-    bank = bank_of(bank, count, bank_ids, bank_labels, backend)
+    bank = bank_of(bank, count, bank_ids, bank_labels, backend, needed=True)
     options.check_size(len(bank))
     check_pair(query, key, bank, projection)
     if labels is not None:
@@ -113,9 +110,9 @@ def psm_loss(
         rng_state = snapshot(sampling_state(rng_state, bank.device))
     plain = options.negatives == "bank" and projection is None and not return_stats
     if plain and not key.requires_grad:
-        rows = bank.psm_step(query, key, options, exclude, rng_state, row_offset)
-        if rows is not None:
-            return reduce(rows, options.reduction)
+        loss = bank.psm_step(query, key, options, exclude, rng_state, row_offset)
+        if loss is not None:
+            return loss
 
     sampling = Sampling(options, rng_state, row_offset)
     with torch.autocast(bank.device.type, enabled=False):
@@ -284,10 +281,10 @@ class PSMLoss(BankLoss):
         if return_stats:
             more["labels"] = labels
         bank = self.memory_bank
-        written = bank.count.float()  # before the keys of this call
+        written = bank.count.float() if return_stats else None  # before the keys of this call
         result = self._step(query, key, labels, ids, update, more)
         if return_stats:
-            _, world = rank_and_world(self.process_group) if self.collective else (0, 1)
+            _, world = self._rank_and_world()
             more = {"bank_fill": written / bank.size, "bank_age": written / (world * len(key))}
             result = result._replace(stats=replace(result.stats, **more))
         return result

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from psm_kernels import checks, noise
 from psm_kernels.backends.base import Exclude
-from psm_kernels.bank import BankView, Shard
+from psm_kernels.bank import BankView
 from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
-from psm_kernels.losses.common import bank_of, log_sum, loss_of, sampling_state
+from psm_kernels.losses.common import log_sum, loss_function, sampling_state
 from psm_kernels.losses.hcl import HCLOptions, Sums, bank_sums, loss_rows, view_sums
 from psm_kernels.ops import bank_rows, snapshot
-from psm_kernels.options import takes
 from psm_kernels.rows import unit_rows
 
 MIXES = ("pair", "query", "none")
@@ -37,23 +36,20 @@ class SSCLOptions(HCLOptions):
         checks.check_option("mix", self.mix, MIXES)
 
     def check_size(self, size: int, why: str = "the bank's rows") -> None:
-        checks.check_int("num_hard", self.num_hard, 1, size, why)
+        if self.num_synthetic:
+            checks.check_int("num_hard", self.num_hard, 1, size, why)
 
 
-@takes(SSCLOptions)
+@loss_function(SSCLOptions)
 def sscl_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | Shard | BankView | None = None,
+    bank: BankView | None,
+    exclude: Exclude,
+    options: SSCLOptions,
     *,
-    count: Tensor | int | None = None,
     rng_state: Tensor | None = None,
     row_offset: int = 0,
-    ids: Tensor | None = None,
-    bank_ids: Tensor | Shard | None = None,
-    backend: str = "auto",
-    options: SSCLOptions | None = None,
-    **settings,
 ) -> Tensor:
     """SSCL: HCL with synthetic negatives among the n (arXiv 2304.02971).
 
@@ -78,33 +74,11 @@ def sscl_loss(
         row_offset: global index of row 0, so that ranks of a distributed run draw different noise.
         ids, bank_ids, reduction, backend, options: as in `info_nce_loss`.
 
-    Returns:
-        The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
-
-    Raises:
-        ValueError: an argument is wrong (named in the message), or the backend cannot run here.
+    Returns, raises: as `info_nce_loss`.
     """
-    options = SSCLOptions.of(options, settings)
-    bank = bank_of(bank, count, bank_ids, None, backend)
-    if options.num_synthetic and isinstance(query, Tensor):
-        rng_state = sampling_state(rng_state, query.device)
-        if bank is None:
-            options.check_size(2 * len(query) - 2, "the batch's 2B - 2 negatives")
-        else:
-            options.check_size(len(bank))
-    return loss_of(_rows, query, key, bank, ids, options, rng_state, row_offset)
-
-
-def _rows(
-    query: Tensor,
-    key: Tensor,
-    bank: BankView | None,
-    exclude: Exclude,
-    options: SSCLOptions,
-    rng_state: Tensor | None,
-    row_offset: int,
-) -> Tensor:
     mined = options.num_hard if options.num_synthetic else 0
+    if mined:
+        rng_state = sampling_state(rng_state, query.device)
     if bank is not None:
         sums, index = bank_sums(query, key, bank, exclude, options, mined)
         if mined:
@@ -114,6 +88,7 @@ def _rows(
     views = in_batch.views(query, key)
     sums = view_sums(views, options)
     if mined:
+        options.check_size(views.count, "the batch's 2B - 2 negatives")
         hardest = views.similarity.detach().masked_fill(~views.candidate, -torch.inf)
         rows = views.rows.detach()
         mixer = _Mixer(options, lambda *args: bank_rows(rows, *args), rng_state, 2 * row_offset)
@@ -182,9 +157,6 @@ class SSCLLoss(BankLoss):
         num_hard, num_synthetic, beta, tau_plus, mix, detach_weights: see there.
         seed: of the canonical noise; the state [seed, offset] is the buffer `rng_state`.
         All else: as in `InfoNCELoss`.
-
-    Raises:
-        ValueError: an argument is wrong; bank and noise state are as before.
     """
 
     Options, function = SSCLOptions, staticmethod(sscl_loss)

@@ -13,9 +13,9 @@ from psm_kernels.backends.base import EMPTY, Exclude
 from psm_kernels.bank import BankView
 from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
-from psm_kernels.losses.common import bank_of, contrast, log_sum, loss_of
+from psm_kernels.losses.common import contrast, log_sum, loss_function
 from psm_kernels.ops import snapshot
-from psm_kernels.options import LossOptions, PassOptions, takes
+from psm_kernels.options import ContrastiveOptions, PassOptions
 
 _EQUAL = 1e-6  # indicators whose range is below this share of their size do not tell rows apart
 _COLD = 0.5  # below this temperature the rounding of s/tau blurs u in proportion to 1 / tau
@@ -23,7 +23,7 @@ _FAR = -60.0  # log of (1 - pi)/pi where the pseudo-label outweighs all else bey
 
 
 @dataclass(frozen=True)
-class UnReMixOptions(LossOptions):
+class UnReMixOptions(ContrastiveOptions):
     similarity_weight: float = 1 / 3
     uncertainty_weight: float = 1 / 3
     representativeness_weight: float = 1 / 3
@@ -37,18 +37,13 @@ class UnReMixOptions(LossOptions):
             raise ValueError("similarity_weight: got 0 as for the two others, wanted one above 0")
 
 
-@takes(UnReMixOptions)
+@loss_function(UnReMixOptions)
 def unremix_loss(
     query: Tensor,
     key: Tensor,
-    bank: Tensor | BankView | None = None,
-    *,
-    count: Tensor | int | None = None,
-    ids: Tensor | None = None,
-    bank_ids: Tensor | None = None,
-    backend: str = "auto",
-    options: UnReMixOptions | None = None,
-    **settings,
+    bank: BankView | None,
+    exclude: Exclude,
+    options: UnReMixOptions,
 ) -> Tensor:
     """UnReMix: importance weights of three indicators (after arXiv 2206.01197).
 
@@ -76,19 +71,8 @@ def unremix_loss(
         ids, bank_ids, reduction, backend, options: as in `info_nce_loss`. r_ij is the slot's alone:
             its mean runs over all other slots, a row's own copies among them.
 
-    Returns:
-        The loss in fp32 (fp64 for an fp64 bank): 0-d, or (B,) for reduction="none".
-
-    Raises:
-        ValueError: an argument is wrong (named in the message), or the backend cannot run here.
+    Returns, raises: as `info_nce_loss`.
     """
-    options = UnReMixOptions.of(options, settings)
-    return loss_of(_rows, query, key, bank_of(bank, count, bank_ids, None, backend), ids, options)
-
-
-def _rows(
-    query: Tensor, key: Tensor, bank: BankView | None, exclude: Exclude, options: UnReMixOptions
-) -> Tensor:
     if bank is None:
         views = in_batch.views(query, key)
         log_neg = _view_negatives(views, options)
@@ -240,9 +224,6 @@ class UnReMixLoss(BankLoss):
         memory_bank_size: (rows K, columns D), or 0 for the in-batch form, the paper's.
         similarity_weight, uncertainty_weight, representativeness_weight: see there.
         All else: as in `InfoNCELoss`.
-
-    Raises:
-        ValueError: an argument is wrong; bank and noise state are as before.
     """
 
     Options, function = UnReMixOptions, staticmethod(unremix_loss)

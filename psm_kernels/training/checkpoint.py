@@ -22,8 +22,8 @@ _GENERATORS = ("python_rng", "torch_rng", "cuda_rng")
 _AS_THEY_ARE = (bool, int, float, str, bytes, type(None), Tensor, nn.Parameter)
 
 
-def save_checkpoint(path: str | Path, parts: Mapping[str, Any], **facts: Any) -> None:
-    """Write the states of the parts, of the random number generators, and the facts.
+def save_checkpoint(path: str | Path, parts: Mapping[str, Any], **more: Any) -> None:
+    """Write the states of the parts, of the random number generators, and more by name.
 
     Every process calls it and the first one writes; divided banks are put together, so that any
     number of processes can go on. The old file stays until the new one is whole. Whatever it
@@ -32,17 +32,17 @@ def save_checkpoint(path: str | Path, parts: Mapping[str, Any], **facts: Any) ->
     Args:
         path: the file, which torch.load reads as a dict; meanwhile its suffix is .tmp.
         parts: by name, what has a state_dict: networks, losses, optimizers, scalers.
-        facts: more to save by name, such as settings: numbers, strings, tensors, lists and dicts.
+        more: what else to save, such as settings: numbers, strings, tensors, lists and dicts.
             numpy's scalars become numbers, its arrays tensors, paths strings, in the parts too.
 
     Raises:
         ValueError: a name is taken, or a value is of a type that torch.load refuses to read.
     """
-    names = [*_GENERATORS, "numpy_rng", *parts, *facts]
+    names = [*_GENERATORS, "numpy_rng", *parts, *more]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name}: got it for two of parts, facts and generators, wanted one")
-    state = {name: full_state_dict(part) for name, part in parts.items()} | facts
+            raise ValueError(f"{name}: got it for two of generators, parts and more, wanted one")
+    state = {name: full_state_dict(part) for name, part in parts.items()} | more
     state = {name: _plain(value, name) for name, value in state.items()}
     if rank_and_world()[0] != 0:
         return

@@ -115,12 +115,12 @@ def transforms(name: str, size: int) -> tuple[v2.Transform, v2.Transform]:
     The augmentations are those of the released code (dhkdhk/PSM, src/datasets.py); digits have
     their own: a mirrored digit is no digit, and of 8 x 8 pixels a crop leaves too little.
     """
-    finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MEAN_STD[name])]
+    last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MEAN_STD[name])]
     if name == "digits":
         bilinear = v2.InterpolationMode.BILINEAR
         affine = v2.RandomAffine(10, (0.1, 0.1), (0.9, 1.1), interpolation=bilinear)
         augment = [v2.Resize(size), affine, v2.ColorJitter(0.2, 0.2)]
-        return v2.Compose(augment + finish), v2.Compose([v2.Resize(size), *finish])
+        return v2.Compose(augment + last), v2.Compose([v2.Resize(size), *last])
     augment = [
         v2.RandomResizedCrop(size),
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
@@ -131,7 +131,7 @@ def transforms(name: str, size: int) -> tuple[v2.Transform, v2.Transform]:
         blur = v2.GaussianBlur(size // 20 * 2 + 1, (0.1, 2.0))  # a tenth of the image, odd
         augment.append(v2.RandomApply([blur], p=0.5))
     plain = [v2.Resize(size if size <= 64 else size * 8 // 7), v2.CenterCrop(size)]
-    return v2.Compose(augment + finish), v2.Compose(plain + finish)
+    return v2.Compose(augment + last), v2.Compose(plain + last)
 
 
 class Views(Dataset):

@@ -192,6 +192,8 @@ def plain_function(op: str, parts: list[str], dtype: np.dtype):
         if op in FLOAT and mode == "rn":
             return dtype, FLOAT[op]
         exact = EXACT[op]
+        if dtype.itemsize == 8:  # of fma, the product is rounded as well
+            return dtype, exact
         return dtype, lambda *x: directed(exact(*(v.astype(np.float64) for v in x)), mode)
     if op in LOGIC:
         return dtype if dtype.kind == "b" else unsigned, LOGIC[op]

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 
 import psm_kernels
-from psm_kernels.ops import cuda
+from psm_kernels.backends import compiled, cuda
 from ptx.machine import Machine
 from ptx.text import Fault, Kernel, read
 
@@ -69,7 +69,7 @@ def module() -> ModuleType:
 
 
 def ptx(source: Path) -> str:
-    arch = "90a" if "sm90" in source.name else "80"
+    arch = "90a" if source.parent.name == "sm90" else "80"
     command = [NVCC, "-std=c++17", "-O3", "-DPSM_CUDA_SM90A", f"-arch=compute_{arch}", "-ptx"]
     sources = [source, *sorted((ROOT / "csrc").glob("**/*.*h"))]
     return built(f"{source.stem}.ptx", sources, [*command, source]).read_text()
@@ -84,7 +84,7 @@ def plain(name: str) -> str:
 def texts() -> dict[str, str]:
     """PTX by source file, with the front end's architecture of setup.py."""
     with ThreadPoolExecutor() as pool:
-        sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
         return dict(zip((s.stem for s in sources), pool.map(ptx, sources), strict=True))
 
 
@@ -111,6 +111,9 @@ class Gpu:
             self.launch
         )
         monkeypatch.setattr(psm_kernels, "_C", module())
+        for name in ("pass_struct", "_mining_struct", "_affine_struct"):  # of this module's classes
+            cached = getattr(compiled, name)
+            monkeypatch.setattr(compiled, name, functools.cache(cached.__wrapped__))
         monkeypatch.setattr(cuda, "_place", self.place)
         address = torch.Tensor.data_ptr
 

@@ -1,0 +1,25 @@
+// The CPU backend as bindings.cpp calls it, with arguments that are checked.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "../../check.h"
+
+namespace psm::cpu {
+
+constexpr int64_t kMaxSlots = 0xFFFFFFFFll;  // a slot is 32 bits in the mining heaps
+constexpr Limits kLimits{INT64_MAX, kMaxSlots, 4096, INT64_MAX};
+
+// Instruction sets that this build has and this machine runs, best first: `isa` is one of them.
+std::vector<std::string> instruction_sets();
+
+// `threads` >= 1 bounds the threads that are used.
+void bank_pass(const PassArgs& args, const std::string& isa, int threads);
+void psm_step(const StepArgs& args, const std::string& isa, int threads);
+
+// Bytes that bank_pass allocates for itself.
+size_t workspace_bytes(const PassArgs& args, const std::string& isa, int threads);
+
+}  // namespace psm::cpu

@@ -1,0 +1,221 @@
+// Queries, keys and bank tiles in the forms that the products read. Part of kernel.inl.
+
+// One row as signed bytes times `step`, with what the bound on the error of a product needs.
+// A row that holds NaN or inf has residual inf: no bound.
+struct Quantized {
+    float step, norm, residual;  // squares of the norms of the row and of (row - step * bytes)
+};
+
+#if PSM_QUADS
+template <Dtype kDtype>
+Quantized quantize_row(const void* rows, int64_t first, int64_t padded, int8_t* bytes) {
+    V top = set1(0.0f), norm = set1(0.0f), residual = set1(0.0f);
+    for (int64_t d = 0; d < padded; d += kWidth) {
+        const V x = load_as<kDtype>(rows, first + d);
+        top = max(top, abs(x));
+        norm = fma(x, x, norm);
+    }
+    Quantized q{largest(top) / 127.0f, sum(norm), kInfinity};
+    if (!(q.norm < 1e36f && q.norm > 1e-36f)) {  // overflows, vanishes or is NaN
+        for (int64_t d = 0; d < padded; ++d) bytes[d] = 0;
+        const bool zero = largest(top) == 0.0f && q.norm == 0.0f;
+        return zero ? Quantized{1.0f, 0.0f, 0.0f} : Quantized{1.0f, q.norm, kInfinity};
+    }
+    const V inverse = set1(127.0f / largest(top)), step = set1(q.step);
+    for (int64_t d = 0; d < padded; d += kWidth) {
+        const V x = load_as<kDtype>(rows, first + d);
+        const V error = sub(x, mul(step, quantize(mul(x, inverse), bytes + d)));
+        residual = fma(error, error, residual);
+    }
+    q.residual = sum(residual);
+    return q;
+}
+#endif
+
+void set_bound(const Task& t, int64_t i, float inverse, float norm, float residual) {
+    const bool finite = norm < kInfinity;
+    const float slack = 1.0001f * inverse;  // the norms are rounded as well
+    t.inverse[i] = inverse;
+    t.norm[i] = finite ? larger(slack * norm, 1e-30f) : 0.0f;  // not 0: 0 * inf is NaN
+    t.residual[i] = finite ? larger(slack * residual, 1e-30f) : 0.0f;
+    for (int64_t row = i; row < t.heap_sets * t.rows; row += t.rows) {
+        t.bars[row] = finite ? -kInfinity : kInfinity;  // NaN or inf in a key: it finds nothing
+        __builtin_memset(t.heaps + row * t.topk, 0, size_t(t.topk) * sizeof(uint64_t));
+    }
+}
+
+uint32_t bf16_bits(float x) { return float_to_bits(x) >> 16; }  // x is a bf16 already
+
+void prepare(const Task& t, int64_t block) {
+    float* scratch = (float*)__builtin_alloca(size_t(t.padded) * sizeof(float));
+    const int64_t rows = smaller(t.rows - block * kBlock, kBlock);
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t i = block * kBlock + r;
+        float* row = t.sums ? scratch : t.query_rows + i * t.padded;
+        read_query(t, i, row);
+#if PSM_QUADS
+        if (!t.sums) {
+            int8_t* bytes = (int8_t*)scratch;
+            const Quantized q = quantize_row<Dtype::kFloat32>(row, 0, t.padded, bytes);
+            uint32_t* panel = t.query_quads + block * (t.padded / 4) * kBlock + r;
+            for (int64_t d = 0; d < t.padded / 4; ++d) {
+                uint32_t quad;
+                __builtin_memcpy(&quad, bytes + 4 * d, 4);
+                panel[d * kBlock] = quad ^ 0x80808080u;  // byte + 128 as an unsigned byte
+            }
+            set_bound(t, i, 1.0f / q.step, square_root(q.norm), square_root(q.residual));
+            continue;
+        }
+#endif
+        if (t.query_pairs) {
+            uint32_t* panel = t.query_pairs + block * (t.padded / 2) * kBlock + r;
+            for (int64_t d = 0; d < t.padded / 2; ++d)
+                panel[d * kBlock] = bf16_bits(row[2 * d]) | bf16_bits(row[2 * d + 1]) << 16;
+        } else {
+            float* panel = t.query_panel + block * t.dim * kBlock + r;
+            for (int64_t d = 0; d < t.dim; ++d) panel[d * kBlock] = row[d];
+            if (!t.sums) set_bound(t, i, 1.0f, norm_of(row, t.padded), 0.0f);
+        }
+    }
+}
+
+// One tile of the bank.
+struct Tile {
+    int64_t slot;         // bank slot of the tile's slot 0, may be negative in the first tile
+    int low, high;        // valid slots of the tile
+    int width;            // `high` rounded up to whole panels
+    const float* rows;    // (width, padded) in fp32, zeros where there is no slot
+    float norm, residual; // the largest of its slots
+    uint64_t seen[kTile / kSub];  // a bit per slot that rows may see: valid and not empty
+    bool whole;                   // they may see every slot
+};
+
+// (slots, columns) -> (slots / kSub, columns, kSub)
+void transpose_panels(const uint32_t* src, int64_t ld, int64_t columns, int width, uint32_t* dst) {
+    for (int64_t c = 0; c < columns; c += 4)
+        for (int j = 0; j < width; j += kTransposed)
+            transpose(src + j * ld + c, ld,
+                      dst + (j / kSub) * columns * kSub + c * kSub + j % kSub, kSub);
+}
+
+// Which slots rows may see, and the ids to compare theirs with.
+void mark_slots(const Task& t, Worker& w, Tile& tile) {
+    uint64_t unseen = 0;
+    for (int j = 0; j < tile.width; j += kSub) {
+        const int low = tile.low - j, high = tile.high - j;
+        uint64_t seen = high >= kSub ? ~0ull : (1ull << high) - 1;
+        if (low > 0) seen &= low >= kSub ? 0 : ~0ull << low;
+        if (t.exclude.bank_ids)
+            for (int n = 0; n < kSub; ++n) {
+                const bool valid = seen >> n & 1;
+                const int64_t id = valid ? t.exclude.bank_ids[tile.slot + j + n] : kEmpty;
+                seen &= ~(uint64_t(id == kEmpty) << n);
+                w.ids[j + n] = id;
+            }
+        tile.seen[j / kSub] = seen;
+        unseen |= ~seen;
+    }
+    tile.whole = unseen == 0;
+}
+
+#if PSM_QUADS
+// For mining: bytes along D.
+void pack_quads(const Task& t, Worker& w, Tile& tile) {
+    const int64_t ld = t.padded;
+    for (int j = 0; j < tile.high; ++j) {
+        Quantized q;
+        read_row(t, tile.slot + j, w.rows, [&](auto as, const void* rows, int64_t first) {
+            q = quantize_row<as.dtype>(rows, first, ld, w.bytes + j * ld);
+        });
+        w.slot_step[j] = q.step;
+        tile.residual = larger(tile.residual, q.residual);
+        tile.norm = larger(tile.norm, q.norm);
+    }
+    tile.residual = square_root(tile.residual), tile.norm = square_root(tile.norm);
+    __builtin_memset(w.bytes + tile.high * ld, 0, size_t((tile.width - tile.high) * ld));
+    for (int j = tile.high; j < tile.width; ++j) w.slot_step[j] = 1.0f;
+    transpose_panels((const uint32_t*)w.bytes, ld / 4, ld / 4, tile.width, w.quads);
+    for (int j = 0; j < tile.width; j += kWidth) {
+        const uint32_t* quads = w.quads + j / kSub * (ld / 4) * kSub + j % kSub;
+        I biased{};
+        for (int64_t d = 0; d < ld / 4; ++d)
+            biased = dot_bytes(biased, set1_i(0x80808080u), load_i(quads + d * kSub));
+        store_i(w.slot_bias + j, -biased);
+    }
+}
+#endif
+
+#if PSM_PAIRS
+// For sums over bf16, whose rows are pairs along D already: pairs along D and along slots.
+void pack_pairs(const Task& t, Worker& w, const Tile& tile, bool in_place) {
+    const int64_t ld = t.padded;
+    const auto* bank = (const uint16_t*)t.bank;
+    auto* rows = (uint16_t*)w.rows;
+    if (!in_place) {
+        __builtin_memset(rows, 0, size_t(tile.width * ld) * sizeof *rows);
+        for (int j = tile.low; j < tile.high; ++j)
+            __builtin_memcpy(rows + j * ld, bank + (tile.slot + j) * t.dim,
+                             size_t(t.dim) * sizeof *rows);
+    }
+    const uint16_t* source = in_place ? bank + tile.slot * ld : rows;
+    transpose_panels((const uint32_t*)source, ld / 2, ld / 2, tile.width, w.pairs);
+    for (int j = 0; j < tile.width; j += 2)
+        for (int64_t d = 0; d < ld; d += kWidth)
+            store_interleaved(w.row_pairs + j / 2 * ld + d, load_bf16(source + j * ld + d),
+                              load_bf16(source + (j + 1) * ld + d));
+}
+#endif
+
+Tile pack_tile(const Task& t, Worker& w, int64_t index) {
+    Tile tile{};
+    tile.slot = index * t.tile - t.lead;
+    tile.low = tile.slot < 0 ? int(-tile.slot) : 0;
+    tile.high = int(smaller(t.count - tile.slot, t.tile));
+    tile.width = (tile.high + kSub - 1) / kSub * kSub;
+    mark_slots(t, w, tile);
+    if (t.sums && t.selection == Selection::kAffine)
+        for (int j = 0; j < tile.width; ++j)
+            w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
+    const int64_t ld = t.padded;
+#if PSM_QUADS
+    if (!t.sums) {
+        pack_quads(t, w, tile);
+        return tile;
+    }
+#endif
+    const bool in_place = t.dim == ld && tile.low == 0 && tile.high == tile.width;
+#if PSM_PAIRS
+    if (t.query_pairs) {
+        pack_pairs(t, w, tile, in_place);
+        return tile;
+    }
+#endif
+    if (in_place && t.dtype == Dtype::kFloat32) {
+        tile.rows = (const float*)t.bank + tile.slot * ld;
+    } else {
+        tile.rows = w.rows;
+        for (int j = 0; j < tile.width; ++j) {
+            float* row = w.rows + j * ld;
+            if (j < tile.low || j >= tile.high)
+                __builtin_memset(row, 0, size_t(ld) * sizeof(float));
+            else
+                convert(t, t.bank, tile.slot + j, row);
+        }
+    }
+    if (!t.sums)
+        for (int j = 0; j < tile.width; ++j)
+            tile.norm = larger(tile.norm, norm_of(tile.rows + j * ld, ld));
+    // The panel holds D columns, not `padded`: the last four of a row may be partly padding.
+    const int64_t whole = t.dim / 4 * 4;
+    const auto* rows = (const uint32_t*)tile.rows;
+    for (int p = 0; p < tile.width / kSub; ++p) {
+        uint32_t* panel = (uint32_t*)w.panel + p * t.dim * kSub;
+        for (int64_t c = 0; c < whole; c += 4)
+            for (int j = 0; j < kSub; j += kTransposed)
+                transpose(rows + (p * kSub + j) * ld + c, ld, panel + c * kSub + j, kSub);
+        for (int64_t c = whole; c < t.dim; ++c)
+            for (int j = 0; j < kSub; ++j)
+                panel[c * kSub + j] = rows[(p * kSub + j) * ld + c];
+    }
+    return tile;
+}

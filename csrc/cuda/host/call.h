@@ -1,0 +1,67 @@
+// A call of the backend: its device, the launches on its stream, its workspace.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "launch.h"
+#include "runtime.h"
+
+namespace psm::cuda {
+
+// The same code says how much workspace it needs: then it starts nothing, addresses are made up.
+class Call {
+   public:
+    explicit Call(const Place& place, bool measures = false)
+        : place(place),
+          measures(measures),
+          guard_(place.device),
+          start_(measures ? kAlignment : uintptr_t(place.workspace)) {}
+
+    const Place& place;
+    const bool measures;
+
+    template <class V>
+    V* take(int64_t count) {
+        if (start_ == 0) throw std::invalid_argument("workspace: got a null pointer");
+        const size_t at = used_;
+        used_ += (size_t(count) * sizeof(V) + kAlignment - 1) / kAlignment * kAlignment;
+        bytes_ = std::max(bytes_, used_);
+        return reinterpret_cast<V*>(start_ + at);
+    }
+    size_t used() const { return used_; }
+    void release_to(size_t used) { used_ = used; }  // what was taken since may be taken again
+    size_t bytes() const { return bytes_; }
+
+    template <class... Argument>  // nothing here waits for the device
+    void launch(const void* function, const char* name, int64_t grid, int threads,
+                int shared_bytes, Argument&... argument) const {
+        if (measures) return;
+        void* arguments[] = {&argument...};
+        check(cudaLaunchKernel(function, dim3(unsigned(grid)), dim3(threads), arguments,
+                               shared_bytes, static_cast<cudaStream_t>(place.stream)),
+              name);
+    }
+    void clear(void* array, size_t bytes) const {
+        if (measures) return;
+        check(cudaMemsetAsync(array, 0, bytes, static_cast<cudaStream_t>(place.stream)),
+              "cudaMemsetAsync");
+    }
+    int multiprocessors() const {
+        return attribute(cudaDevAttrMultiProcessorCount, place.device);
+    }
+    // CTAs of a kernel that takes some of `pieces` at a time.
+    int64_t small_grid(int64_t pieces) const {
+        return std::min<int64_t>(pieces, 4 * multiprocessors());
+    }
+
+   private:
+    static constexpr size_t kAlignment = 256;
+    const DeviceGuard guard_;
+    const uintptr_t start_;
+    size_t used_ = 0, bytes_ = 0;
+};
+
+void bank_pass(const PassArgs& args, Call& call);
+
+}  // namespace psm::cuda

@@ -1,0 +1,5 @@
+#include "kernels_sm80.cuh"
+
+psm::cuda::PassKernel psm::cuda::sm80_bfloat16(Selection selection, Work work, int dim) {
+    return find_sm80<BFloat16>(selection, work, dim);
+}

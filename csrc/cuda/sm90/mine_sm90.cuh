@@ -1,0 +1,119 @@
+// Mining for sm_90a: cell maxima of query . M for any D up to 512. Its rows stay in shared memory;
+// the bank comes in panels of 64 columns by 256 slots, whose products add up.
+#pragma once
+
+#include "../common/cells.cuh"
+#include "pipeline_sm90.cuh"
+
+namespace psm::cuda {
+
+template <class T>
+struct MineSm90 {
+    static constexpr int kTileSlots = 256, kStages = 3, kMaxPanels = 8;
+    static constexpr int kThreads = 384, kRows = 128;
+    static constexpr int kTiles = kTileSlots / 8, kSteps = kPanelColumns / 16;
+    static constexpr int kRowPanelBytes = kRows * kRowBytes, kStageBytes = kTileSlots * kRowBytes;
+    static constexpr int kRingStart = kMaxPanels * kRowPanelBytes;
+    static constexpr int kBarriers = kRingStart + kStages * kStageBytes;
+    static constexpr int kSharedBytes = kBarriers + Barriers<kStages>::kBytes;
+
+    static PSM_DEVICE int panels_of(const KernelArgs& args) {
+        return (args.dim() + kPanelColumns - 1) / kPanelColumns;
+    }
+
+    static PSM_DEVICE void run(const KernelArgs& args, const TensorMaps& maps, char* shared) {
+        produce_and_consume<MineSm90>(args, maps, shared, [&](uint32_t base, const auto& barriers) {
+            consume(args, base, barriers);
+        });
+    }
+
+    // What TMA finds behind the last valid slot may be NaN: it stays in scores that become -inf.
+    static PSM_DEVICE void produce(const KernelArgs& args, const TensorMaps& maps, uint32_t base,
+                                   const Barriers<kStages>& barriers) {
+        const int lane = thread_index() % 32, items = args.row_blocks * args.splits;
+        const int panels = panels_of(args);
+        const uint32_t first_stage = base + kRingStart - barriers.start * (kStageBytes / 8);
+        Ring<kStages> ring(barriers);
+        uint32_t rows_phase = 0;
+        for (int item = block_index(); item < items; item += grid_size()) {
+            const int first_row = item % args.row_blocks * kRows;
+            const Walk walk = walk_of(args, kTileSlots, item / args.row_blocks);
+            mbarrier_wait(barriers.rows_empty(), rows_phase ^ 1);
+            rows_phase ^= 1;
+            if (lane == 0) {
+                mbarrier_arrive_expect(barriers.rows_full(), panels * kRowPanelBytes);
+                for (int panel = 0; panel < panels; ++panel)
+                    tma_load(base + panel * kRowPanelBytes, &maps.query, barriers.rows_full(),
+                             panel * kPanelColumns, first_row);
+            }
+            for (int tile = 0; tile < walk.tiles; ++tile) {
+                for (int panel = 0; panel < panels; ++panel) {
+                    mbarrier_wait(ring.empty(), ring.phase ^ 1);
+                    if (lane == 0) {
+                        mbarrier_arrive_expect(ring.full, kStageBytes);
+                        tma_load(first_stage + ring.full * (kStageBytes / 8), &maps.bank, ring.full,
+                                 panel * kPanelColumns, walk.start(tile) - walk.lead);
+                    }
+                    warp_sync();
+                    ring.advance();
+                }
+            }
+        }
+    }
+
+    static PSM_DEVICE void consume(const KernelArgs& args, uint32_t base,
+                                   const Barriers<kStages>& barriers) {
+        const int lane = thread_index() % 32, items = args.row_blocks * args.splits;
+        const int panels = panels_of(args);
+        const uint32_t group_rows = base + (thread_index() / 128 - 1) * kGroupRows * kRowBytes;
+        const Descriptor rows = keep_uniform(descriptor(group_rows, 16, 8 * kRowBytes), 1);
+        // Where the panel of a stage would lie whose barrier had address 0, see Ring
+        const uint32_t units = kStageBytes / kUnit / 8, back = 0 - barriers.start * units;
+        const Descriptor slots = keep_uniform(
+            descriptor(base + kRingStart, 16, 8 * kRowBytes).moved(back), 2);
+        Ring<kStages> ring(barriers);
+        uint32_t rows_phase = 0;
+        for (int item = block_index(); item < items; item += grid_size()) {
+            const int first_row = item % args.row_blocks * kRows + thread_index() / 32 * 16 - 64;
+            const int row[2] = {first_row + lane / 4, first_row + lane / 4 + 8};
+            const Walk walk = walk_of(args, kTileSlots, item / args.row_blocks);
+            Masks<kTileSlots> masks(args, row, walk);
+            int gone[2] = {};
+            QuadCells best(args, row, walk);
+            mbarrier_wait(barriers.rows_full(), rows_phase);
+            rows_phase ^= 1;
+            for (int tile = 0; tile < walk.tiles; ++tile) {
+                float s[kTiles][4];
+                uint32_t held = barriers.nobody();  // `empty` of a stage that products may read
+                const auto multiply = [&](int panel, auto first) {
+                    Descriptor a = rows.moved(panel * (kRowPanelBytes / kUnit));
+                    Descriptor b = slots.moved(ring.full * units);
+                    mbarrier_wait(ring.full, ring.phase);
+                    hide(a), hide(b);
+                    hold_accumulators(s);
+                    wgmma_fence();
+#pragma unroll
+                    for (int step = 0; step < kSteps; ++step)
+                        wgmma<T>(s, a.at(step * 32), b.at(step * 32), !first.value || step > 0);
+                    wgmma_commit();
+                    wgmma_wait<1>();
+                    hold_accumulators(s);
+                    if (lane == 0) mbarrier_arrive(held);
+                    held = ring.empty();
+                    ring.advance();
+                };
+                multiply(0, std::true_type{});
+                for (int panel = 1; panel < panels; ++panel) multiply(panel, std::false_type{});
+                wgmma_wait<0>();
+                hold_accumulators(s);
+                if (lane == 0) mbarrier_arrive(held);
+                if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
+                best.take(s);
+            }
+            best.close();
+            if (lane == 0) mbarrier_arrive(barriers.rows_empty());
+        }
+    }
+};
+
+}  // namespace psm::cuda

@@ -1,0 +1,216 @@
+"""What the compiled backends share: tensors become the structs of csrc/args.h, as addresses.
+
+psm_kernels._C is imported where it is used: without it the other backends run."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psm_kernels._csrc import source_id
+from psm_kernels.backends.base import NOTHING, Backend, BankPass, Exclude
+from psm_kernels.options import PassOptions, PSMOptions
+
+# The enums of csrc/args.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
+SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
+
+_REBUILD = "build it with `pip install -e .` in a checkout, or reinstall the package"
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """One line that says why psm_kernels._C cannot be used."""
+    from psm_kernels import __version__
+
+    try:
+        from psm_kernels import _C
+    except ImportError as error:
+        return _missing(error)
+    built, wanted = _C.source_id, source_id(Path(__file__).parents[1], __version__)
+    if "+" not in wanted:  # no sources next to the package: the version has to do
+        built = built.partition("+")[0]
+    if built != wanted:
+        return f"psm_kernels._C was built from other sources ({built}, not {wanted}): {_REBUILD}"
+    return None
+
+
+def _missing(error: ImportError) -> str:
+    try:
+        from psm_kernels._build_info import MISSING
+    except ImportError:
+        return f"psm_kernels._C cannot be imported ({error}): {_REBUILD}"
+    return f"{MISSING}: install one and {_REBUILD}"
+
+
+class Compiled(Backend):
+    def run(self, function: str, args: Any, bank: Tensor) -> None:
+        """Call a function of psm_kernels._C by its name on args, where `bank` lies."""
+        raise NotImplementedError
+
+    def bank_pass(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        bank: Tensor,
+        count: Tensor,
+        s_pos: Tensor,
+        options: PassOptions,
+        exclude: Exclude = NOTHING,
+        rng_state: Tensor | None = None,
+    ) -> BankPass:
+        return self._pass(
+            pass_struct(options), query, key, bank, count, exclude,
+            s_pos=address(s_pos), rng_state=address(rng_state),
+        )  # fmt: skip
+
+    def bank_topk(
+        self, query: Tensor, bank: Tensor, k: int, count: Tensor, exclude: Exclude = NOTHING
+    ) -> tuple[Tensor, Tensor]:
+        options = pass_struct(PassOptions(temperature=1.0, topk=k))  # its sums are not wanted
+        found = self._pass(options, None, query, bank, count, exclude)
+        return found.topk_sim, found.topk_index
+
+    def weighted_pass(
+        self,
+        query: Tensor,
+        bank: Tensor,
+        count: Tensor,
+        temperature: float,
+        affine: Tensor,
+        rho: Tensor,
+        exclude: Exclude = NOTHING,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result = self._pass(
+            _affine_struct(temperature), query, None, bank, count, exclude,
+            s_pos=address(affine), affine=address(affine), rho=address(rho),  # s_pos: not read
+        )  # fmt: skip
+        return result.neg_lse, result.neg_mean, result.neg_count
+
+    def psm_step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bank: Tensor,
+        count: Tensor,
+        options: PSMOptions,
+        exclude: Exclude = NOTHING,
+        rng_state: Tensor | None = None,
+        row_offset: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        from psm_kernels import _C
+
+        query, key = query.float().contiguous(), key.float().contiguous()
+        gradient = torch.empty_like(query)
+        loss = query.new_empty(len(query))
+        args = _C.StepArgs(
+            pass_=_C.PassArgs(
+                options=_mining_struct(options, row_offset),
+                bank=bank_struct(bank, count),
+                exclude=_exclude_struct(exclude),
+                batch=len(query),
+                rng_state=address(rng_state),
+            ),
+            query=query.data_ptr(),
+            key=key.data_ptr(),
+            soft_weights=SOFT_WEIGHTS[options.soft_weights],
+            weight_temperature=options.weight_temperature,
+            hard_weight=options.hard_weight,
+            loss=loss.data_ptr(),
+            gradient=gradient.data_ptr(),
+        )
+        self.run("psm_step", args, bank)
+        return loss, gradient
+
+    def _pass(
+        self,
+        options: Any,  # _C.PassOptions
+        query: Tensor | None,  # (B, D), None: nothing is summed
+        key: Tensor | None,  # (B, D)
+        bank: Tensor,
+        count: Tensor,
+        exclude: Exclude,
+        *,
+        mean: bool = True,  # without it neg_mean is not written, which saves the product for it
+        **addresses: int,
+    ) -> BankPass:
+        from psm_kernels import _C
+
+        batch = len(key if query is None else query)
+        empty = functools.partial(torch.empty, dtype=torch.float32, device=bank.device)
+        row, topk = (batch if query is not None else 0,), (batch, options.topk)
+        result = BankPass(
+            neg_lse=empty(row),
+            neg_mean=empty((*row, bank.shape[1])),
+            neg_sq_lse=empty(row),
+            neg_count=empty(row),
+            topk_sim=empty(topk),
+            topk_index=empty(topk, dtype=torch.int64),
+        )
+        addresses |= {name: tensor.data_ptr() for name, tensor in result._asdict().items()}
+        if not mean:
+            del addresses["neg_mean"]
+        args = _C.PassArgs(
+            options=options,
+            bank=bank_struct(bank, count),
+            exclude=_exclude_struct(exclude),
+            batch=batch,
+            query=address(query),
+            key=address(key),
+            **addresses,
+        )
+        self.run("bank_pass", args, bank)
+        return result
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def bank_struct(bank: Tensor, count: Tensor) -> Any:
+    from psm_kernels import _C
+
+    return _C.Bank(
+        rows=bank.data_ptr(),
+        slots=bank.shape[0],
+        dim=bank.shape[1],
+        dtype=DTYPES[bank.dtype],
+        count=count.data_ptr(),
+    )
+
+
+def _exclude_struct(exclude: Exclude) -> Any:
+    from psm_kernels import _C
+
+    if exclude is NOTHING:
+        return _C.Exclude()
+    return _C.Exclude(
+        slots=address(exclude.slots),
+        listed=0 if exclude.slots is None else exclude.slots.shape[1],
+        ids=address(exclude.ids),
+        bank_ids=address(exclude.bank_ids),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def pass_struct(options: PassOptions) -> Any:
+    from psm_kernels import _C
+
+    return _C.PassOptions(**vars(options) | {"selection": SELECTIONS[options.selection]})
+
+
+@functools.lru_cache(maxsize=256)
+def _mining_struct(options: PSMOptions, row_offset: int) -> Any:
+    return pass_struct(options.mining_pass(row_offset))
+
+
+@functools.lru_cache(maxsize=256)
+def _affine_struct(temperature: float) -> Any:
+    from psm_kernels import _C
+
+    return _C.PassOptions(temperature=temperature, selection=SELECTIONS["affine"])
