@@ -182,8 +182,9 @@ def psm_step(
     if options.topk > chosen.max_step_topk:
         return None
     refuse_transforms(query, key, bank)
+    exclude, (rng_state,) = contiguous(*exclude), contiguous(rng_state)
     loss, gradient = chosen.psm_step(
-        query.detach(), key, bank, count, options, exclude, rng_state, row_offset
+        query.detach(), key, bank, count, options, Exclude(*exclude), rng_state, row_offset
     )
     divisor = len(query) if options.reduction == "mean" else 1
     return with_gradient(reduce(loss, options.reduction), gradient, query, divisor)
@@ -280,7 +281,7 @@ def _run_pass(query, key, bank, count, s_pos, options, exclude, rng_state, backe
         query = seen_query(query, bank, chosen.differentiable)
         key = None if key is None else key.to(bank.dtype).contiguous()
         s_pos = s_pos.to(wide(bank)).contiguous()
-        exclude = _contiguous(*exclude)
+        exclude, (rng_state,) = Exclude(*contiguous(*exclude)), contiguous(rng_state)
         return chosen.bank_pass(query, key, bank, count, s_pos, options, exclude, rng_state)
 
 
@@ -297,11 +298,13 @@ def _run_topk(
     chosen = registry.choose(backend, bank, k, sums=False)
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
-        return chosen.bank_topk(query, bank, k, count, _contiguous(exclude, ids, bank_ids))
+        exclude = Exclude(*contiguous(exclude, ids, bank_ids))
+        return chosen.bank_topk(query, bank, k, count, exclude)
 
 
-def _contiguous(*exclude: Tensor | None) -> Exclude:
-    return Exclude(*(None if value is None else value.contiguous() for value in exclude))
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As backends read them, who see addresses alone."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def _bank_rows(bank: Tensor, index: Tensor) -> Tensor:

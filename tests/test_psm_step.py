@@ -174,3 +174,19 @@ def test_more_mined_rows_than_a_step_takes(place, monkeypatch):
     got = psm_loss(query, key, bank, reduction="none", **settings)
     assert type(got.grad_fn).__name__ != type(want.grad_fn).__name__ == "_KnownBackward"
     torch.testing.assert_close(got, want)
+
+
+def test_strided_arguments_are_read_as_they_are(place):
+    """Kernels see addresses: ids and noise state that are every other element of something."""
+    name, device = place
+    query, key, bank = inputs(device, 6, 40, 16)
+    ids, bank_ids = torch.arange(6, device=device), torch.arange(40, device=device) % 8
+    state = torch.tensor([11, 5], device=device)
+    settings = {"temperature": 0.2, "topk": 3, "backend": name}
+
+    def apart(x):
+        return torch.stack((x, x + 1000), 1)[:, 0]
+
+    wanted = psm_loss(query, key, bank, ids=ids, bank_ids=bank_ids, rng_state=state, **settings)
+    named = {"ids": apart(ids), "bank_ids": apart(bank_ids), "rng_state": apart(state)}
+    assert torch.equal(psm_loss(query, key, bank, **named, **settings), wanted)
