@@ -182,9 +182,11 @@ def psm_step(
     if options.topk > chosen.max_step_topk:
         return None
     refuse_transforms(query, key, bank)
-    exclude, (rng_state,) = contiguous(*exclude), contiguous(rng_state)
+    (rng_state,) = contiguous(rng_state)
+    if exclude is not NOTHING:
+        exclude = Exclude(*contiguous(*exclude))
     loss, gradient = chosen.psm_step(
-        query.detach(), key, bank, count, options, Exclude(*exclude), rng_state, row_offset
+        query.detach(), key, bank, count, options, exclude, rng_state, row_offset
     )
     divisor = len(query) if options.reduction == "mean" else 1
     return with_gradient(reduce(loss, options.reduction), gradient, query, divisor)
