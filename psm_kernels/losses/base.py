@@ -319,10 +319,10 @@ class BankLoss(HeldState):
         bank, rank = None, 0
         if memory is not None:
             bank = memory.view(ids=ids is not None, backend=self.backend)
-            if not self.collective:
-                memory.check(key, labels, ids, write=update)
-            else:
+            if self.collective:
                 rank = self._agree(query, key, labels, ids, update, bank, more)
+            elif labels is not None or ids is not None or memory.indexed:
+                memory.check(key, labels, ids, write=update)  # `function` checks query and key
         if self._samples:
             more |= {"rng_state": self.rng_state, "row_offset": rank * len(key)}
         result = self.function(query, key, bank, ids=ids, options=self.options, **more)
