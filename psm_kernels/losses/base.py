@@ -24,6 +24,22 @@ from psm_kernels.options import ContrastiveOptions, LossOptions, with_fields
 _OWN: Any = object()  # the method's own default
 
 
+class _Signature:
+    """Of a loss: what its __init__ takes, with the method's settings and defaults. Made when it is
+    asked for, which an import does not."""
+
+    def __get__(self, loss: BankLoss | None, cls: type[BankLoss]) -> inspect.Signature:
+        own = vars(cls.Options()) | {"memory_bank_size": cls.memory_bank_size}
+        takes = dict(inspect.signature(cls.__init__).parameters)
+        if cls.__init__ is not BankLoss.__init__:  # whose **settings go on to it
+            shared = inspect.signature(BankLoss.__init__).parameters.items()
+            takes |= {n: p for n, p in shared if p.kind is p.KEYWORD_ONLY and n not in takes}
+        takes = [p.replace(default=own.get(n)) if p.default is _OWN else p
+                 for n, p in takes.items() if n != "self"]  # fmt: skip
+        takes.sort(key=lambda p: p.kind)  # **settings behind all others
+        return with_fields(inspect.Signature(takes), cls.Options)
+
+
 class BankLoss(HeldState):
     """A loss of (query, key) with a memory bank, or within the batch.
 
@@ -47,17 +63,7 @@ class BankLoss(HeldState):
         *("gather_distributed", "shard_bank", "process_group"),
     )
 
-    def __init_subclass__(cls, **more):
-        super().__init_subclass__(**more)
-        own = vars(cls.Options()) | {"memory_bank_size": cls.memory_bank_size}
-        takes = inspect.signature(cls.__init__).parameters
-        if cls.__init__ is not BankLoss.__init__:  # whose **settings go on to it
-            shared = inspect.signature(BankLoss.__init__).parameters.items()
-            takes = takes | {n: p for n, p in shared if p.kind is p.KEYWORD_ONLY and n not in takes}
-        takes = [p.replace(default=own[n]) if p.default is _OWN else p for n, p in takes.items()]
-        last = [p for p in takes if p.kind is p.VAR_KEYWORD]
-        takes = [p for p in takes[1:] if p.kind is not p.VAR_KEYWORD] + last
-        cls.__signature__ = with_fields(inspect.Signature(takes), cls.Options)
+    __signature__ = _Signature()
 
     def __init__(
         self,
