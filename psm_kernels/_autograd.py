@@ -28,39 +28,38 @@ _AGAIN = (
 )
 
 
-def with_gradient(rows: Tensor, slope: Tensor, query: Tensor, temperature: float = 1.0) -> Tensor:
-    """rows (B,) as a function of `query`, whose gradient slope / temperature came with them."""
+def with_gradient(value: Tensor, slope: Tensor, query: Tensor, divisor: float) -> Tensor:
+    """`value`, rows (B,) or one number of them all, as a function of `query`, whose gradient
+    slope / divisor, (B, D), came with it."""
     if not (query.requires_grad and torch.is_grad_enabled()):
-        return rows
-    return _Rows.apply(query, rows, slope, temperature)
+        return value
+    return _Known.apply(query, value, slope, divisor)
 
 
-class _Rows(torch.autograd.Function):
+class _Known(torch.autograd.Function):
     """Eager path: the dispatcher of a registered op costs more than a small pass."""
 
     @staticmethod
-    def forward(ctx, query, rows, slope, temperature):
-        remember(ctx, query, slope, temperature, inputs=4)
-        return rows
+    def forward(ctx, query, value, slope, divisor):
+        remember(ctx, query, slope, divisor, inputs=4)
+        return value
 
     @staticmethod
-    def backward(ctx, grad_rows):
-        return backward(ctx, grad_rows)
+    def backward(ctx, grad):
+        return backward(ctx, grad)
 
 
-def remember(ctx, query: Tensor, slope: Tensor, temperature: float, *, inputs: int) -> None:
+def remember(ctx, query: Tensor, slope: Tensor, divisor: float, *, inputs: int) -> None:
     """What `backward` needs: of an eager Function, and of an operator that torch registers."""
     ctx.save_for_backward(slope)
-    ctx.query, ctx.temperature = query, temperature  # its values are not needed: not saved
+    ctx.query, ctx.divisor = query, divisor  # its values are not needed: not saved
     ctx.inputs = inputs
 
 
-def backward(ctx, grad_rows: Tensor, *unused) -> tuple[Tensor | None, ...]:
+def backward(ctx, grad: Tensor, *unused) -> tuple[Tensor | None, ...]:
     """The gradient by `query`, the first of the inputs; multiplied in fp32 before any cast."""
-    slope = once(*ctx.saved_tensors, ctx.query)
-    gradient = grad_rows[:, None] * slope
-    if ctx.temperature != 1:
-        gradient = gradient / ctx.temperature
+    slope, grad = once(*ctx.saved_tensors, ctx.query), grad / ctx.divisor
+    gradient = (grad[:, None] if grad.ndim else grad) * slope
     return gradient.to(ctx.query.dtype), *[None] * (ctx.inputs - 1)
 
 

@@ -10,7 +10,7 @@ from psm_kernels._autograd import backward, refuse_transforms, remember, with_gr
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import EMPTY, NOTHING, BankPass, Exclude
 from psm_kernels.options import PassOptions, PSMOptions, takes
-from psm_kernels.rows import wide
+from psm_kernels.rows import reduce, wide
 
 MAX_EXCLUDE = 64  # slots per row: kernels look them up in a short list
 
@@ -174,7 +174,7 @@ def psm_step(
     row_offset: int = 0,
     backend: str = "auto",
 ) -> Tensor | None:
-    """PSM's loss rows (B,) of query and key (B, D) of any length, in one call of the backend; None
+    """PSM's loss, reduced, of query and key (B, D) of any length in one call of the backend; None
     where it has none for these options, and in a graph. `key` carries no gradient."""
     if torch.compiler.is_compiling():  # the table imports modules, which no graph can hold
         return None
@@ -182,10 +182,14 @@ def psm_step(
     if options.topk > chosen.max_step_topk:
         return None
     refuse_transforms(query, key, bank)
+    (rng_state,) = contiguous(rng_state)
+    if exclude is not NOTHING:
+        exclude = Exclude(*contiguous(*exclude))
     loss, gradient = chosen.psm_step(
         query.detach(), key, bank, count, options, exclude, rng_state, row_offset
     )
-    return with_gradient(loss, gradient, query)
+    divisor = len(query) if options.reduction == "mean" else 1
+    return with_gradient(reduce(loss, options.reduction), gradient, query, divisor)
 
 
 def seen_query(query: Tensor, bank: Tensor, differentiable: bool) -> Tensor:
@@ -279,7 +283,7 @@ def _run_pass(query, key, bank, count, s_pos, options, exclude, rng_state, backe
         query = seen_query(query, bank, chosen.differentiable)
         key = None if key is None else key.to(bank.dtype).contiguous()
         s_pos = s_pos.to(wide(bank)).contiguous()
-        exclude = _contiguous(*exclude)
+        exclude, (rng_state,) = Exclude(*contiguous(*exclude)), contiguous(rng_state)
         return chosen.bank_pass(query, key, bank, count, s_pos, options, exclude, rng_state)
 
 
@@ -296,11 +300,13 @@ def _run_topk(
     chosen = registry.choose(backend, bank, k, sums=False)
     with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
-        return chosen.bank_topk(query, bank, k, count, _contiguous(exclude, ids, bank_ids))
+        exclude = Exclude(*contiguous(exclude, ids, bank_ids))
+        return chosen.bank_topk(query, bank, k, count, exclude)
 
 
-def _contiguous(*exclude: Tensor | None) -> Exclude:
-    return Exclude(*(None if value is None else value.contiguous() for value in exclude))
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As backends read them, who see addresses alone."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def _bank_rows(bank: Tensor, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Unit rows, and the one rule of fp32 and fp64."""
+"""Unit rows, the one rule of fp32 and fp64, and what becomes of a loss per row."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch import Tensor
 def wide(x: Tensor) -> torch.dtype:
     """Of sums, norms and losses over x: fp32, or fp64 where x is."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def reduce(rows: Tensor, reduction: str) -> Tensor:
+    """(B,) to "mean", "sum" or "none"."""
+    return rows if reduction == "none" else getattr(rows, reduction)()
 
 
 def unit_rows(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

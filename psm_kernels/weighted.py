@@ -12,7 +12,7 @@ from psm_kernels import checks
 from psm_kernels._autograd import backward, refuse_transforms, remember
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import NOTHING, Exclude
-from psm_kernels.ops import check_queries, run_topk, seen_query
+from psm_kernels.ops import check_queries, contiguous, run_topk, seen_query
 from psm_kernels.rows import wide
 
 
@@ -123,7 +123,7 @@ def _row_ranges(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
-        exclude = Exclude(slots, ids, bank_ids)
+        exclude = Exclude(*contiguous(slots, ids, bank_ids))
         top, index = run_topk(query, bank, 2, count, exclude, backend)
         # Left out of the sum, not subtracted from it: 1 - pi of the largest is what matters.
         named = exclude.naming(index[:, :1])
@@ -162,7 +162,7 @@ def _run_weighted_pass(
     with torch.autocast(bank.device.type, enabled=False):
         query = seen_query(query, bank, chosen.differentiable)
         affine = torch.stack((alpha, beta, gamma, top, cap)).to(sums)
-        rho, exclude = rho.to(sums).contiguous(), Exclude(slots, ids, bank_ids)
+        rho, exclude = rho.to(sums).contiguous(), Exclude(*contiguous(slots, ids, bank_ids))
         return chosen.weighted_pass(query, bank, count, temperature, affine, rho, exclude)
 
 

@@ -95,7 +95,8 @@ def test_lightly_equal_embeddings(batch, size, temperature, gather_distributed):
     for _ in range(size // batch + 2):
         loss = float(criterion(out0, out1))
     count = size + 1 if size else 2 * batch - 1
-    assert loss == pytest.approx(float(torch.tensor(count).log()), abs=1e-6)
+    # Logits of 1 / 0.1 in fp32 are exact to 5e-7, and the random rows are other ones each time.
+    assert loss == pytest.approx(float(torch.tensor(count).log()), abs=3e-6)
 
 
 @pytest.mark.parametrize("dim", [1, 32])

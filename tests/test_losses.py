@@ -1,3 +1,5 @@
+import inspect
+import pydoc
 from collections.abc import Sequence
 
 import numpy as np
@@ -5,7 +7,8 @@ import pytest
 import torch
 from conftest import problem
 
-from psm_kernels import InfoNCELoss, PSMLoss, PSMOutput, functional
+from psm_kernels import InfoNCELoss, MSFLoss, PSMLoss, PSMOutput, functional
+from psm_kernels.compat import CrossBatchPSM
 
 
 def batches(n, batch=6, dim=8, seed=0):
@@ -268,3 +271,15 @@ def test_repr_names_the_settings():
     assert "temperature=0.2" in text
     assert "topk=3" in text
     assert "size=20, dim=8" in text
+
+
+@pytest.mark.parametrize("loss", [PSMLoss, MSFLoss, CrossBatchPSM], ids=lambda loss: loss.__name__)
+def test_a_signature_names_every_setting(loss):
+    """Settings stand once, in the options: `help` has them, with the defaults of the method."""
+    takes = inspect.signature(loss).parameters
+    assert {"topk", "reduction", "seed", "backend", "shard_bank"} <= set(takes)
+    assert takes["topk"].default == loss.Options().topk
+    assert not any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    assert "topk" in pydoc.render_doc(loss)
+    with pytest.raises(TypeError, match="topK"):
+        loss(*[8] * (loss is CrossBatchPSM), topK=3)

@@ -146,7 +146,7 @@ class Backend:
         ptr: Tensor,  # ()
         count: Tensor,  # ()
     ) -> bool:
-        """`MemoryBank.enqueue` of a ring in one kernel: normalize, cast, write, advance. False:
+        """`MemoryBank.enqueue` of a ring in one call: normalize, cast, write, advance. False:
         it has none, and wrote nothing."""
         return False
 

@@ -54,16 +54,9 @@ class Compiled(Backend):
         raise NotImplementedError
 
     def bank_pass(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        bank: Tensor,
-        count: Tensor,
-        s_pos: Tensor,
-        options: PassOptions,
-        exclude: Exclude = NOTHING,
-        rng_state: Tensor | None = None,
-    ) -> BankPass:
+        self, query: Tensor, key: Tensor | None, bank: Tensor, count: Tensor, s_pos: Tensor,
+        options: PassOptions, exclude: Exclude = NOTHING, rng_state: Tensor | None = None,
+    ) -> BankPass:  # fmt: skip
         return self._pass(
             pass_struct(options), query, key, bank, count, exclude,
             s_pos=address(s_pos), rng_state=address(rng_state),
@@ -77,15 +70,9 @@ class Compiled(Backend):
         return found.topk_sim, found.topk_index
 
     def weighted_pass(
-        self,
-        query: Tensor,
-        bank: Tensor,
-        count: Tensor,
-        temperature: float,
-        affine: Tensor,
-        rho: Tensor,
-        exclude: Exclude = NOTHING,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, query: Tensor, bank: Tensor, count: Tensor, temperature: float, affine: Tensor,
+        rho: Tensor, exclude: Exclude = NOTHING,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         result = self._pass(
             _affine_struct(temperature), query, None, bank, count, exclude,
             s_pos=address(affine), affine=address(affine), rho=address(rho),  # s_pos: not read
@@ -93,16 +80,9 @@ class Compiled(Backend):
         return result.neg_lse, result.neg_mean, result.neg_count
 
     def psm_step(
-        self,
-        query: Tensor,
-        key: Tensor,
-        bank: Tensor,
-        count: Tensor,
-        options: PSMOptions,
-        exclude: Exclude = NOTHING,
-        rng_state: Tensor | None = None,
-        row_offset: int = 0,
-    ) -> tuple[Tensor, Tensor]:
+        self, query: Tensor, key: Tensor, bank: Tensor, count: Tensor, options: PSMOptions,
+        exclude: Exclude = NOTHING, rng_state: Tensor | None = None, row_offset: int = 0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from psm_kernels import _C
 
         query, key = query.float().contiguous(), key.float().contiguous()

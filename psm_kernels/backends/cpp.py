@@ -31,13 +31,9 @@ class Cpp(Compiled):
         getattr(_C, function)(args, instruction_set(), torch.get_num_threads())
 
     def row_ranges(
-        self,
-        query: Tensor,
-        bank: Tensor,
-        count: Tensor,
-        temperature: float,
+        self, query: Tensor, bank: Tensor, count: Tensor, temperature: float,
         exclude: Exclude = NOTHING,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         options = pass_struct(PassOptions(temperature, topk=1))
         s_pos = query.new_empty(len(query), dtype=torch.float32)  # not read
         found = self._pass(

@@ -80,16 +80,9 @@ class Cuda(Compiled):
         getattr(_C.cuda, name)(args, **place, workspace=workspace.data_ptr(), **self.flags)
 
     def enqueue(
-        self,
-        keys: Tensor,
-        labels: Tensor | None,
-        ids: Tensor | None,
-        bank: Tensor,
-        bank_labels: Tensor,
-        bank_ids: Tensor,
-        ptr: Tensor,
-        count: Tensor,
-    ) -> bool:
+        self, keys: Tensor, labels: Tensor | None, ids: Tensor | None, bank: Tensor,
+        bank_labels: Tensor, bank_ids: Tensor, ptr: Tensor, count: Tensor,
+    ) -> bool:  # fmt: skip
         from psm_kernels import _C
 
         keys = keys.contiguous() if keys.dtype in DTYPES else keys.float().contiguous()

@@ -18,16 +18,9 @@ class Reference(Backend):
     differentiable = True  # as often as one likes
 
     def bank_pass(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        bank: Tensor,
-        count: Tensor,
-        s_pos: Tensor,
-        options: PassOptions,
-        exclude: Exclude = NOTHING,
-        rng_state: Tensor | None = None,
-    ) -> BankPass:
+        self, query: Tensor, key: Tensor | None, bank: Tensor, count: Tensor, s_pos: Tensor,
+        options: PassOptions, exclude: Exclude = NOTHING, rng_state: Tensor | None = None,
+    ) -> BankPass:  # fmt: skip
         tau, o = options.temperature, options
         rows = _valid_rows(bank, count)
         similarity = query.to(rows.dtype) @ rows.T  # (B, K)

@@ -151,7 +151,7 @@ class MemoryBank(HeldState):
             labels: (B,) int64 or None for unknown. They serve statistics, never the loss.
             ids: (B,) int64 names of the samples, so that a query never meets its own copy; None or
                 negative for unknown. An indexed bank needs them, in [0, size).
-            backend: "auto" or a name of `python -m psm_kernels`; "cuda" does it in one kernel.
+            backend: "auto" or a name of `python -m psm_kernels`; "cuda" does it in one call.
 
         Raises:
             ValueError: wrong shape, dtype, device or id, or the backend cannot run; nothing is

@@ -66,14 +66,9 @@ class ShardView(BankView):
         return self.ids.rows
 
     def scan(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        s_pos: Tensor,
-        options: PassOptions,
-        exclude: Exclude = NOTHING,
-        rng_state: Tensor | None = None,
-    ) -> BankPass:
+        self, query: Tensor, key: Tensor | None, s_pos: Tensor, options: PassOptions,
+        exclude: Exclude = NOTHING, rng_state: Tensor | None = None,
+    ) -> BankPass:  # fmt: skip
         """Of this rank's rows against all ranks' slots. Three numbers, D and 2k columns per row go
         to each rank, whatever K is. With `exclude_mined` the ranks first agree on what is mined: no
         rank can tell that from its own slots."""

@@ -24,6 +24,22 @@ from psm_kernels.options import ContrastiveOptions, LossOptions, with_fields
 _OWN: Any = object()  # the method's own default
 
 
+class _Signature:
+    """Of a loss: what its __init__ takes, with the method's settings and defaults. Made when it is
+    asked for, which an import does not."""
+
+    def __get__(self, loss: BankLoss | None, cls: type[BankLoss]) -> inspect.Signature:
+        own = vars(cls.Options()) | {"memory_bank_size": cls.memory_bank_size}
+        takes = dict(inspect.signature(cls.__init__).parameters)
+        if cls.__init__ is not BankLoss.__init__:  # whose **settings go on to it
+            shared = inspect.signature(BankLoss.__init__).parameters.items()
+            takes |= {n: p for n, p in shared if p.kind is p.KEYWORD_ONLY and n not in takes}
+        takes = [p.replace(default=own.get(n)) if p.default is _OWN else p
+                 for n, p in takes.items() if n != "self"]  # fmt: skip
+        takes.sort(key=lambda p: p.kind)  # **settings behind all others
+        return with_fields(inspect.Signature(takes), cls.Options)
+
+
 class BankLoss(HeldState):
     """A loss of (query, key) with a memory bank, or within the batch.
 
@@ -47,17 +63,7 @@ class BankLoss(HeldState):
         *("gather_distributed", "shard_bank", "process_group"),
     )
 
-    def __init_subclass__(cls, **more):
-        super().__init_subclass__(**more)
-        own = vars(cls.Options()) | {"memory_bank_size": cls.memory_bank_size}
-        takes = inspect.signature(cls.__init__).parameters
-        if cls.__init__ is not BankLoss.__init__:  # whose **settings go on to it
-            shared = inspect.signature(BankLoss.__init__).parameters.items()
-            takes = takes | {n: p for n, p in shared if p.kind is p.KEYWORD_ONLY and n not in takes}
-        takes = [p.replace(default=own[n]) if p.default is _OWN else p for n, p in takes.items()]
-        last = [p for p in takes if p.kind is p.VAR_KEYWORD]
-        takes = [p for p in takes[1:] if p.kind is not p.VAR_KEYWORD] + last
-        cls.__signature__ = with_fields(inspect.Signature(takes), cls.Options)
+    __signature__ = _Signature()
 
     def __init__(
         self,
@@ -309,46 +315,47 @@ class BankLoss(HeldState):
     ) -> Any:
         """What `function` gives with `more` arguments; then the noise and the bank move on."""
         more = more or {}
-        if self.memory_bank is not None or self._samples:  # what moves on cannot be run again
+        memory = self.memory_bank  # once: a Module looks its parts up slowly
+        if memory is not None or self._samples:  # what moves on cannot be run again
             refuse_recompute(self.rng_state)
-        if update and self.memory_bank is None:
+        if update and memory is None:
             raise ValueError("update: got True, wanted None or False: memory_bank_size is 0")
         learns = self._learns()
-        update = learns and self.memory_bank is not None if update is None else update
-        bank, rank = self._view(query, key, labels, ids, update, more)
+        update = learns and memory is not None if update is None else update
+        bank, rank = None, 0
+        if memory is not None:
+            bank = memory.view(ids=ids is not None, backend=self.backend)
+            if self.collective:
+                rank = self._agree(query, key, labels, ids, update, bank, more)
+            elif labels is not None or ids is not None or memory.indexed:
+                memory.check(key, labels, ids, write=update)  # `function` checks query and key
         if self._samples:
             more |= {"rng_state": self.rng_state, "row_offset": rank * len(key)}
         result = self.function(query, key, bank, ids=ids, options=self.options, **more)
         # An evaluation leaves the noise as it is, so that it neither changes nor depends on a run.
         if update or learns:
-            with torch.no_grad():
-                self.rng_state[1] += 1
-            self._calls += self.collective
+            self.rng_state[1:].add_(1)
+            if self.collective:
+                self._calls += 1
         if update:
             self._write(key, labels, ids)
         return result
 
-    def _view(
+    def _agree(
         self,
         query: Tensor,
         key: Tensor,
         labels: Tensor | None,
         ids: Tensor | None,
         update: bool,
+        bank: BankView,
         more: dict[str, Any],
-    ) -> tuple[BankView | None, int]:
-        """What the call reads of the bank, and this rank: checked, together with the other ranks
-        where they will exchange rows."""
-        if self.memory_bank is None:
-            return None, 0
-        view = self.memory_bank.view(ids=ids is not None, backend=self.backend)
-        if not self.collective:
-            self.memory_bank.check(key, labels, ids, write=update)
-            return view, 0
+    ) -> int:
+        """Check, together with the other ranks where they will exchange rows; this rank."""
 
         def say() -> dict[str, object]:
-            check_pair(query, key, view, more.get("projection"))
-            view.check()
+            check_pair(query, key, bank, more.get("projection"))
+            bank.check()
             mine = {"query dtype": str(query.dtype), "update": update, "seed": self.seed}
             mine |= {"calls so far": self._calls}  # a rank that trained alone has other noise
             flags = {name: value for name, value in more.items() if isinstance(value, bool)}
@@ -358,7 +365,7 @@ class BankLoss(HeldState):
             agree(self.process_group, say)
         else:
             say()
-        return view, self._rank_and_world()[0]
+        return self._rank_and_world()[0]
 
     def _rank_and_world(self) -> tuple[int, int]:
         return rank_and_world(self.process_group) if self.collective else (0, 1)

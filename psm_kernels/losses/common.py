@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from psm_kernels import checks
 from psm_kernels._autograd import refuse_tracing
 from psm_kernels.backends.base import NOTHING, Exclude
 from psm_kernels.bank import BankView, Shard, view_of
 from psm_kernels.options import LossOptions, PSMOptions, with_fields
-from psm_kernels.rows import unit_rows, wide
+from psm_kernels.rows import reduce, unit_rows, wide
 
 
 def bank_of(
@@ -110,10 +111,11 @@ def loss_function(
             exclude = own_copies(query, bank, ids)
             if bank is not None:
                 options.check_size(len(bank))
-            if limit is not None and bank is not None and not key.requires_grad:
+            fusible = bank is not None and not (key.requires_grad or is_compiling())
+            if limit is not None and fusible:
                 fused = bank.psm_step(query, key, limit(options), exclude)
                 if fused is not None:
-                    return reduce(fused, options.reduction)
+                    return fused
             with torch.autocast(query.device.type, enabled=False):
                 query, key = unit(query, bank), unit(key, bank)
                 found = rows(query, key, bank, exclude, options, **own)
@@ -124,10 +126,6 @@ def loss_function(
         return loss
 
     return make
-
-
-def reduce(rows: Tensor, reduction: str) -> Tensor:
-    return rows if reduction == "none" else getattr(rows, reduction)()
 
 
 def unit(x: Tensor, bank: BankView | None) -> Tensor:

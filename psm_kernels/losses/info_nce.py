@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,9 +20,12 @@ class InfoNCEOptions(ContrastiveOptions):
     temperature: float = 0.2  # MoCo v2
 
 
+@functools.lru_cache(maxsize=16)
 def _limit(options: InfoNCEOptions) -> PSMOptions:
     """The PSM that mines nothing."""
-    return PSMOptions(options.temperature, topk=0, selection="all", hard_weight=0.0)
+    return PSMOptions(
+        options.temperature, topk=0, selection="all", hard_weight=0.0, reduction=options.reduction
+    )
 
 
 @loss_function(InfoNCEOptions, limit=_limit)

@@ -16,7 +16,6 @@ from psm_kernels.losses.common import (
     check_pair,
     contrast,
     own_copies,
-    reduce,
     sampling_state,
     unit,
 )
@@ -25,6 +24,7 @@ from psm_kernels.losses.sampling import Negatives, Positives, Sampling
 from psm_kernels.losses.stats import MiningStats, PSMOutput, mining_stats
 from psm_kernels.ops import snapshot
 from psm_kernels.options import PSMOptions, takes
+from psm_kernels.rows import reduce
 
 
 @takes(PSMOptions)
@@ -110,9 +110,9 @@ def psm_loss(
         rng_state = snapshot(sampling_state(rng_state, bank.device))
     plain = options.negatives == "bank" and projection is None and not return_stats
     if plain and not key.requires_grad:
-        rows = bank.psm_step(query, key, options, exclude, rng_state, row_offset)
-        if rows is not None:
-            return reduce(rows, options.reduction)
+        loss = bank.psm_step(query, key, options, exclude, rng_state, row_offset)
+        if loss is not None:
+            return loss
 
     sampling = Sampling(options, rng_state, row_offset)
     with torch.autocast(bank.device.type, enabled=False):
@@ -281,7 +281,7 @@ class PSMLoss(BankLoss):
         if return_stats:
             more["labels"] = labels
         bank = self.memory_bank
-        written = bank.count.float()  # before the keys of this call
+        written = bank.count.float() if return_stats else None  # before the keys of this call
         result = self._step(query, key, labels, ids, update, more)
         if return_stats:
             _, world = self._rank_and_world()

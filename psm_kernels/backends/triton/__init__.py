@@ -80,12 +80,12 @@ class Triton(Backend):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         from psm_kernels.backends.triton.loss import loss_and_gradient
 
-        unit, norms = unit_rows_and_norms(query.contiguous())
-        key = unit_rows(key.contiguous())
-        s_pos = (unit * key).sum(1)
-        result = self.bank_pass(
-            unit.to(bank.dtype), key.to(bank.dtype) if options.topk else None, bank, count, s_pos,
-            options.mining_pass(row_offset), exclude, rng_state,
-        )  # fmt: skip
-        with config.current(bank):
+        with config.current(bank), torch.autocast(bank.device.type, enabled=False):
+            unit, norms = unit_rows_and_norms(query.contiguous())
+            key = unit_rows(key.contiguous())
+            s_pos = (unit * key).sum(1)
+            miner = key.to(bank.dtype) if options.topk else None
+            mining = options.mining_pass(row_offset)
+            rest = (bank, count, s_pos, mining, exclude, rng_state)
+            result = self.bank_pass(unit.to(bank.dtype), miner, *rest)
             return loss_and_gradient(unit, norms, key, bank, s_pos, result, options)

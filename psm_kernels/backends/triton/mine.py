@@ -59,7 +59,9 @@ def mine_kernel(
 ):  # fmt: skip
     """One block of rows against one split of the bank."""
     split, block = tiles.block_of_rows(key, B, D, BM, DPAD, DBLOCK)
-    row_ids = tiles.per_row(ids, block)
+    row_ids = None
+    if ids is not None:
+        row_ids = tiles.per_row(ids, block)
     size = tl.minimum(tl.load(count), K).to(tl.int32)
     CELL_TILES: tl.constexpr = (63 + BN) // BN
     first, last = tiles.tiles_of_split(tl.cdiv(size, BN), split, splits, CELL_TILES)
@@ -138,9 +140,8 @@ def select_kernel(
     wanted = k + length
     rank = tl.arange(0, KP)
     best = tl.full((KP,), MISSING, tl.int64)
-    local = tl.arange(0, CHUNK)
     for first in range(0, used, CHUNK):
-        cell = first + local
+        cell = first + tl.arange(0, CHUNK)
         maxima = tl.load(cell_max + row * cells + cell, mask=cell < used, other=0.0)
         new = tl.where(cell < used, _pack(maxima, cell), MISSING)
         best = _best(best, new, wanted, KP, MISSING)

@@ -17,8 +17,7 @@ from psm_kernels.options import PassOptions
 
 @triton.jit
 def _nothing(BM: tl.constexpr, DPAD: tl.constexpr):
-    """The state of a block of rows before its first tile: the shift of exponents, then sums of
-    weights, of their squares, of what is kept, of weighted rows."""
+    """State of a block: shift of exponents; sums of weights, squares, kept slots, weighted rows."""
     zeros = tl.zeros((BM, 8), tl.float32)
     top = tl.full((BM,), -float("inf"), tl.float32)
     return top, zeros, zeros, zeros, tl.zeros((BM, DPAD), tl.float32)
@@ -26,7 +25,8 @@ def _nothing(BM: tl.constexpr, DPAD: tl.constexpr):
 
 @triton.jit
 def _scan(
-    state, block, bank, bank_tiles, hidden, rule, sample, first, last, size, shift, scale, D,
+    state, block, bank, bank_tiles, lists, length, ids, bank_ids, rule, sample,
+    first, last, size, shift, scale, D,
     SELECTION: tl.constexpr, GENERAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DPAD: tl.constexpr, DBLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,6 @@ def _scan(
     Without it tiles are full and the shift is 0, which costs fewer instructions.
     """
     top, total, squares, kept, mean = state
-    lists, length, ids, bank_ids = hidden
     center, sharpness = rule
     row_words, group, seed, offset = sample
     next_listed = first  # the next tile with listed slots; the first one may have none
@@ -118,7 +117,11 @@ def sum_kernel(
     """One block of rows against one split of the bank."""
     split, block = tiles.block_of_rows(query, B, D, BM, DPAD, DBLOCK)
     rows, row_valid = block[0], block[1]
-    hidden = tiles.lists_of(slots, block, B, length), length, tiles.per_row(ids, block), bank_ids
+    lists, row_ids = None, None
+    if slots is not None:
+        lists = tiles.lists_of(slots, block, B, length)
+    if ids is not None:
+        row_ids = tiles.per_row(ids, block)
     rule = -1.0 * (tiles.per_row(s_pos, block) + b) * sharpness, sharpness
     seed, offset = 0, 0
     if SELECTION == "bernoulli":
@@ -139,7 +142,7 @@ def sum_kernel(
         # all products of the loop (C7515).
         if full > first:
             state = _scan(
-                state, block, bank, bank_tiles, hidden, rule, sample,
+                state, block, bank, bank_tiles, lists, length, row_ids, bank_ids, rule, sample,
                 first, full, size, shift, scale, D,
                 SELECTION, False, BM, BN, DPAD, DBLOCK, STAGES,
             )  # fmt: skip
@@ -158,7 +161,7 @@ def sum_kernel(
             first = tiles.tiles_of_split(all_tiles, split, splits, 1)[0]
             state = _nothing(BM, DPAD)
     top, total, squares, kept, mean = _scan(
-        state, block, bank, bank_tiles, hidden, rule, sample,
+        state, block, bank, bank_tiles, lists, length, row_ids, bank_ids, rule, sample,
         first, last, size, shift, scale, D,
         SELECTION, True, BM, BN, DPAD, DBLOCK, 1 if FAST else STAGES,
     )  # fmt: skip

@@ -35,22 +35,14 @@ def tiles_of_split(tiles, split, splits, UNIT: tl.constexpr):
 
 @triton.jit
 def per_row(x, block):
-    """The rows' entries (BM,) of x (B,), or None as x."""
-    rows, row_valid = block[0], block[1]
-    entries = None
-    if x is not None:
-        entries = tl.load(x + rows, mask=row_valid, other=0)
-    return entries
+    """The rows' entries (BM,) of x (B,)."""
+    return tl.load(x + block[0], mask=block[1], other=0)
 
 
 @triton.jit
 def lists_of(slots, block, B, length):
-    """Addresses (BM,) of the rows' lists, or None; rows behind the last read its list."""
-    rows = block[0]
-    lists = None
-    if slots is not None:
-        lists = slots + tl.minimum(rows, B - 1) * length
-    return lists
+    """Addresses (BM,) of the rows' lists; rows behind the last read its list."""
+    return slots + tl.minimum(block[0], B - 1) * length
 
 
 if interpreted():

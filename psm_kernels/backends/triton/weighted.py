@@ -33,7 +33,11 @@ def weighted_kernel(
     gamma = tiles.per_row(affine + 2 * B, block)[:, None]
     top = tiles.per_row(affine + 3 * B, block)
     cap = tiles.per_row(affine + 4 * B, block)[:, None]
-    lists, row_ids = tiles.lists_of(slots, block, B, length), tiles.per_row(ids, block)
+    lists, row_ids = None, None
+    if slots is not None:
+        lists = tiles.lists_of(slots, block, B, length)
+    if ids is not None:
+        row_ids = tiles.per_row(ids, block)
 
     size = tl.minimum(tl.load(count), K).to(tl.int32)
     first, last = tiles.tiles_of_split(tl.cdiv(size, BN), split, splits, 1)
