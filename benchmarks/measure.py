@@ -180,14 +180,14 @@ def _best(run: Callable[[], object], device: str) -> float:
 
 def machine(device: str) -> dict:
     """What a reader must know of the machine; nothing that names its owner."""
-    from psm_kernels.ops import cpp
+    from psm_kernels.backends import cpp
 
     about = {
         "device": device,
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instructions": cpp.instruction_set() if cpp.unavailable() is None else "no C++ backend",
+        "instructions": cpp.instruction_set() if not cpp.Cpp().unavailable() else "no C++ backend",
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
     }
     if device != "cpu":

@@ -1,4 +1,4 @@
-"""Fingerprint of the C++ sources, shared by setup.py and backends/compiled.py. Imports nothing of torch."""
+"""Fingerprint of the C++ sources, for setup.py and backends/compiled.py: imports no torch."""
 
 from __future__ import annotations
 

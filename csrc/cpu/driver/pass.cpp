@@ -49,10 +49,10 @@ Task summing_task(const PassArgs& args) {
 }
 
 // A thread takes some 30 us to start: give each at least as much to do.
-size_t worthwhile(const PassArgs& args, int64_t count, int threads) {
+Threads worthwhile(const PassArgs& args, int64_t count, int most) {
     constexpr double kThreadProducts = 4e6;
     const double products = double(args.batch) * double(count) * double(args.bank.dim);
-    return size_t(std::clamp<double>(products / kThreadProducts, 1, threads));
+    return {size_t(std::clamp<double>(products / kThreadProducts, 1, most)), size_t(most)};
 }
 
 }  // namespace
@@ -78,8 +78,8 @@ std::vector<std::string> instruction_sets() {
 Pass::Pass(const PassArgs& args, const std::string& isa, int most_threads)
     : kernels(choose(isa, args.bank.dtype)), topk_sim_(args.topk_sim), topk_index_(args.topk_index) {
     threads = worthwhile(args, common_task(args).count, most_threads);
-    if (args.options.topk) mining = Stage(mining_task(args), threads);
-    if (args.query) sums = Stage(summing_task(args), threads);
+    if (args.options.topk) mining = Stage(mining_task(args), threads.used);
+    if (args.query) sums = Stage(summing_task(args), threads.used);
 }
 
 void Pass::run(const std::function<void(int64_t)>& before,

@@ -13,9 +13,14 @@ namespace psm::cpu {
 
 const Kernels& choose(const std::string& isa, Dtype dtype);
 
-// run(worker, item) for each of `items` items, in any order, on up to `threads` threads, this one
-// included. They take items from a shared counter: it does not matter how many the system grants.
-void run_items(size_t threads, int64_t items, const std::function<void(size_t, int64_t)>& run);
+struct Threads {
+    size_t used, most;  // what the work is worth, of those that torch has
+};
+
+// run(worker, item) for each of `items` items, in any order, worker < threads.used. Threads take
+// items from a shared counter: it does not matter how many the system grants.
+void run_items(const Threads& threads, int64_t items,
+               const std::function<void(size_t, int64_t)>& run);
 
 class Pass {
   public:
@@ -32,7 +37,7 @@ class Pass {
              const std::function<void(size_t, float*, int64_t)>& after);
 
     const Kernels& kernels;
-    size_t threads;
+    Threads threads;
     Stage mining, sums;  // without rows where they are not wanted
 
   private:

@@ -94,7 +94,7 @@ void psm_step(const StepArgs& step, const std::string& isa, int threads) {
     if (batch == 0) return;
     pass.mining.task.unit = rows.key, pass.sums.task.unit = rows.query;
 
-    std::vector<Mined> mined(pass.threads);
+    std::vector<Mined> mined(pass.threads.used);
     const Memory memory = with_memory([&](Arena& arena) {
         pass.lay_out(arena);
         for (Mined& m : mined) {

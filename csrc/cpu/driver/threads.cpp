@@ -4,7 +4,6 @@
 #include <dlfcn.h>
 #include <pthread.h>
 
-#include <algorithm>
 #include <atomic>
 #include <fstream>
 #include <limits>
@@ -41,22 +40,25 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 struct Call {
     const std::function<void(size_t)>& job;
+    size_t count;
     std::atomic<size_t> next{0};
 };
 
 void enter(void* argument) {
     Call& call = *static_cast<Call*>(argument);
-    call.job(call.next.fetch_add(1));
+    const size_t worker = call.next.fetch_add(1);
+    if (worker < call.count) call.job(worker);
 }
 
-void run_threads(size_t count, const std::function<void(size_t)>& job) {
-    if (count <= 1) return job(0);
-    Call call{job};
+void run_threads(const Threads& threads, const std::function<void(size_t)>& job) {
+    if (threads.used <= 1) return job(0);
+    Call call{job, threads.used};
+    // All of torch's threads: a smaller team would end the others, and torch start them again.
     if (gomp_parallel != nullptr && !forked)
-        return gomp_parallel(enter, &call, unsigned(count), 0);
+        return gomp_parallel(enter, &call, unsigned(threads.most), 0);
     std::vector<std::thread> others;
     try {
-        for (size_t i = 1; i < count; ++i) others.emplace_back(enter, &call);
+        for (size_t i = 1; i < threads.used; ++i) others.emplace_back(enter, &call);
     } catch (const std::system_error&) {
         // The system grants no more: those that run do it all.
     }
@@ -68,10 +70,11 @@ void run_threads(size_t count, const std::function<void(size_t)>& job) {
 
 // A barrier of our own between phases, in one parallel region, saves 5 us of a step of 275 and made
 // torch's threads share a processor more often where the machine has other work: 12 ms a step.
-void run_items(size_t threads, int64_t items, const std::function<void(size_t, int64_t)>& run) {
+void run_items(const Threads& threads, int64_t items,
+               const std::function<void(size_t, int64_t)>& run) {
     if (items == 0) return;
     std::atomic<int64_t> next{0};
-    run_threads(std::min(threads, size_t(items)), [&](size_t worker) {
+    run_threads(threads, [&](size_t worker) {
         for (int64_t item; (item = next.fetch_add(1)) < items;) run(worker, item);
     });
 }
