@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from psm_kernels.rows import reduce
+
 _TWICE = (
     "second derivatives: got a gradient that was computed together with the loss, which cannot be "
     "differentiated again; backend='reference', neither compiled nor sharded, gives one that can"
@@ -28,21 +30,23 @@ _AGAIN = (
 )
 
 
-def with_gradient(value: Tensor, slope: Tensor, query: Tensor, divisor: float) -> Tensor:
-    """`value`, rows (B,) or one number of them all, as a function of `query`, whose gradient
-    slope / divisor, (B, D), came with it."""
+def with_gradient(
+    rows: Tensor, slope: Tensor, query: Tensor, divisor: float = 1, reduction: str = "none"
+) -> Tensor:
+    """rows (B,), reduced, as a function of `query`, whose gradient slope / divisor, (B, D), came
+    with them; of a mean, divisor is B besides."""
     if not (query.requires_grad and torch.is_grad_enabled()):
-        return value
-    return _Known.apply(query, value, slope, divisor)
+        return reduce(rows, reduction)
+    return _Known.apply(query, rows, slope, divisor, reduction)
 
 
 class _Known(torch.autograd.Function):
     """Eager path: the dispatcher of a registered op costs more than a small pass."""
 
     @staticmethod
-    def forward(ctx, query, value, slope, divisor):
-        remember(ctx, query, slope, divisor, inputs=4)
-        return value
+    def forward(ctx, query, rows, slope, divisor, reduction):
+        remember(ctx, query, slope, divisor, inputs=5)
+        return reduce(rows, reduction)  # here, or autograd would have a node of its own for it
 
     @staticmethod
     def backward(ctx, grad):

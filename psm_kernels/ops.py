@@ -10,7 +10,7 @@ from psm_kernels._autograd import backward, refuse_transforms, remember, with_gr
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import EMPTY, NOTHING, BankPass, Exclude
 from psm_kernels.options import PassOptions, PSMOptions, takes
-from psm_kernels.rows import reduce, wide
+from psm_kernels.rows import wide
 
 MAX_EXCLUDE = 64  # slots per row: kernels look them up in a short list
 
@@ -189,7 +189,7 @@ def psm_step(
         query.detach(), key, bank, count, options, exclude, rng_state, row_offset
     )
     divisor = len(query) if options.reduction == "mean" else 1
-    return with_gradient(reduce(loss, options.reduction), gradient, query, divisor)
+    return with_gradient(loss, gradient, query, divisor, options.reduction)
 
 
 def seen_query(query: Tensor, bank: Tensor, differentiable: bool) -> Tensor:
