@@ -39,8 +39,11 @@ def test_bank_topk_takes_what_bank_pass_does_not(monkeypatch, fresh):
     assert registry.choose("cuda", bank, sums=False) is registry.TABLE["cuda"]
     with pytest.raises(ValueError, match=r"at most 256 columns, not 300; these can: triton, ref"):
         registry.choose("cuda", bank)
-    with pytest.raises(ValueError, match=r"mines at most 1024 slots per row, not 1025"):
-        registry.choose("triton", bank, 1025)
+    for name in ("triton", "auto"):  # which does not make B x K matrices instead
+        with pytest.raises(
+            ValueError, match=r"'triton' cannot run: mines at most 1024 slots per row"
+        ):
+            registry.choose(name, SimpleNamespace(**vars(bank) | {"shape": (9, 200)}), 1025)
 
 
 def test_a_gpu_does_not_make_triton_take_host_memory(monkeypatch, fresh):

@@ -43,9 +43,11 @@ def _choose(
     def refusal(other: str) -> str | None:
         return TABLE[other].supports(device, dtype, dim, topk, sums=sums)
 
-    if name == "auto":
-        tried = AUTO.get(device, ("reference",))
-        return TABLE[next((other for other in tried if refusal(other) is None), "reference")]
+    if name == "auto":  # never another backend, B x K matrices and all, for a large topk alone
+        able = [
+            o for o in AUTO.get(device, ()) if not TABLE[o].supports(device, dtype, dim, sums=sums)
+        ]
+        name = able[0] if able else "reference"
     _check_name(name)
     if reason := refusal(name):
         able = [other for other in TABLE if refusal(other) is None]
