@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels import checks
-from psm_kernels._autograd import backward, refuse_transforms, remember
+from psm_kernels._autograd import backward, refuse_transforms, remember, with_gradient
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import NOTHING, Exclude
 from psm_kernels.ops import check_queries, contiguous, run_topk, seen_query
@@ -46,7 +46,8 @@ def row_ranges(
     refuse_transforms(query, bank)
     count = _checked(query, bank, count, temperature)
     args = (query.detach(), bank.detach(), count, float(temperature), backend, *exclude)
-    return RowRanges(*torch.ops.psm_kernels.row_ranges(*args))
+    compiling = torch.compiler.is_compiling()
+    return RowRanges(*(torch.ops.psm_kernels.row_ranges if compiling else _run_row_ranges)(*args))
 
 
 def weighted_pass(
@@ -93,10 +94,12 @@ def weighted_pass(
         checks.check_device(name, value, bank.device)
     rows, rho = [value.detach() for value in rows.values()], rho.detach()
     args = (query, bank.detach(), count, float(temperature), *rows, rho, backend, *exclude)
-    run = torch.ops.psm_kernels.weighted_pass
-    if not torch.compiler.is_compiling() and registry.choose(backend, bank).differentiable:
-        run = _run_weighted_pass
-    log_sum, mean, weight = run(*args)
+    if torch.compiler.is_compiling():
+        log_sum, mean, weight = torch.ops.psm_kernels.weighted_pass(*args)
+        return WeightedPass(log_sum, mean.detach(), weight.detach())
+    log_sum, mean, weight = _run_weighted_pass(*args)
+    if not log_sum.requires_grad:  # by autograd itself
+        log_sum = with_gradient(log_sum, mean, query, temperature)
     return WeightedPass(log_sum, mean.detach(), weight.detach())
 
 
@@ -110,8 +113,7 @@ def _checked(query: Tensor, bank: Tensor, count, temperature: float) -> Tensor:
 # --- registration --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("psm_kernels::row_ranges", mutates_args=())
-def _row_ranges(
+def _run_row_ranges(
     query: Tensor,
     bank: Tensor,
     count: Tensor,
@@ -121,7 +123,7 @@ def _row_ranges(
     ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(bank.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
         query = query.to(bank.dtype).contiguous()
         exclude = Exclude(*contiguous(slots, ids, bank_ids))
         top, index = run_topk(query, bank, 2, count, exclude, backend)
@@ -132,6 +134,9 @@ def _row_ranges(
         rest, lowest = chosen.row_ranges(query, bank, count, temperature, exclude)
         lowest = torch.where(index[:, 0] < 0, torch.inf, torch.minimum(lowest, top[:, 0]))
         return rest, lowest, top, index
+
+
+_row_ranges = torch.library.custom_op("psm_kernels::row_ranges", _run_row_ranges, mutates_args=())
 
 
 @_row_ranges.register_fake
