@@ -207,20 +207,6 @@ def check_backend(backend: str, bank: Tensor) -> None:
         registry.choose(backend, bank)
 
 
-@torch.no_grad()
-def hidden(exclude: Exclude, count: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the first `count` slots hold a row's own id (B,), and how many of them hold
-    nothing (). Memory O(B + K)."""
-    ids, bank_ids = exclude.ids, exclude.bank_ids
-    ordered = ids.sort().values  # a slot counts for the first row of its id, where all look it up
-    place = torch.searchsorted(ordered, bank_ids).clamp_max(len(ids) - 1)  # (K,)
-    valid = torch.arange(len(bank_ids), device=ids.device) < count
-    hit = valid & (bank_ids != EMPTY) & (ordered[place] == bank_ids)
-    copies = torch.zeros_like(ids).scatter_add_(0, place, hit.long())
-    empty = (valid & (bank_ids == EMPTY)).sum()
-    return copies[torch.searchsorted(ordered, ids)], empty
-
-
 def bank_rows(bank: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows (B, k, D) of the slots index (B, k), zeros where it is -1.
 

@@ -15,7 +15,7 @@ from psm_kernels._autograd import with_gradient
 from psm_kernels.backends.base import NOTHING, BankPass, Exclude
 from psm_kernels.bank.collectives import gather_all, merge, merge_topk, rank_and_world, scatter
 from psm_kernels.bank.memory_bank import MemoryBank
-from psm_kernels.bank.view import BankView, label_sums
+from psm_kernels.bank.view import BankView, hidden, label_sums
 from psm_kernels.options import PassOptions
 
 
@@ -120,7 +120,7 @@ class ShardView(BankView):
     def hidden(self, exclude: Exclude) -> tuple[Tensor, Tensor]:
         bank = self.bank
         (ids,) = gather_all((exclude.ids,), bank.group)
-        copies, empty = ops.hidden(Exclude(None, ids, exclude.bank_ids), bank.valid(self.count))
+        copies, empty = hidden(Exclude(None, ids, exclude.bank_ids), bank.valid(self.count))
         copies, empty = scatter((copies, empty.expand_as(copies).contiguous()), bank.group)
         return copies.sum(0), empty[:, 0].sum()  # of (R, B)
 

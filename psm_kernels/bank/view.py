@@ -114,7 +114,7 @@ class BankView:
 
     def hidden(self, exclude: Exclude) -> tuple[Tensor, Tensor]:
         """How many slots hold a row's own id (B,), and how many hold nothing ()."""
-        return ops.hidden(exclude, self.count)
+        return hidden(exclude, self.count)
 
     def ids_at(self, index: Tensor) -> Tensor:
         return self.ids[index.clamp_min(0)]
@@ -124,11 +124,9 @@ class BankView:
 
     def seen(self, exclude: Exclude, slots: Tensor) -> Tensor:
         """(B, S) bool: which of the slots (S,) each row sees."""
-        seen = exclude._replace(ids=None, bank_ids=None).seen(slots, self.count)
-        if exclude.ids is not None:
-            held = self.ids_at(slots)
-            seen = seen & (held != EMPTY) & (held != exclude.ids[:, None])
-        return seen
+        if exclude.ids is not None:  # of all slots, wherever they lie
+            exclude = exclude._replace(bank_ids=self.ids)
+        return exclude.seen(slots, self.count)
 
     def label_sums(self, labels: Tensor, exclude: Exclude = NOTHING) -> tuple[Tensor, Tensor]:
         """Sum (B, D) and number (B,) of the rows that have a row's label and that it sees, for
@@ -152,6 +150,17 @@ class BankView:
 
         options = {"temperature": temperature, "backend": self.backend}
         return weighted_pass(query, self.bank, self.count, **options, **weights)
+
+
+@torch.no_grad()
+def hidden(exclude: Exclude, count: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the first `count` slots hold a row's own id (B,), and how many of them hold
+    nothing (). Memory O(B + K)."""
+    ids, bank_ids = exclude.ids, exclude.bank_ids
+    place, hit = _place(bank_ids, ids)  # a slot counts for the first row of its id
+    valid, nothing = torch.arange(len(bank_ids), device=ids.device) < count, bank_ids == EMPTY
+    copies = torch.zeros_like(ids).scatter_add_(0, place, (hit & valid & ~nothing).long())
+    return copies[_place(ids, ids)[0]], (valid & nothing).sum()
 
 
 @torch.no_grad()
