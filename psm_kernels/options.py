@@ -36,11 +36,15 @@ class PassOptions:
 
     def __post_init__(self):
         checks.check_number("temperature", self.temperature, above=0)
-        checks.check_option("selection", self.selection, SELECTIONS)
-        checks.check_number("a", self.a, least=0)
-        checks.check_number("b", self.b)
-        checks.check_int("topk", self.topk, 0)
+        _check_mining(self)
         checks.check_option("exclude_mined", self.exclude_mined, (False, True))
+
+
+def _check_mining(options: PassOptions | PSMOptions) -> None:
+    checks.check_int("topk", options.topk, 0)
+    checks.check_number("a", options.a, least=0)
+    checks.check_number("b", options.b)
+    checks.check_option("selection", options.selection, SELECTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,8 @@ class LossOptions:
         """`options`, or else the defaults, with `settings` in the place of their own."""
         if options is None:
             return cls(**settings)
+        if not isinstance(options, cls):
+            raise ValueError(f"options: got {options!r}, wanted {cls.__name__}")
         return replace(options, **settings) if settings else options
 
     def check_size(self, size: int) -> None:
@@ -89,10 +95,7 @@ class PSMOptions(ContrastiveOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        checks.check_int("topk", self.topk, 0)
-        checks.check_number("a", self.a, least=0)
-        checks.check_number("b", self.b)
-        checks.check_option("selection", self.selection, SELECTIONS)
+        _check_mining(self)
         checks.check_option("soft_weights", self.soft_weights, SOFT_WEIGHTS)
         checks.check_number("weight_temperature", self.weight_temperature, above=0)
         checks.check_number("hard_weight", self.hard_weight, least=0)

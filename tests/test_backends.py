@@ -9,7 +9,9 @@ from conftest import problem
 from psm_kernels import PSMLoss
 from psm_kernels.backends import cuda, registry
 from psm_kernels.backends.reference import Reference
-from psm_kernels.functional import psm_loss
+from psm_kernels.bank import BankView
+from psm_kernels.functional import hcl_loss, psm_loss, unremix_loss
+from psm_kernels.options import PSMOptions
 
 
 def test_the_command_prints_the_table_and_what_auto_picks():
@@ -70,3 +72,16 @@ def test_a_backend_of_ones_own_needs_no_table():
     wanted = psm_loss(query, key, bank, temperature=0.2, topk=2, selection="all")
     torch.testing.assert_close(criterion(query, key, update=False), wanted)
     assert calls == ["bank_pass"]
+    wanted = unremix_loss(query, key, bank)
+    torch.testing.assert_close(unremix_loss(query, key, bank, backend=Own()), wanted)
+
+
+def test_a_view_has_its_bank_with_it():
+    query, key, bank, _ = problem(4, 30, 8)
+    view = BankView(bank, 20)
+    assert torch.equal(hcl_loss(query, key, view), hcl_loss(query, key, bank, count=20))
+    for more in ({"count": 20}, {"bank_ids": torch.arange(30)}, {"backend": "reference"}):
+        with pytest.raises(ValueError, match=r"^bank: got a BankView, which has count, bank_ids"):
+            hcl_loss(query, key, view, **more)
+    with pytest.raises(ValueError, match=r"^options: got PSMOptions.*, wanted HCLOptions"):
+        hcl_loss(query, key, view, options=PSMOptions())

@@ -11,8 +11,6 @@ from psm_kernels.bank.view import BankView
 __all__ = ["BankView", "MemoryBank", "Shard", "ShardView", "ShardedBank", "view_of"]
 
 
-def view_of(bank: Tensor | Shard | BankView, *args) -> BankView:
+def view_of(bank: Tensor | Shard, *args) -> BankView:
     """`bank` with the further arguments of BankView, as a loss reads it."""
-    if isinstance(bank, BankView):
-        return bank
     return (ShardView if isinstance(bank, Shard) else BankView)(bank, *args)

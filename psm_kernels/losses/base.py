@@ -311,10 +311,9 @@ class BankLoss(HeldState):
         labels: Tensor | None,
         ids: Tensor | None,
         update: bool | None,
-        more: dict[str, Any] | None = None,
+        more: dict[str, Any],
     ) -> Any:
         """What `function` gives with `more` arguments; then the noise and the bank move on."""
-        more = more or {}
         memory = self.memory_bank  # once: a Module looks its parts up slowly
         if memory is not None or self._samples:  # what moves on cannot be run again
             refuse_recompute(self.rng_state)

@@ -31,6 +31,11 @@ def bank_of(
     """What a loss function got of a bank, checked; None is the form within the batch, which a
     method whose bank is `needed` does not have."""
     if isinstance(bank, BankView):
+        if backend != "auto" or not (count is ids is labels is None):
+            raise ValueError(
+                "bank: got a BankView, which has count, bank_ids, bank_labels and backend with it, "
+                "and another of these besides"
+            )
         return bank
     if bank is None and needed:
         raise ValueError("bank: got None, wanted a tensor: there is no form within the batch")
