@@ -1,6 +1,7 @@
 """Train a ResNet without labels by PSM or another method: python train.py
 
     python train.py                                       digits: no download, minutes on two cores
+    python train.py --data fashionmnist --download        60,000 images, an hour on two cores
     python train.py --data cifar10 --download --amp bf16  the released recipe, for a GPU
     python train.py --resume                              go on where an interrupted run stopped
     torchrun --nproc-per-node 8 train.py --shard-bank     many processes, the bank divided
@@ -36,7 +37,7 @@ from psm_kernels.training import plots
 from psm_kernels.training.batch_norm import set_batch_norm
 from psm_kernels.training.checkpoint import full_state_dict, load_checkpoint, save_checkpoint
 from psm_kernels.training.data import DATA_SETS, MEAN_STD, load_views
-from psm_kernels.training.networks import make_encoder, mlp
+from psm_kernels.training.networks import ARCHITECTURES, make_encoder, mlp
 from psm_kernels.training.settings import check, command_line, complete, continued, setting
 
 METHODS = {  # another method is one more line, and its own settings below
@@ -63,6 +64,7 @@ class Settings:
     download: bool = setting(False, "fetch a missing data set into data_dir", free=True)
     workers: int = setting(0, "processes that load images", least=0, free=True)
     limit: int = setting(0, "use that many training and test images, 0: all", least=0)
+    holdout: int = setting(0, "evaluate on that many training images, not trained on", least=0)
     image_size: int = setting(32, "side of the training crops", least=1)
     name: str = setting("", "run folder, default <data>-<method>", free=True)
     runs: str = setting("runs", "folder of the run folders", free=True)
@@ -70,7 +72,7 @@ class Settings:
     device: str = setting("auto", "cpu, cuda, ...; auto: a GPU if there is one", free=True)
     seed: int = setting(0, "of weights, augmentations and the noise of the loss", least=0)
 
-    arch: str = setting("resnet18", "encoder", choices=("resnet18", "resnet34", "resnet50"))
+    arch: str = setting("resnet18", "encoder", choices=ARCHITECTURES)
     stem: str = setting("small", "first layers: 3x3 or ImageNet's", choices=("small", "large"))
     dim: int = setting(128, "dimension of queries and keys", least=1)
     ema: float = setting(0.99, "momentum of the key encoder", least=0, most=1)
@@ -114,6 +116,8 @@ class Settings:
 RECIPES = {  # defaults that depend on the data or the method
     "digits": {"image_size": 8, "bank": 1024, "batch_size": 64, "epochs": 16, "warmup": 1}
     | {"ema": 0.97},  # 350 steps in all: a slower key encoder would lag behind
+    "fashionmnist": {"image_size": 28, "arch": "resnet8", "dim": 64, "bank": 4096, "epochs": 10}
+    | {"warmup": 1, "lr": 0.3, "weight_decay": 5e-4},
     "tinyimagenet": {"image_size": 64, "stem": "large"},  # as released; small is 10 times the work
     "imagefolder": {"image_size": 224, "stem": "large"},
     "sscl": {"tau_plus": 0.05},
@@ -167,7 +171,7 @@ class Run:
         if s.batch_size % passes or s.batch_size < 2 * passes:
             wanted = f"a multiple of accumulate x processes x bn_splits ({passes}), 2 in each"
             raise ValueError(f"batch_size: got {s.batch_size}, wanted {wanted}")
-        options = {"seed": s.seed, "download": s.download, "limit": s.limit}
+        options = {"seed": s.seed, "download": s.download, "limit": s.limit, "holdout": s.holdout}
         self.views, train, test = load_views(s.data, s.data_dir, s.image_size, **options)
         self.steps = len(train) // s.batch_size  # of an epoch
         if self.steps == 0:

@@ -1,8 +1,10 @@
-"""The images of train.py: five data sets, their augmentations, and views that can be repeated.
+"""The images of train.py: six data sets, their augmentations, and views that can be repeated.
 
 torchvision is needed here and in networks.py, scikit-learn here and in psm_kernels/evaluate.py.
 """
 
+import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,17 +17,23 @@ from torch.utils.data import (
     Sampler,
     SequentialSampler,
     Subset,
+    default_collate,
 )
 from torchvision.transforms import v2
 
+from psm_kernels.noise import philox_words
+from psm_kernels.training.augment import NUMBERS, CropFlipLight, Plain
+
 MEAN_STD = {  # per channel of the training images
     "digits": ((0.305,), (0.376,)),
+    "fashionmnist": ((0.286,), (0.353,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
     "tinyimagenet": ((0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)),
     "imagefolder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 DATA_SETS = tuple(MEAN_STD)
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 
 
 def load_images(
@@ -37,7 +45,7 @@ def load_images(
         name: one of `DATA_SETS`.
         root: folder that holds the data; digits come with scikit-learn and ignore it.
         train: the training or the test images.
-        download: fetch a missing CIFAR or TinyImageNet; nothing is fetched otherwise.
+        download: fetch what is missing, where it can be had; nothing is fetched otherwise.
         limit: a fixed random subset of that many images, 0 for all.
 
     Raises:
@@ -47,6 +55,8 @@ def load_images(
     root = Path(root)
     if name == "digits":
         data = _digits(train)
+    elif name == "fashionmnist":
+        data = _fashion_mnist(root, train, download)
     elif name in ("cifar10", "cifar100"):
         kind = getattr(torchvision.datasets, name.upper())
         try:
@@ -79,6 +89,30 @@ def _digits(train: bool) -> list:
     return [(torchvision.tv_tensors.Image(images[i]), int(y[i])) for i in split[not train]]
 
 
+def _fashion_mnist(root: Path, train: bool, download: bool) -> list:
+    """60,000 grey 28x28 images and 10,000 for testing, of torchvision or of Debian."""
+    try:
+        found = torchvision.datasets.FashionMNIST(root, train=train, download=download)
+        images, labels = found.data, found.targets
+    except RuntimeError as error:  # missing or damaged
+        part = "train" if train else "t10k"
+        paths = [DEBIAN / f"{part}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+        if not all(path.exists() for path in paths):
+            raise FileNotFoundError(
+                f"fashionmnist is missing or damaged: wanted the folder {root / 'FashionMNIST'}; "
+                f"--download fetches it, so does Debian's package dataset-fashion-mnist"
+            ) from error
+        # Behind a head of 16 and of 8 bytes, which says how many there are.
+        images, labels = (
+            torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=torch.uint8)[
+                head:
+            ]
+            for path, head in zip(paths, (16, 8), strict=True)
+        )
+    images = torchvision.tv_tensors.Image(images.view(-1, 1, 28, 28))
+    return list(zip(images, labels.tolist(), strict=True))
+
+
 def _image_folder(folder: Path, hint: str = "") -> torchvision.datasets.ImageFolder:
     try:
         return torchvision.datasets.ImageFolder(folder)
@@ -109,12 +143,15 @@ def _tiny_imagenet(root: Path, train: bool, download: bool) -> torchvision.datas
     return data
 
 
-def transforms(name: str, size: int) -> tuple[v2.Transform, v2.Transform]:
+def transforms(name: str, size: int) -> tuple[Callable, Callable]:
     """The random transform of a view, and the plain one for evaluation; both give (C, size, size).
 
     The augmentations are those of the released code (dhkdhk/PSM, src/datasets.py); digits have
-    their own: a mirrored digit is no digit, and of 8 x 8 pixels a crop leaves too little.
+    their own: a mirrored digit is no digit, and of 8 x 8 pixels a crop leaves too little. Fashion
+    MNIST's take a batch: one by one its small images would take more time than their networks.
     """
+    if name == "fashionmnist":
+        return CropFlipLight(size, *MEAN_STD[name]), Plain(size, *MEAN_STD[name])
     last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*MEAN_STD[name])]
     if name == "digits":
         bilinear = v2.InterpolationMode.BILINEAR
@@ -141,8 +178,10 @@ class Views(Dataset):
     resume and with any number of workers. The global generator is left as it was.
     """
 
+    collate = staticmethod(default_collate)
+
     def __init__(
-        self, images: Dataset, copies: list[v2.Transform], seed: int = 0, *, index: bool = False
+        self, images: Dataset, copies: list[Callable], seed: int = 0, *, index: bool = False
     ):
         self.images, self.copies, self.seed, self.epoch = images, copies, seed, 0
         self.index = index
@@ -177,7 +216,34 @@ class Views(Dataset):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             generator=generator,
+            collate_fn=self.collate,
         )
+
+
+class BatchViews(Views):
+    """The same of small images, all of one size, whose transforms take a batch and its numbers."""
+
+    collate = staticmethod(tuple)  # __getitems__ made the batch
+
+    def __init__(self, images: Dataset, copies: list[Callable], seed: int = 0, *, index=False):
+        super().__init__(images, copies, seed, index=index)
+        self.pixels = torch.stack([torch.as_tensor(image) for image, _ in images])  # (N, C, H, W)
+        self.labels = torch.tensor([label for _, label in images])
+
+    def __getitem__(self, index: int) -> tuple:
+        return tuple(column[0] for column in self.__getitems__([index]))
+
+    def __getitems__(self, indices: list[int]) -> tuple:
+        rows = torch.tensor(indices)
+        state = torch.tensor([self.seed, self.epoch])
+        slots = torch.arange(NUMBERS * len(self.copies))
+        numbers = philox_words(rows, slots, state).float() / 2**32  # (B, NUMBERS * copies)
+        views = (
+            transform(self.pixels[rows], part)
+            for transform, part in zip(self.copies, numbers.split(NUMBERS, 1), strict=True)
+        )
+        last = (self.labels[rows], rows) if self.index else (self.labels[rows],)
+        return (*views, *last)
 
 
 def load_views(
@@ -188,19 +254,30 @@ def load_views(
     seed: int = 0,
     download: bool = False,
     limit: int = 0,
+    holdout: int = 0,
 ) -> tuple[Views, Views, Views]:
     """Two random views, label and index of each training image to learn from, then the plain
     training and test images with labels to evaluate with.
 
-    Arguments: of `load_images`, `transforms` and `Views`.
+    Arguments: of `load_images`, `transforms` and `Views`; holdout: that many training images are
+    not trained on and stand in the place of the test images, to choose settings by.
+
+    Raises:
+        ValueError: holdout leaves no images to train on.
     """
     train, test = (
         load_images(name, root, train=part, download=download, limit=limit)
         for part in (True, False)
     )
+    if holdout:
+        if holdout >= len(train):
+            raise ValueError(f"holdout: got {holdout}, wanted less than {len(train)} images")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(1)).tolist()
+        train, test = Subset(train, order[holdout:]), Subset(train, order[:holdout])
     augment, plain = transforms(name, size)
-    views = Views(train, [augment, augment], seed, index=True)
-    return views, Views(train, [plain]), Views(test, [plain])
+    kind = BatchViews if name == "fashionmnist" else Views
+    views = kind(train, [augment, augment], seed, index=True)
+    return views, kind(train, [plain]), kind(test, [plain])
 
 
 class _Part(Sampler):
