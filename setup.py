@@ -218,15 +218,18 @@ class BuildKernels(build_ext):
             raise SystemExit(f"PSM_CUDA: got {os.environ['PSM_CUDA']!r}, wanted 0 or 1")
         if find_compiler() is None:
             wanted = os.environ.get("CXX", "g++ or clang++")
-            self.leave_reason("MISSING", f"built without a C++ compiler ({wanted} not found)")
+            self.do_without("MISSING", f"a C++ compiler ({wanted} not found)")
             self.extensions = []
         super().run()
 
     def reason_file(self) -> Path:
         return self.destination / "psm_kernels/_build_info.py"
 
-    def leave_reason(self, name: str, text: str) -> None:
-        """Says what will not be there, now and, through psm_kernels.ops, when it is missed."""
+    def do_without(self, name: str, what: str) -> None:
+        """Says what will not be there, now and, through the backends, when it is missed."""
+        if os.environ.get("PSM_CUDA") == "1":
+            raise SystemExit(f"psm_kernels: PSM_CUDA=1 was set, but this build is without {what}")
+        text = f"built without {what}"
         print(f"psm_kernels: {text}", file=sys.stderr)
         self.reasons[name] = text
         lines = [f"{key} = {value!r}\n" for key, value in self.reasons.items()]
@@ -240,9 +243,7 @@ class BuildKernels(build_ext):
         try:
             self.build_with(find_cuda(), target)
         except NoCuda as reason:
-            if os.environ.get("PSM_CUDA") == "1":
-                raise SystemExit(f"psm_kernels: PSM_CUDA=1, but {reason}") from reason
-            self.leave_reason("MISSING_CUDA", f"built without the CUDA kernels ({reason})")
+            self.do_without("MISSING_CUDA", f"the CUDA kernels ({reason})")
             self.build_with(None, target)
 
     def build_with(self, cuda: Cuda | None, target: Path) -> None:

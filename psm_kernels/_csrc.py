@@ -9,7 +9,9 @@ from pathlib import Path
 def source_id(package: Path, version: str) -> str:
     """Version, and a hash of `csrc` where it lies next to the package: a checkout, not a wheel."""
     root = package.parent / "csrc"
+    if not (root / "args.h").is_file():  # a csrc in site-packages is some other project's
+        return version
     digest = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return f"{version}+{digest.hexdigest()[:16]}" if root.is_dir() else version
+    return f"{version}+{digest.hexdigest()[:16]}"

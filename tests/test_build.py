@@ -112,9 +112,13 @@ def test_without_the_toolkit_the_build_succeeds_and_says_why(machine, environmen
     assert machine.built()
     assert reason in machine.info()["MISSING_CUDA"]
     assert reason in done.stderr
-    done = machine.build(**environment, PSM_CUDA="1")
-    assert done.returncode != 0
-    assert f"PSM_CUDA=1, but {reason}" in done.stderr or reason in done.stderr
+    asked = machine.build(**environment, PSM_CUDA="1")
+    assert asked.returncode != 0
+    lines = [line for line in asked.stderr.splitlines() if "PSM_CUDA=1" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("psm_kernels: PSM_CUDA=1 was set, but ")
+    assert reason in lines[0]
+    assert lines[0] == asked.stderr.splitlines()[-1]
 
 
 def test_without_the_static_runtime_the_build_succeeds_and_says_why(machine):
@@ -174,6 +178,10 @@ def test_without_a_compiler_the_build_succeeds_and_says_why(machine):
     assert done.returncode == 0, done.stderr
     assert not machine.built()
     assert "no-such-compiler not found" in machine.info()["MISSING"]
+    asked = machine.build(CXX="no-such-compiler", PSM_CUDA="1")
+    assert asked.returncode != 0
+    assert "PSM_CUDA=1 was set, but" in asked.stderr
+    assert "no-such-compiler not found" in asked.stderr
 
 
 def test_the_reason_of_an_earlier_build_does_not_stay(machine):

@@ -15,6 +15,7 @@ from conftest import problem
 from test_ops import LOW, MEAN_ATOL, assert_agree, run, truth
 
 from psm_kernels import __version__, noise
+from psm_kernels._csrc import source_id
 from psm_kernels.backends import compiled
 from psm_kernels.backends.base import NOTHING
 from psm_kernels.backends.cpp import Cpp
@@ -565,8 +566,24 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
 # --- build ---------------------------------------------------------------------------------------
 
 
-def test_a_module_of_other_sources_is_refused(monkeypatch):
-    monkeypatch.setattr(_C, "source_id", f"{__version__}+0000000000000000")
-    assert "built from other sources" in compiled.unavailable.__wrapped__()
-    monkeypatch.setattr(_C, "source_id", "0.0.1")
-    assert "pip install -e ." in compiled.unavailable.__wrapped__()
+@pytest.mark.parametrize("sources", [True, False], ids=["checkout", "wheel"])
+def test_a_module_of_other_sources_is_refused(monkeypatch, tmp_path, sources):
+    """A checkout knows it by the sources next to the package, a wheel by the version."""
+    (tmp_path / "csrc").mkdir()  # of another project
+    if sources:
+        (tmp_path / "csrc/args.h").write_text("struct Bank;")
+    wanted = source_id(tmp_path / "psm_kernels", __version__)
+    assert ("+" in wanted) == sources
+    monkeypatch.setattr(compiled, "source_id", lambda package, version: wanted)
+    for built, fits in [
+        (wanted, True),
+        (f"{__version__}+0000000000000000", not sources),
+        ("0.0.1", False),
+        ("0.0.1+0000000000000000", False),
+    ]:
+        monkeypatch.setattr(_C, "source_id", built)
+        reason = compiled.unavailable.__wrapped__()
+        assert (reason is None) == fits
+        if not fits:
+            assert "built from other sources" in reason
+            assert "pip install -e ." in reason
