@@ -102,6 +102,30 @@ class Compiled(Backend):
         self.run("psm_step", args, bank)
         return loss, gradient
 
+    def enqueue(
+        self, keys: Tensor, labels: Tensor | None, ids: Tensor | None, bank: Tensor,
+        bank_labels: Tensor, bank_ids: Tensor, ptr: Tensor, count: Tensor,
+    ) -> bool:  # fmt: skip
+        from psm_kernels import _C
+
+        keys = keys.contiguous() if keys.dtype in DTYPES else keys.float().contiguous()
+        labels, ids = (None if x is None else x.contiguous() for x in (labels, ids))
+        args = _C.EnqueueArgs(
+            bank=bank_struct(bank, count),
+            keys=keys.data_ptr(),
+            key_dtype=DTYPES[keys.dtype],
+            batch=len(keys),
+            labels=address(labels),
+            ids=address(ids),
+            bank_labels=bank_labels.data_ptr(),
+            bank_ids=bank_ids.data_ptr(),
+            ptr=ptr.data_ptr(),
+        )
+        self.run("enqueue", args, bank)
+        # For autograd, which refuses a backward that would read what has changed.
+        torch.autograd.graph.increment_version((bank, bank_labels, bank_ids, ptr, count))
+        return True
+
     def _pass(
         self,
         options: Any,  # _C.PassOptions

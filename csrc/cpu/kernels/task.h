@@ -120,6 +120,7 @@ struct Kernels {
     void (*similarities)(const Task&, const float* query, const int64_t* slots, int64_t count,
                          float* buffer, float* similarity);
     void (*gradient)(const Task&, const RowTerms&, float* buffer, float* gradient);
+    void (*enqueue_row)(const EnqueueArgs&, int64_t row, int64_t slot);
 };
 
 // Null where the build or the machine lacks the instruction set.
