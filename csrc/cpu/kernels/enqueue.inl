@@ -26,7 +26,8 @@ void store_row(const float* row, int64_t dim, Dtype dtype, void* rows, int64_t f
         __builtin_memcpy((float*)rows + first, row, size_t(dim) * sizeof(float));
     uint16_t* half = (uint16_t*)rows + first;
     if (dtype == Dtype::kBFloat16)
-        for (int64_t d = 0; d < dim; ++d) half[d] = uint16_t(float_to_bits(round_bits<16>(row[d])) >> 16);
+        for (int64_t d = 0; d < dim; ++d)
+            half[d] = uint16_t(float_to_bits(round_bits<16>(row[d])) >> 16);
     if (dtype == Dtype::kFloat16)
         for (int64_t d = 0; d < dim; ++d) half[d] = float_to_half(row[d]);
 }
@@ -40,7 +41,9 @@ void enqueue_row(const EnqueueArgs& args, int64_t row, int64_t slot) {
     });
     const double exact = norm_in_double(unit, padded);
     const float norm = exact < double(kSmallestNormal) ? 1.0f : float(exact);
-    const bool drop = !(norm < kInfinity);  // with a NaN or an infinity the row is stored as zeros
-    for (int64_t d = 0; d < padded; ++d) unit[d] = drop ? 0.0f : unit[d] / norm;
+    for (int64_t d = 0; d < padded; ++d) {
+        const float x = unit[d] / norm;
+        unit[d] = x == x ? x : 0.0f;  // with a NaN or an infinity the norm is one too: all zeros
+    }
     store_row(unit, dim, bank.dtype, const_cast<void*>(bank.rows), slot * dim);
 }

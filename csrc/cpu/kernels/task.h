@@ -38,6 +38,7 @@ struct Task {
     int64_t row_offset, col_offset;
     int64_t lead;  // tiles start at multiples of 16 global slots: empty slots before the first
 
+    bool direct;   // mining multiplies rows of the bank where they lie, and packs nothing
     int64_t tile;  // slots of a tile, at most kTile, a multiple of kSub
     int64_t tiles, chunks, blocks, group_blocks, groups;
 
