@@ -90,6 +90,9 @@ bool is_hidden(const Task& t, int64_t i, int64_t slot) {
     return hidden;
 }
 
+// It holds a NaN or an infinity: see set_bound.
+bool finds_nothing(const Task& t, int64_t i) { return t.norm[i] == 0.0f; }
+
 // Offers slots, of these exact similarities, to the heap of row i.
 INLINE void offer(const Task& t, const Worker& w, int64_t i, int64_t slot, uint64_t slots,
                   const float* exact) {
@@ -122,7 +125,7 @@ void mine_directly(const Task& t, const Worker& w, const Tile& tile) {
         const int low = tile.low > panel * kSub ? tile.low - panel * kSub : 0;
         const int high = int(smaller(tile.high - panel * kSub, kSub));
         for (int64_t i = 0; i < t.rows; ++i) {
-            if (t.norm[i] == 0.0f) continue;  // it holds a NaN or an infinity
+            if (finds_nothing(t, i)) continue;
             const float* query = t.query_rows + i * t.padded;
             float exact[kSub] = {};
             for (int j = low; j < high; ++j)
@@ -146,6 +149,7 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
         screen<kRows>(t, w, block, panel, w.scores);
         for (int r = 0; r < kRows; ++r) {
             const int64_t i = first_row + r;
+            if (finds_nothing(t, i)) continue;
             const float* approximate = w.scores + r * kTile;
             uint64_t seen = tile.seen[panel];
             // With nothing to compare with, the best of the first panel are mined before the rest.
