@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels import checks
+from psm_kernels._autograd import refuse_transforms
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import EMPTY
 from psm_kernels.bank.state import HeldState
@@ -156,12 +157,14 @@ class MemoryBank(HeldState):
         Raises:
             ValueError: wrong shape, dtype, device or id, or the backend cannot run; nothing is
                 written.
+            RuntimeError: a ring under torch.jit.trace, torch.func or forward-mode AD.
         """
         self.check(keys, labels, ids)
         if ids is not None:
             ids = ids.clamp_min(-1)
         bank = self.bank
         if not self.indexed and isinstance(bank, Tensor) and not torch.compiler.is_compiling():
+            refuse_transforms(keys)
             own = registry.choose(backend, bank)
             state = (bank, self.labels, self.ids, self.ptr, self.count)
             if own.enqueue(keys.detach(), labels, ids, *state):
