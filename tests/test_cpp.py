@@ -688,6 +688,29 @@ def test_a_step_refuses_bad_arguments(change, message):
         _C.psm_step(args, ISAS[0], 2)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": -1}, "batch: got -1"),
+        ({"key_dtype": 3}, "key_dtype: got 3"),
+        ({"keys": 0}, "keys: got a null pointer"),
+        ({"keys": 4098}, "keys: got address 4098"),
+        ({"labels": 4100}, "labels: got address 4100"),
+        ({"bank_labels": 0}, "bank_labels: got a null pointer"),
+        ({"bank_ids": 0}, "bank_ids: got a null pointer"),
+        ({"ptr": 0}, "ptr: got a null pointer"),
+        ({"bank": _C.Bank(rows=4096, slots=0, dim=8, count=4096)}, "slots: got 0"),
+        ({"bank": _C.Bank(rows=4096, slots=9, dim=8)}, "count: got a null pointer"),
+    ],
+)
+def test_an_enqueue_refuses_bad_arguments(change, message):
+    bank = _C.Bank(rows=4096, slots=9, dim=8, count=4096)
+    addresses = dict.fromkeys(("keys", "bank_labels", "bank_ids", "ptr"), 4096)
+    args = changed(_C.EnqueueArgs(bank=bank, batch=1, **addresses), change)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        _C.enqueue(args, ISAS[0], 2)
+
+
 def test_threads_and_instruction_set_are_checked():
     with pytest.raises(ValueError, match=r"^threads: got 0"):
         _C.bank_pass(pass_args({}), ISAS[0], 0)
