@@ -174,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
     using py::arg;
     m.def("bank_pass", checked(&psm::cpu::bank_pass), arg("args"), arg("isa"), arg("threads"));
     m.def("psm_step", checked(&psm::cpu::psm_step), arg("args"), arg("isa"), arg("threads"));
+    m.def("enqueue", checked(&psm::cpu::enqueue), arg("args"), arg("isa"), arg("threads"));
     m.def("workspace_bytes", checked(&psm::cpu::workspace_bytes), arg("args"), arg("isa"),
           arg("threads"));
 #ifdef PSM_CUDA

@@ -105,6 +105,7 @@ void check(const StepArgs& args, const Limits& most) {
 
 void check(const EnqueueArgs& args, const Limits& most) {
     check_bank(args.bank, most);
+    check_size("slots", args.bank.slots, 1, most.slots);
     check_size("key_dtype", int64_t(args.key_dtype), 0, 2);
     check_size("batch", args.batch, 0, std::min(most.batch, kMaxSize / args.bank.dim));
     check_pointer("keys", args.keys, args.batch, element(args.key_dtype));

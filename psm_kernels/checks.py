@@ -20,18 +20,18 @@ def check_matrix(
     """A floating (rows, dim) tensor whose sizes equal those of `shape` that are not None."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: got {type(value).__name__}, wanted a tensor")
-    wanted = tuple(shape) or (None, None)
-    if value.ndim != 2 or any(
-        w is not None and w != s for w, s in zip(wanted, value.shape, strict=True)
+    size, wanted = value.shape, tuple(shape) or (None, None)
+    if (
+        len(size) != 2
+        or (wanted[0] is not None and wanted[0] != size[0])
+        or (wanted[1] is not None and wanted[1] != size[1])
     ):
         # The text is made here alone: torch.compile cannot print a dynamic size.
         sizes = ", ".join("any" if w is None else str(int(w)) for w in wanted)
         text = f"two dimensions ({sizes})" + (f" as {like}" if like else "")
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted {text}")
-    if 0 in value.shape:
-        raise ValueError(
-            f"{name}: got shape {tuple(value.shape)}, wanted at least one row and column"
-        )
+        raise ValueError(f"{name}: got shape {tuple(size)}, wanted {text}")
+    if 0 in size:
+        raise ValueError(f"{name}: got shape {tuple(size)}, wanted at least one row and column")
     if not value.is_floating_point():
         raise ValueError(f"{name}: got dtype {value.dtype}, wanted a floating dtype")
 

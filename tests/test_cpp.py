@@ -3,18 +3,22 @@ mining by bounds, the checks of the bindings, the build. test_ops.py runs the sh
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_ops import LOW, MEAN_ATOL, assert_agree, run, truth
 
-from psm_kernels import __version__, noise
+from psm_kernels import MemoryBank, __version__, noise
 from psm_kernels._csrc import source_id
 from psm_kernels.backends import compiled
 from psm_kernels.backends.base import NOTHING
@@ -368,6 +372,150 @@ def test_a_step_does_not_depend_on_the_number_of_threads(isa, threads):
         assert all(torch.equal(a, b) for a, b in zip(stepped(count), want, strict=True))
 
 
+# --- enqueue -------------------------------------------------------------------------------------
+
+
+def assert_same_bits(got: MemoryBank, want: MemoryBank):
+    bits = {4: torch.int32, 2: torch.int16}[want.bank.element_size()]
+    assert torch.equal(got.bank.view(bits), want.bank.view(bits))
+    for name in ("labels", "ids", "ptr", "count"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
+def hard_keys(rows, dim, seed=0):
+    """Ordinary ones; zeros; NaN; infinities; squares and norms beyond fp32, either way; halves of
+    a unit in the last place of bf16 and fp16."""
+    keys = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
+    keys[1] = 0
+    keys[2, 3], keys[3, 0], keys[4, 1] = torch.nan, torch.inf, -torch.inf
+    keys[5:12] *= torch.tensor([1e30, 1e-30, 1e38, 1e-38, 3e-39, 1e-44, 1e-20])[:, None]
+    keys[12] = torch.finfo(torch.float32).max  # its norm is infinite
+    keys[13] *= torch.logspace(0, -9, dim)  # subnormal in fp16
+    keys[14] = 0
+    keys[14, :3] = torch.tensor([1.0, 2.0**-8 + 2.0**-16, 2.0**-11 + 2.0**-22])
+    keys[15] = 0
+    keys[15, dim - 1] = -1e-38
+    return keys
+
+
+@pytest.mark.parametrize("key_dtype", [*LOW, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("dim", [5, 64, 100])
+def test_enqueue_writes_the_bits_of_torch(isa, dim, dtype, key_dtype):
+    """Around the ring, more rows than it has, with and without names, rows that are not dense."""
+    got, want = (MemoryBank(41, dim, dtype=dtype) for _ in range(2))
+    for seed, rows in enumerate((16, 40, 16, 17, 100, 41)):
+        keys = hard_keys(rows, 2 * dim, seed).to(key_dtype)[:, ::2]
+        labels = torch.arange(2 * rows)[::2] if seed % 2 else None
+        ids = torch.arange(rows) - 3 if seed % 3 else None
+        got.enqueue(keys, labels, ids=ids, backend="cpp")
+        want.enqueue(keys, labels, ids=ids, backend="reference")
+        assert_same_bits(got, want)
+
+
+any_float = st.floats(width=32).map(lambda x: 0.0 if x != x else x)  # one NaN spoils every row
+
+
+@given(
+    rows=st.lists(st.lists(any_float, min_size=3, max_size=3), min_size=1, max_size=9),
+    dtype=st.sampled_from(LOW),
+    isa=st.sampled_from(ISAS),
+)
+@settings(deadline=None, max_examples=150)
+def test_enqueue_of_any_floats_writes_the_bits_of_torch(rows, dtype, isa):
+    got, want = (MemoryBank(5, 3, dtype=dtype) for _ in range(2))
+    with mock.patch.dict(os.environ, PSM_CPU_ISA=isa):
+        got.enqueue(torch.tensor(rows), backend="cpp")
+    want.enqueue(torch.tensor(rows), backend="reference")
+    assert_same_bits(got, want)
+
+
+def test_enqueue_does_not_depend_on_the_number_of_threads(isa, threads):
+    keys, labels = torch.randn(9001, 256), torch.arange(9001)  # worth four threads
+    want = MemoryBank(8000, 256)
+    want.enqueue(keys, labels, backend="reference")
+    for count in (1, 2, 3, 8):
+        threads(count)
+        got = MemoryBank(8000, 256)
+        got.enqueue(keys, labels, backend="cpp")
+        assert_same_bits(got, want)
+
+
+def test_enqueue_takes_a_pointer_and_a_count_as_torch_does(isa):
+    got, want = MemoryBank(7, 4), MemoryBank(7, 4)
+    for bank, backend in ((got, "cpp"), (want, "reference")):
+        bank.ptr.fill_(-3)
+        bank.count.fill_(9)
+        bank.enqueue(torch.arange(12.0).reshape(3, 4) + 1, backend=backend)
+    assert_same_bits(got, want)
+
+
+def test_a_backward_that_would_read_overwritten_rows_is_refused():
+    bank = MemoryBank(8, 4)
+    query = torch.randn(2, 4, requires_grad=True)
+    similarity = query @ bank.bank.T
+    bank.enqueue(torch.randn(3, 4), backend="cpp")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        similarity.sum().backward()
+
+
+def test_enqueue_in_inference_mode():
+    keys = torch.randn(3, 4)
+    want = MemoryBank(8, 4)
+    want.enqueue(keys, backend="cpp")
+    with torch.inference_mode():
+        for got in (MemoryBank(8, 4), copy.deepcopy(want)):
+            got.reset()
+            got.enqueue(keys, backend="cpp")
+            assert_same_bits(got, want)
+
+
+# --- few queries ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("dim", [20, 64])  # padded; read where they lie
+def test_few_queries_find_what_many_find(isa, dim, dtype):
+    """Up to four rows are multiplied with the bank as it lies: bit for bit the same."""
+    query, _, bank, _ = problem(9, 1700, dim, dtype=dtype)
+    query[2, 1], query[3, 1] = torch.nan, torch.inf
+    bank[500:600] = bank[:100]  # ties
+    bank[3, 0], bank[77, 2] = torch.nan, torch.inf
+    for count in (0, 1, 63, 300, 1500):
+        for hidden in ({}, *exclusions(9, 1700, count)):
+            wanted = bank_topk(query, bank, 9, count=count, backend="cpp", **hidden)
+            for rows in (slice(0, 1), slice(1, 5), slice(6, 9)):
+                few = {n: x if n == "bank_ids" else x[rows] for n, x in hidden.items()}
+                got = bank_topk(query[rows], bank, 9, count=count, backend="cpp", **few)
+                assert torch.equal(got[0], wanted[0][rows])
+                assert torch.equal(got[1], wanted[1][rows])
+
+
+def test_few_queries_give_the_same_on_any_number_of_threads(isa, threads):
+    query, _, bank, _ = problem(3, 70000, 64)
+    bank[40000:] = bank[:30000]  # ties in other chunks
+    threads(1)
+    want = bank_topk(query, bank, 20, backend="cpp")
+    for count in (2, 3, 8):
+        threads(count)
+        got = bank_topk(query, bank, 20, backend="cpp")
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_half_is_read_as_what_it_is(isa, monkeypatch):
+    monkeypatch.setenv("PSM_CPU_ISA", isa)
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    halves = halves[~halves.isnan()]
+    bank = torch.zeros(len(halves), 32, dtype=torch.float16)
+    bank[:, 0] = halves
+    got, want = (
+        torch.cat([bank_topk(torch.eye(1, 32).half(), rows, 512, backend=b)[0] for rows in
+                   bank.split(512)], 1) for b in ("cpp", "reference")
+    )  # fmt: skip
+    assert torch.equal(got, want)
+
+
 # --- threads and processes -----------------------------------------------------------------------
 
 
@@ -539,6 +687,29 @@ def test_a_step_refuses_bad_arguments(change, message):
     args = changed(_C.StepArgs(pass_=pass_args({}), **addresses), change)
     with pytest.raises(ValueError, match=f"^{message}"):
         _C.psm_step(args, ISAS[0], 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": -1}, "batch: got -1"),
+        ({"key_dtype": 3}, "key_dtype: got 3"),
+        ({"keys": 0}, "keys: got a null pointer"),
+        ({"keys": 4098}, "keys: got address 4098"),
+        ({"labels": 4100}, "labels: got address 4100"),
+        ({"bank_labels": 0}, "bank_labels: got a null pointer"),
+        ({"bank_ids": 0}, "bank_ids: got a null pointer"),
+        ({"ptr": 0}, "ptr: got a null pointer"),
+        ({"bank": _C.Bank(rows=4096, slots=0, dim=8, count=4096)}, "slots: got 0"),
+        ({"bank": _C.Bank(rows=4096, slots=9, dim=8)}, "count: got a null pointer"),
+    ],
+)
+def test_an_enqueue_refuses_bad_arguments(change, message):
+    bank = _C.Bank(rows=4096, slots=9, dim=8, count=4096)
+    addresses = dict.fromkeys(("keys", "bank_labels", "bank_ids", "ptr"), 4096)
+    args = changed(_C.EnqueueArgs(bank=bank, batch=1, **addresses), change)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        _C.enqueue(args, ISAS[0], 2)
 
 
 def test_threads_and_instruction_set_are_checked():

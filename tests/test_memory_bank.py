@@ -139,6 +139,24 @@ def test_bad_input(make, name):
     assert int(bank.count) == 0
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace")
+def test_refuses_what_a_backend_cannot_see_through():
+    bank, keys = MemoryBank(6, 4), torch.ones(3, 4)
+
+    def call(x):
+        bank.enqueue(x)
+        return x.sum()
+
+    for run in (
+        lambda: torch.jit.trace(call, (keys,), check_trace=False),
+        lambda: torch.func.grad(call)(keys),
+        lambda: torch.func.vmap(call)(keys[None]),
+    ):
+        with pytest.raises(RuntimeError, match=r"^torch\.(jit\.trace|func): got"):
+            run()
+    assert int(bank.count) == 0
+
+
 def test_a_backend_with_its_own_enqueue_writes(monkeypatch):
     """As `cuda` does; the loss hands over its backend's name."""
     calls = []

@@ -66,8 +66,14 @@ class Compiled(Backend):
         self, query: Tensor, bank: Tensor, k: int, count: Tensor, exclude: Exclude = NOTHING
     ) -> tuple[Tensor, Tensor]:
         options = pass_struct(PassOptions(temperature=1.0, topk=k))  # its sums are not wanted
-        found = self._pass(options, None, query, bank, count, exclude)
-        return found.topk_sim, found.topk_index
+        found = query.new_empty((len(query), k), dtype=torch.float32)
+        index = query.new_empty((len(query), k), dtype=torch.int64)
+        args = _pass_args(
+            options, len(query), bank, count, exclude, key=query.data_ptr(),
+            topk_sim=found.data_ptr(), topk_index=index.data_ptr(),
+        )  # fmt: skip
+        self.run("bank_pass", args, bank)
+        return found, index
 
     def weighted_pass(
         self, query: Tensor, bank: Tensor, count: Tensor, temperature: float, affine: Tensor,
@@ -102,10 +108,34 @@ class Compiled(Backend):
         self.run("psm_step", args, bank)
         return loss, gradient
 
+    def enqueue(
+        self, keys: Tensor, labels: Tensor | None, ids: Tensor | None, bank: Tensor,
+        bank_labels: Tensor, bank_ids: Tensor, ptr: Tensor, count: Tensor,
+    ) -> bool:  # fmt: skip
+        from psm_kernels import _C
+
+        keys = keys.contiguous() if keys.dtype in DTYPES else keys.float().contiguous()
+        labels, ids = (None if x is None else x.contiguous() for x in (labels, ids))
+        args = _C.EnqueueArgs(
+            bank=bank_struct(bank, count),
+            keys=keys.data_ptr(),
+            key_dtype=DTYPES[keys.dtype],
+            batch=len(keys),
+            labels=address(labels),
+            ids=address(ids),
+            bank_labels=bank_labels.data_ptr(),
+            bank_ids=bank_ids.data_ptr(),
+            ptr=ptr.data_ptr(),
+        )
+        self.run("enqueue", args, bank)
+        # For autograd, which refuses a backward that would read what has changed.
+        torch.autograd.graph.increment_version((bank, bank_labels, bank_ids, ptr, count))
+        return True
+
     def _pass(
         self,
         options: Any,  # _C.PassOptions
-        query: Tensor | None,  # (B, D), None: nothing is summed
+        query: Tensor,  # (B, D)
         key: Tensor | None,  # (B, D)
         bank: Tensor,
         count: Tensor,
@@ -114,21 +144,20 @@ class Compiled(Backend):
         mean: bool = True,  # without it neg_mean is not written, which saves the product for it
         **addresses: int,
     ) -> BankPass:
-        batch = len(key if query is None else query)
+        batch, topk = len(query), (len(query), options.topk)
         empty = functools.partial(torch.empty, dtype=torch.float32, device=bank.device)
-        row, topk = (batch if query is not None else 0,), (batch, options.topk)
         result = BankPass(
-            neg_lse=empty(row),
-            neg_mean=empty((*row, bank.shape[1])),
-            neg_sq_lse=empty(row),
-            neg_count=empty(row),
+            neg_lse=empty(batch),
+            neg_mean=empty(query.shape),
+            neg_sq_lse=empty(batch),
+            neg_count=empty(batch),
             topk_sim=empty(topk),
             topk_index=empty(topk, dtype=torch.int64),
         )
         addresses |= {name: tensor.data_ptr() for name, tensor in result._asdict().items()}
         if not mean:
             del addresses["neg_mean"]
-        addresses |= {"query": address(query), "key": address(key)}
+        addresses |= {"query": query.data_ptr(), "key": address(key)}
         args = _pass_args(options, batch, bank, count, exclude, **addresses)
         self.run("bank_pass", args, bank)
         return result

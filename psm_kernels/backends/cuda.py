@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels.backends import compiled
-from psm_kernels.backends.compiled import DTYPES, Compiled, address, bank_struct
+from psm_kernels.backends.compiled import Compiled
 
 
 def built_for() -> str | None:
@@ -74,29 +74,9 @@ class Cuda(Compiled):
         from psm_kernels import _C
 
         place = _place(bank)
+        if name == "enqueue":  # needs no memory of its own
+            return _C.cuda.enqueue(args, **place)
         size = _C.cuda.workspace_bytes(args, place["device"], **self.flags)
         # Given back when this returns: whoever gets it next comes later on the same stream.
         workspace = torch.empty(size, dtype=torch.uint8, device=bank.device)
         getattr(_C.cuda, name)(args, **place, workspace=workspace.data_ptr(), **self.flags)
-
-    def enqueue(
-        self, keys: Tensor, labels: Tensor | None, ids: Tensor | None, bank: Tensor,
-        bank_labels: Tensor, bank_ids: Tensor, ptr: Tensor, count: Tensor,
-    ) -> bool:  # fmt: skip
-        from psm_kernels import _C
-
-        keys = keys.contiguous() if keys.dtype in DTYPES else keys.float().contiguous()
-        labels, ids = (None if x is None else x.contiguous() for x in (labels, ids))
-        args = _C.EnqueueArgs(
-            bank=bank_struct(bank, count),
-            keys=keys.data_ptr(),
-            key_dtype=DTYPES[keys.dtype],
-            batch=len(keys),
-            labels=address(labels),
-            ids=address(ids),
-            bank_labels=bank_labels.data_ptr(),
-            bank_ids=bank_ids.data_ptr(),
-            ptr=ptr.data_ptr(),
-        )
-        _C.cuda.enqueue(args, **_place(bank))
-        return True

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psm_kernels import checks
+from psm_kernels._autograd import refuse_transforms
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import EMPTY
 from psm_kernels.bank.state import HeldState
@@ -133,7 +134,6 @@ class MemoryBank(HeldState):
                     f"ids: got {int(wrong[0])}, wanted 0 to {self.size - 1}, the bank's slots"
                 )
 
-    @torch.no_grad()
     def enqueue(
         self,
         keys: Tensor,
@@ -151,20 +151,28 @@ class MemoryBank(HeldState):
             labels: (B,) int64 or None for unknown. They serve statistics, never the loss.
             ids: (B,) int64 names of the samples, so that a query never meets its own copy; None or
                 negative for unknown. An indexed bank needs them, in [0, size).
-            backend: "auto" or a name of `python -m psm_kernels`; "cuda" does it in one call.
+            backend: "auto" or a name of `python -m psm_kernels`; "cpp" and "cuda" write a ring of
+                fp32, bf16 or fp16 in one call.
 
         Raises:
             ValueError: wrong shape, dtype, device or id, or the backend cannot run; nothing is
                 written.
+            RuntimeError: a ring under torch.jit.trace, torch.func or forward-mode AD.
         """
         self.check(keys, labels, ids)
         if ids is not None:
             ids = ids.clamp_min(-1)
-        if not self.indexed and isinstance(self.bank, Tensor) and not torch.compiler.is_compiling():
-            state = (self.bank, self.labels, self.ids, self.ptr, self.count)
-            own = registry.choose(backend, self.bank)
+        bank = self.bank
+        if not self.indexed and isinstance(bank, Tensor) and not torch.compiler.is_compiling():
+            refuse_transforms(keys)
+            own = registry.choose(backend, bank)
+            state = (bank, self.labels, self.ids, self.ptr, self.count)
             if own.enqueue(keys.detach(), labels, ids, *state):
                 return
+        self._enqueue(keys, labels, ids)
+
+    @torch.no_grad()
+    def _enqueue(self, keys: Tensor, labels: Tensor | None, ids: Tensor | None) -> None:
         batch = keys.shape[0]
         unknown = torch.full((batch,), -1, device=self.ptr.device)
         labels = unknown if labels is None else labels

@@ -205,7 +205,8 @@ class BankLoss(HeldState):
         """
         if self.memory_bank is None:
             raise ValueError("memory_bank_size: got 0, wanted (rows, columns), for a bank to write")
-        self._check_write(key, labels, ids)
+        if self.collective:  # else the bank checks them itself
+            self._check_write(key, labels, ids)
         self._write(key, labels, ids)
 
     def _check_write(self, key: Tensor, labels: Tensor | None, ids: Tensor | None) -> None:

@@ -18,6 +18,7 @@ std::vector<std::string> instruction_sets();
 // `threads` >= 1 bounds the threads that are used.
 void bank_pass(const PassArgs& args, const std::string& isa, int threads);
 void psm_step(const StepArgs& args, const std::string& isa, int threads);
+void enqueue(const EnqueueArgs& args, const std::string& isa, int threads);
 
 // Bytes that bank_pass allocates for itself.
 size_t workspace_bytes(const PassArgs& args, const std::string& isa, int threads);

@@ -9,12 +9,14 @@ namespace {
 constexpr int64_t kPartialBytes = 32 << 20;  // of all chunks together
 constexpr int64_t kGroupBytes = 384 << 10;   // queries and means of a group stay in a 1 MB L2
 constexpr int64_t kMinGroupBlocks = 16;      // rows that share the packing of a tile
+constexpr int64_t kDirectRows = 4;           // so few do not repay it
 
 // Chunks depend on the problem alone, because sums are merged by chunk; groups of rows may depend
 // on the number of threads, because rows never meet.
 void split(Task& t, size_t threads) {
     const int64_t workers = int64_t(threads);
     t.padded = ceil_div(t.dim, kPad) * kPad;
+    t.direct = !t.sums && t.rows <= kDirectRows;
     t.lead = ((t.col_offset % 16) + 16) % 16;
     // A tile, packed twice, and the queries share a 1 MB L2; more slots use the registers better.
     t.tile = t.padded <= 192 ? kTile : t.padded <= 1024 ? kTile / 2 : kTile / 4;
@@ -48,10 +50,11 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
         arena.take(t.hidden, t.rows * t.most_hidden);
     } else {
         arena.take(t.query_rows, t.rows * t.padded);
+        const int64_t packed = t.direct ? 0 : panel_rows;
         if (kernels.quads)
-            arena.take(t.query_quads, panel_rows * t.padded / 4);
+            arena.take(t.query_quads, packed * t.padded / 4);
         else
-            arena.take(t.query_panel, panel_rows * t.dim);
+            arena.take(t.query_panel, packed * t.dim);
         for (float** row : {&t.inverse, &t.norm, &t.residual}) arena.take(*row, t.rows);
         arena.take(t.heaps, t.heap_sets * t.rows * t.topk);
         arena.take(t.bars, t.heap_sets * t.rows);
@@ -59,16 +62,17 @@ void lay_out(Task& t, const Kernels& kernels, Arena& arena) {
 }
 
 void lay_out(Worker& w, const Task& t, size_t index, Arena& arena) {
-    arena.take(w.rows, (t.query_quads ? 1 : t.tile) * t.padded);
+    const int64_t packed = t.direct ? 0 : t.tile;
+    arena.take(w.rows, (t.query_quads ? 1 : std::max<int64_t>(packed, 1)) * t.padded);
     if (t.query_pairs) {
-        arena.take(w.pairs, t.tile * t.padded / 2);
-        arena.take(w.row_pairs, t.tile / 2 * t.padded);
+        arena.take(w.pairs, packed * t.padded / 2);
+        arena.take(w.row_pairs, packed / 2 * t.padded);
         arena.take(w.weight_pairs, kBlock * kTile / 2);
     } else if (t.query_panel) {
-        arena.take(w.panel, t.tile * t.dim);
+        arena.take(w.panel, packed * t.dim);
     } else {
-        arena.take(w.quads, t.tile * t.padded / 4);
-        arena.take(w.bytes, t.tile * t.padded);
+        arena.take(w.quads, packed * t.padded / 4);
+        arena.take(w.bytes, packed * t.padded);
         arena.take(w.slot_step, kTile);
         arena.take(w.slot_bias, kTile);
     }

@@ -10,6 +10,6 @@ namespace {
 using namespace simd;
 #include "kernel.inl"
 constexpr Kernels kKernels{ISA,     QUADS,      PAIRS,        unit_rows, prepare,
-                           process, merge_mean, similarities, gradient};
+                           process, merge_mean, similarities, gradient,  enqueue_row};
 }  // namespace
 }  // namespace psm::cpu

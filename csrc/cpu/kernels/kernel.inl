@@ -10,6 +10,7 @@ constexpr int kFlight = 4;  // vectors side by side, where each alone would wait
 #include "noise.inl"
 #include "weigh.inl"
 #include "finish.inl"
+#include "enqueue.inl"
 
 // The next tile on its way from memory to L2, a slice per row block.
 struct Upcoming {

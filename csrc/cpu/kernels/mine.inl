@@ -90,16 +90,13 @@ bool is_hidden(const Task& t, int64_t i, int64_t slot) {
     return hidden;
 }
 
-// Offers slots to the heap of row i.
-INLINE void mine_row(const Task& t, const Worker& w, int64_t i, int64_t slot, uint64_t slots) {
-    const float* query = t.query_rows + i * t.padded;
+// It holds a NaN or an infinity: see set_bound.
+bool finds_nothing(const Task& t, int64_t i) { return t.norm[i] == 0.0f; }
+
+// Offers slots, of these exact similarities, to the heap of row i.
+INLINE void offer(const Task& t, const Worker& w, int64_t i, int64_t slot, uint64_t slots,
+                  const float* exact) {
     uint64_t* heap = w.heaps + i * t.topk;
-    // All products first: a branch on one waits for it, 4 % of bank_topk at k = 200.
-    float exact[kSub];
-    for (uint64_t mask = slots; mask; mask &= mask - 1) {
-        const int j = __builtin_ctzll(mask);
-        exact[j] = product_with(t, query, slot + j, w.rows);
-    }
     for (uint64_t mask = slots; mask; mask &= mask - 1) {
         const int j = __builtin_ctzll(mask);
         if (exact[j] != exact[j]) continue;
@@ -110,8 +107,37 @@ INLINE void mine_row(const Task& t, const Worker& w, int64_t i, int64_t slot, ui
     }
 }
 
+INLINE void mine_row(const Task& t, const Worker& w, int64_t i, int64_t slot, uint64_t slots) {
+    const float* query = t.query_rows + i * t.padded;
+    // All products first: a branch on one waits for it, 4 % of bank_topk at k = 200.
+    float exact[kSub];
+    for (uint64_t mask = slots; mask; mask &= mask - 1) {
+        const int j = __builtin_ctzll(mask);
+        exact[j] = product_with(t, query, slot + j, w.rows);
+    }
+    offer(t, w, i, slot, slots, exact);
+}
+
+// The exact products of all slots that the rows may see.
+void mine_directly(const Task& t, const Worker& w, const Tile& tile) {
+    for (int panel = 0; panel < tile.width / kSub; ++panel) {
+        const int64_t slot = tile.slot + panel * kSub;
+        const int low = tile.low > panel * kSub ? tile.low - panel * kSub : 0;
+        const int high = int(smaller(tile.high - panel * kSub, kSub));
+        for (int64_t i = 0; i < t.rows; ++i) {
+            if (finds_nothing(t, i)) continue;
+            const float* query = t.query_rows + i * t.padded;
+            float exact[kSub] = {};
+            for (int j = low; j < high; ++j)
+                exact[j] = product_with(t, query, slot + j, w.rows);
+            offer(t, w, i, slot, reaching(exact, w.bars[i]) & tile.seen[panel], exact);
+        }
+    }
+}
+
 template <int kRows>
 void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
+    if (t.direct) return mine_directly(t, w, tile);  // of one block
     const int64_t first_row = block * kBlock;
     // fp32 rounding of the exact product and of the steps below: D + 16 roundings, doubled.
     const float rounding = float(t.padded + 16) * 1.2e-7f;
@@ -123,6 +149,7 @@ void mine(const Task& t, const Worker& w, const Tile& tile, int64_t block) {
         screen<kRows>(t, w, block, panel, w.scores);
         for (int r = 0; r < kRows; ++r) {
             const int64_t i = first_row + r;
+            if (finds_nothing(t, i)) continue;
             const float* approximate = w.scores + r * kTile;
             uint64_t seen = tile.seen[panel];
             // With nothing to compare with, the best of the first panel are mined before the rest.

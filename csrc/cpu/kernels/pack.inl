@@ -53,6 +53,10 @@ void prepare(const Task& t, int64_t block) {
         const int64_t i = block * kBlock + r;
         float* row = t.sums ? scratch : t.query_rows + i * t.padded;
         read_query(t, i, row);
+        if (t.direct) {
+            set_bound(t, i, 1.0f, norm_of(row, t.padded), 0.0f);
+            continue;
+        }
 #if QUADS
         if (!t.sums) {
             int8_t* bytes = (int8_t*)scratch;
@@ -176,6 +180,7 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     if (t.sums && t.selection == Selection::kAffine)
         for (int j = 0; j < tile.width; ++j)
             w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
+    if (t.direct) return tile;
     const int64_t ld = t.padded;
 #if QUADS
     if (!t.sums) {

@@ -38,6 +38,7 @@ struct Task {
     int64_t row_offset, col_offset;
     int64_t lead;  // tiles start at multiples of 16 global slots: empty slots before the first
 
+    bool direct;   // mining multiplies rows of the bank where they lie, and packs nothing
     int64_t tile;  // slots of a tile, at most kTile, a multiple of kSub
     int64_t tiles, chunks, blocks, group_blocks, groups;
 
@@ -120,6 +121,7 @@ struct Kernels {
     void (*similarities)(const Task&, const float* query, const int64_t* slots, int64_t count,
                          float* buffer, float* similarity);
     void (*gradient)(const Task&, const RowTerms&, float* buffer, float* gradient);
+    void (*enqueue_row)(const EnqueueArgs&, int64_t row, int64_t slot);
 };
 
 // Null where the build or the machine lacks the instruction set.

@@ -47,7 +47,11 @@ INLINE uint64_t at_least(V a, V b) {  // bit per lane
 }
 INLINE V load_bf16(const uint16_t* p) { return V(Vu{p[0], p[1], p[2], p[3]} << 16); }
 INLINE V load_fp16(const uint16_t* p) {
-    return V{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
+    const Vu half{p[0], p[1], p[2], p[3]}, size = half & 0x7FFF;
+    const Vu wide = (size << 13) + (112u << 23);
+    const Vu tiny = Vu(V(wide + (1u << 23)) - set1(6.1035156e-5f));  // subnormal: no leading one
+    const Vu bits = size < 0x400 ? tiny : size < 0x7C00 ? wide : wide + (112u << 23);
+    return V(bits | (half & 0x8000) << 16);
 }
 
 INLINE V shift_to_exponent(V a) { return V(Vu(a) << 23); }
