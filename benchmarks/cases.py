@@ -14,8 +14,8 @@ from psm_kernels.rows import unit_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Products of 2 B K D operations that cannot be avoided: similarity, gradient, mining where the key
-# mines and not the query.
+# Products of 2 B K D operations that cannot be avoided: similarity, gradient, and that of the key
+# where it mines or is the target.
 PRODUCTS = {
     "psm_forward": 2,
     "psm": 3,
@@ -23,9 +23,14 @@ PRODUCTS = {
     "hcl": 2,
     "sscl": 2,
     "unremix": 2,
+    "nnclr": 1,
+    "supcon": 2,
+    "ressl": 3,
+    "msf": 1,
     "bank_topk": 1,
     "enqueue": 0,
 }
+CLASSES = 100
 BANKS = ("random", "clustered", "sorted", "duplicated", "collapsed")
 
 
@@ -79,6 +84,14 @@ class Problem:
     @property
     def bank(self) -> Tensor:  # (K, D)
         return self.memory.bank
+
+    @functools.cached_property
+    def labels(self) -> Tensor:  # (B,) int64
+        return torch.arange(self.case.batch, device=self.bank.device) % CLASSES
+
+    @functools.cached_property
+    def bank_labels(self) -> Tensor:  # (K,) int64
+        return torch.arange(self.case.size, device=self.bank.device) % CLASSES
 
 
 def make_problem(case: Case, device: str) -> Problem:
@@ -139,6 +152,10 @@ def default_cases(device: str) -> list[Case]:
         Case("hcl", 256, big, 128),
         Case("sscl", 256, big, 128, 32),
         Case("unremix", 256, big, 128),
+        Case("nnclr", 256, big, 128),
+        Case("supcon", 256, big, 128),
+        Case("ressl", 256, big, 128),
+        Case("msf", 256, big, 128, 5),
         Case("bank_topk", 1, big, 128, 5),
         Case("bank_topk", 64, 1_024, 128, 5),
         Case("bank_topk", 256, big, 128, 5),

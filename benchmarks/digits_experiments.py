@@ -17,7 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.measure import provenance
+from benchmarks.machine import provenance
 from benchmarks.report import STORED
 from benchmarks.tables import markdown
 
