@@ -21,7 +21,7 @@ from psm_kernels.backends.base import Backend
 # --- ours ----------------------------------------------------------------------------------------
 
 
-def our_loss(p: Problem, backend: str | Backend) -> Tensor:
+def our_loss(p: Problem, backend: str | Backend, **more) -> Tensor:
     name = p.case.operation.removesuffix("_forward")
     settings = {
         "psm": {"topk": p.case.topk, "rng_state": p.rng_state},
@@ -30,7 +30,7 @@ def our_loss(p: Problem, backend: str | Backend) -> Tensor:
         "supcon": {"labels": p.labels, "bank_labels": p.bank_labels},
     }.get(name, {})
     loss = getattr(functional, f"{name}_loss")
-    return loss(p.query, p.key, p.bank, backend=backend, **settings)
+    return loss(p.query, p.key, p.bank, backend=backend, **settings, **more)
 
 
 def make_on(p: Problem, backend: str | Backend) -> Run:
