@@ -80,22 +80,18 @@ class Problem:
     key: Tensor  # (B, D) fp32
     memory: MemoryBank
     rng_state: Tensor  # (2,)
+    labels: Tensor  # (B,) int64
+    bank_labels: Tensor  # (K,) int64
 
     @property
     def bank(self) -> Tensor:  # (K, D)
         return self.memory.bank
 
-    @functools.cached_property
-    def labels(self) -> Tensor:  # (B,) int64
-        return torch.arange(self.case.batch, device=self.bank.device) % CLASSES
-
-    @functools.cached_property
-    def bank_labels(self) -> Tensor:  # (K,) int64
-        return torch.arange(self.case.size, device=self.bank.device) % CLASSES
-
 
 def make_problem(case: Case, device: str) -> Problem:
-    return Problem(case, *_inputs(dataclasses.replace(case, operation="", topk=0), device))
+    inputs = _inputs(dataclasses.replace(case, operation="", topk=0), device)
+    labels = (torch.arange(n, device=device) % CLASSES for n in (case.batch, case.size))
+    return Problem(case, *inputs, *labels)
 
 
 @functools.lru_cache(1)  # three operations want the same bank of 16 M rows

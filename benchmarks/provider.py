@@ -45,5 +45,5 @@ def refuse_matrices(case: Case, device: str) -> str | None:
     wanted = 4.0 * eager.MATRICES.get(case.operation, 0) * case.batch * case.size
     left = 0.8 * available_memory(device)
     if wanted > left:
-        return f"would take {wanted / 1e9:.0f} GB of {left / 1e9:.0f} GB that are free"
+        return f"would take {wanted / 1e9:.1f} GB of {left / 1e9:.1f} GB that are free"
     return None

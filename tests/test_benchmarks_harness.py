@@ -122,7 +122,7 @@ def test_providers_give_reasons(monkeypatch):
     assert refuse("faiss") == providers.OTHER_JOB
     assert "UnReMix" in refuse("slab", Case("unremix", 4, 8, 4))
     monkeypatch.setattr(provider, "available_memory", lambda device: 1e6)
-    assert refuse("eager").startswith("would take 1 GB of 0 GB")
+    assert refuse("eager").startswith("would take 0.4 GB of 0.0 GB")
 
 
 def test_long_calls_are_foreseen():
