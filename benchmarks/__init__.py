@@ -2,12 +2,13 @@
 
     pytest benchmarks/                          every operation against its competitors: a table
     pytest benchmarks/ --sweep all              one variable at a time: K, B, D, k, kinds of banks
-    pytest benchmarks/ --results benchmarks/results/NAME.json    keep what is measured
+    pytest benchmarks/ --store                  keep what is measured in benchmarks/results
     python -m benchmarks.report                 kept results as markdown, pictures next to them
-    python -m benchmarks.report --readme        the README's tables from the same files
+    python -m benchmarks.report --readme        README.md and benchmarks/README.md from the same
     python -m benchmarks.guard                  has anything become slower? for CI
 
-cases.py says what is measured, providers.py by whom, eager.py and slab.py are the baselines;
+cases.py says what is measured, providers.py and peers.py by whom, eager.py and slab.py are the
+baselines, measure.py has the clocks and machine.py what the machine is and can;
 digits_experiments.py compares methods, scaling.py is about many processes, gpu.py and sass.py are
 about kernels.
 """

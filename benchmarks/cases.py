@@ -14,8 +14,8 @@ from psm_kernels.rows import unit_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Products of 2 B K D operations that cannot be avoided: similarity, gradient, mining where the key
-# mines and not the query.
+# Products of 2 B K D operations that cannot be avoided: similarity, gradient, and that of the key
+# where it mines or is the target.
 PRODUCTS = {
     "psm_forward": 2,
     "psm": 3,
@@ -23,9 +23,14 @@ PRODUCTS = {
     "hcl": 2,
     "sscl": 2,
     "unremix": 2,
+    "nnclr": 1,
+    "supcon": 2,
+    "ressl": 3,
+    "msf": 1,
     "bank_topk": 1,
     "enqueue": 0,
 }
+CLASSES = 100
 BANKS = ("random", "clustered", "sorted", "duplicated", "collapsed")
 
 
@@ -75,6 +80,8 @@ class Problem:
     key: Tensor  # (B, D) fp32
     memory: MemoryBank
     rng_state: Tensor  # (2,)
+    labels: Tensor  # (B,) int64
+    bank_labels: Tensor  # (K,) int64
 
     @property
     def bank(self) -> Tensor:  # (K, D)
@@ -82,7 +89,9 @@ class Problem:
 
 
 def make_problem(case: Case, device: str) -> Problem:
-    return Problem(case, *_inputs(dataclasses.replace(case, operation="", topk=0), device))
+    inputs = _inputs(dataclasses.replace(case, operation="", topk=0), device)
+    labels = (torch.arange(n, device=device) % CLASSES for n in (case.batch, case.size))
+    return Problem(case, *inputs, *labels)
 
 
 @functools.lru_cache(1)  # three operations want the same bank of 16 M rows
@@ -139,6 +148,10 @@ def default_cases(device: str) -> list[Case]:
         Case("hcl", 256, big, 128),
         Case("sscl", 256, big, 128, 32),
         Case("unremix", 256, big, 128),
+        Case("nnclr", 256, big, 128),
+        Case("supcon", 256, big, 128),
+        Case("ressl", 256, big, 128),
+        Case("msf", 256, big, 128, 5),
         Case("bank_topk", 1, big, 128, 5),
         Case("bank_topk", 64, 1_024, 128, 5),
         Case("bank_topk", 256, big, 128, 5),

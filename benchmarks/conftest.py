@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, report, tables
+from benchmarks import machine, measure, report, tables
 from benchmarks.cases import SWEEPS, default_cases, sweep_cases, tiny
 from benchmarks.providers import our_name
 from psm_kernels.backends import registry
@@ -26,9 +26,15 @@ def pytest_addoption(parser):
     group.addoption("--minutes", type=float, default=9.5, help="after that, cases are skipped")
     group.addoption("--budget", type=float, help="seconds of timed rounds a case; 3, in a sweep 1")
     group.addoption("--longest", type=float, default=5.0, help="seconds of a call by a competitor")
+    group.addoption(
+        "--patience", type=float, default=120.0, help="seconds of its first call, which compiles"
+    )
     group.addoption("--tiny", action="store_true", help="does everything run? numbers mean nothing")
     group.addoption(
         "--results", type=Path, default=Path(".benchmarks/latest.json"), help="what is measured"
+    )
+    group.addoption(
+        "--store", action="store_true", help="into benchmarks/results, which the READMEs show"
     )
 
 
@@ -40,8 +46,14 @@ def pytest_configure(config):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     config.option.device = device
     if config.option.budget is None:
-        config.option.budget = 1.0 if config.option.sweep else 3.0
+        config.option.budget = 0.0 if config.option.tiny else 1.0 if config.option.sweep else 3.0
     config.option.least = 0 if config.option.sweep or config.option.tiny else 5  # rounds of a case
+    if config.option.store:
+        if config.option.tiny or config.option.keyword or "benchmarks" not in "".join(config.args):
+            raise pytest.UsageError("--store: wanted a whole run, pytest benchmarks/ --store")
+        run = "sweep" if config.option.sweep else "default"
+        config.option.results = report.STORED / machine.name(device) / f"{run}.json"
+    measure.keep_memory()
     end = time.monotonic() + 60 * config.option.minutes
     config.option.seconds_left = lambda: end - time.monotonic()
     if our_name(device) == "reference":
@@ -69,10 +81,10 @@ def pytest_collection_finish(session):
     device = config.option.device
     dtypes = tuple(dict.fromkeys(("fp32", *(case.dtype for case in config.option.cases))))
     config.stash[RESULTS] = {
-        "machine": measure.machine(device),
+        "machine": machine.machine(device),
         "ours": our_name(device),
-        **measure.provenance(),
-        "rates": measure.rates(device, dtypes, 256 if config.option.tiny else None),
+        **machine.provenance(),
+        "rates": machine.rates(device, dtypes, 256 if config.option.tiny else None),
         "sweep": bool(config.option.sweep),
         "rows": [],
         "skipped": [],

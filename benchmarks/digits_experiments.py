@@ -17,7 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.measure import provenance
+from benchmarks.machine import provenance
 from benchmarks.report import STORED
 from benchmarks.tables import markdown
 
@@ -60,6 +60,7 @@ def spread(values: list[float | None], form: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, help="default: train.py's")
+    parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, help="PSM and these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/digits_experiments"))
@@ -73,6 +74,8 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for seed in args.seeds:  # seed by seed: an early look compares all configurations
             for name, options in CONFIGURATIONS.items():
+                if args.only and name not in ("PSM", *args.only):
+                    continue
                 place = f"{name.replace(' ', '-')}-{seed}"
                 options = ["--seed", str(seed), *options, *common]
                 pair = pool.submit(run, args.runs, place, options, threads)

@@ -1,30 +1,25 @@
-"""Clocks, rounds in turns, peak memory in a fresh process, and what the machine can do at best."""
+"""Clocks, rounds in turns, and peak memory in a fresh process."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import datetime
 import functools
 import gc
-import importlib.metadata
 import multiprocessing
-import os
-import platform
 import random
+import signal
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from benchmarks.cases import DTYPES, Case, make_problem
+from benchmarks.cases import Case, make_problem
 
-ROOT = Path(__file__).resolve().parent.parent
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-PEERS = ("lightly", "pytorch-metric-learning", "liger-kernel", "faiss-cpu")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
 # --- time ----------------------------------------------------------------------------------------
@@ -57,7 +52,8 @@ def _flusher(device: str) -> torch.Tensor:
 
 class Turns:
     """Calling it is one round: every run once, in a new order. A machine that slows down for a
-    while slows all of them, so that their ratios hold."""
+    while slows all of them, so that their ratios hold. Who fails, as `attempt` tells by a reason,
+    is out of the later rounds and in `failed`."""
 
     def __init__(
         self,
@@ -65,15 +61,23 @@ class Turns:
         device: str,
         cache: str = "warm",
         clock: Callable[[], float] = time.perf_counter,
+        attempt: Callable[[str, Callable[[], float]], tuple[float, str | None]] | None = None,
     ):
-        self.runs = runs
+        self.runs = dict(runs)
         self.time = functools.partial(seconds, device=device, cache=cache, clock=clock)
         self.taken: dict[str, list[float]] = {name: [] for name in runs}
         self.random = random.Random(0)
+        self.attempt = attempt or (lambda name, call: (call(), None))
+        self.failed: dict[str, str] = {}
 
     def __call__(self) -> None:
         for name in self.random.sample(list(self.runs), len(self.runs)):
-            self.taken[name].append(self.time(self.runs[name]))
+            taken, reason = self.attempt(name, functools.partial(self.time, self.runs[name]))
+            if reason is None:
+                self.taken[name].append(taken)
+            else:
+                self.failed[name] = reason
+                del self.runs[name], self.taken[name]
 
     def measure(self, budget: float, least: int = 5, most: int = 50) -> None:
         """One round to warm up, then as many as fit the budget. With `least` 0 the first one is
@@ -100,7 +104,50 @@ def quantiles(taken: list[float]) -> dict[str, float]:
     return {"median": middle, "low": tenths[0], "high": tenths[-1], "rounds": len(taken)}
 
 
+@contextlib.contextmanager
+def time_limit(limit: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer, where Python or a system call notices: not in one
+    endless call of compiled code. For the main thread."""
+
+    def stop(signum, frame):
+        raise TimeoutError(f"took more than {limit:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    # Again after a while: a library may have caught the first one.
+    signal.setitimer(signal.ITIMER_REAL, limit, 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return ": ".join((type(error).__name__, *lines[:1]))[:200]
+
+
 # --- memory --------------------------------------------------------------------------------------
+
+
+def keep_memory() -> None:
+    """Freed blocks stay in the process, as with the allocators that PyTorch's guide to performance
+    recommends. By default glibc gives large ones back to the system, and zeroing new pages takes
+    half of eager's time; ours allocates too little to notice."""
+    _allocator("mallopt", M_MMAP_MAX, 0)
+    _allocator("mallopt", M_TRIM_THRESHOLD, -1)
+
+
+def give_back_memory() -> None:
+    """What was freed, to the system: between cases."""
+    gc.collect()
+    _allocator("malloc_trim", 0)
+
+
+def _allocator(function: str, *words: int) -> None:
+    found = getattr(ctypes.CDLL(None), function, None)  # of glibc alone
+    if found is not None:
+        found(*words)
 
 
 def available_memory(device: str) -> float:
@@ -113,20 +160,43 @@ def available_memory(device: str) -> float:
     return 1024.0 * int(text.split("MemAvailable:")[1].split()[0])
 
 
-def peak_memory(case: Case, provider: str, device: str) -> int | None:
+def peak_memory(case: Case, provider: str, device: str, patience: float = 120.0) -> int | None:
     """Bytes that one call takes on top of its inputs, in a process that has done nothing else;
     None where the system does not tell.
 
     Raises:
-        BrokenProcessPool: the process was killed, mostly for its memory.
+        RuntimeError: the call failed there, the process was killed, mostly for its memory, or it
+            took more than `patience` seconds.
     """
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         return None
     # A fork server that has imported torch, and no more, saves two seconds a process.
     context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
     context.set_forkserver_preload(["torch._dynamo"])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure_peak, case, provider, device).result()
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send_peak, args=(sender, case, provider, device), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(patience):
+            raise RuntimeError(f"took more than {patience:.0f} s when its memory was measured")
+        found = receiver.recv()
+    except EOFError:
+        raise RuntimeError("was killed when its memory was measured") from None
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+    if isinstance(found, str):
+        raise RuntimeError(f"{found}, when its memory was measured")
+    return found
+
+
+def _send_peak(sender: Connection, *asked) -> None:
+    try:
+        sender.send(_measure_peak(*asked))
+    except BaseException as error:  # an exception need not survive the way through a pipe
+        sender.send(first_line(error))
 
 
 def _measure_peak(case: Case, provider: str, device: str) -> int:
@@ -135,7 +205,7 @@ def _measure_peak(case: Case, provider: str, device: str) -> int:
 
     if device == "cpu":  # fixed thresholds: or glibc keeps freed blocks, and they look resident
         for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(threshold, 65_536)
+            _allocator("mallopt", threshold, 65_536)
     run = PROVIDERS[provider].make(make_problem(case, device))
     run()
     gc.collect()
@@ -144,7 +214,7 @@ def _measure_peak(case: Case, provider: str, device: str) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _high_water()
     run()
@@ -153,74 +223,3 @@ def _measure_peak(case: Case, provider: str, device: str) -> int:
 
 def _high_water() -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
-
-# --- the machine ---------------------------------------------------------------------------------
-
-
-def rates(device: str, dtypes: tuple[str, ...], edge: int | None = None) -> dict[str, float]:
-    """The roofline: operations a second of a large product of each type, bytes a second of a copy
-    (read and written). Best of several: the machine, not its disturbances."""
-    edge = edge or (2048 if device == "cpu" else 8192)
-    found = {}
-    for name in dtypes:
-        left, right = (torch.randn(edge, edge, device=device).to(DTYPES[name]) for _ in range(2))
-        found[name] = 2 * edge**3 / _best(functools.partial(torch.mm, left, right), device)
-    source = torch.zeros(edge * edge * 16, device=device)  # 268 MB on a CPU: larger than a cache
-    target = torch.empty_like(source)
-    copied = 2 * source.numel() * source.element_size()
-    found["copy"] = copied / _best(lambda: target.copy_(source), device)
-    return found
-
-
-def _best(run: Callable[[], object], device: str) -> float:
-    run()
-    return min(seconds(run, device) for _ in range(7))
-
-
-def machine(device: str) -> dict:
-    """What a reader must know of the machine; nothing that names its owner."""
-    from psm_kernels.backends import cpp
-
-    about = {
-        "device": device,
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instructions": cpp.instruction_set() if not cpp.Cpp().unavailable() else "no C++ backend",
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
-    }
-    if device != "cpu":
-        about["gpu"] = torch.cuda.get_device_name()
-    return about
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def provenance() -> dict:
-    import psm_kernels
-
-    versions = {"python": platform.python_version(), "psm_kernels": psm_kernels.__version__}
-    for name in ("torch", "triton", "torchvision", *PEERS):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": versions,
-    }
-
-
-def _git(*words: str) -> str | None:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""Pictures of results, PNG and SVG: time and memory against K, B, D and k, and ratios."""
+"""Pictures of results, as SVG: time and memory against K, B, D and k, and ratios."""
 
 from __future__ import annotations
 
@@ -31,20 +31,51 @@ Curves = dict[str, list[tuple[int, float]]]  # provider: (variable, value)
 
 def draw(results: dict, path: Path) -> list[Path]:
     """Files named after `path`; a picture without data is not drawn."""
-    rcParams["svg.hashsalt"] = "psm_kernels"  # the same results, the same bytes
     made = {
         "time": curves(results, "median", 1e3, "milliseconds"),
         "memory": curves(results, "memory", 1e-6, "peak memory, MB"),
         "ratios": bars(results),
     }
-    written = []
-    for name, figure in made.items():
-        for ending in ("png", "svg") if figure else ():
-            target = path.with_name(f"{path.stem}-{name}.{ending}")
-            metadata = {"Date": None} if ending == "svg" else {}
-            figure.savefig(target, dpi=120, metadata=metadata)
-            written.append(target)
-    return written
+    return [
+        save(figure, path.with_name(f"{path.stem}-{name}.svg"))
+        for name, figure in made.items()
+        if figure
+    ]
+
+
+def save(figure: Figure, path: Path) -> Path:
+    rcParams["svg.hashsalt"] = "psm_kernels"  # the same results, the same bytes
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def draw_overview(sweeps: list[dict], path: Path) -> list[Path]:
+    """The README's: time and memory of PSM against K, a row of panels for each processor."""
+    base, shown = Case("psm", 256, 0, 128, 5), ("ours", "eager", "compile", "slab")
+    columns = (("median", 1e3, "time of a step, ms"), ("memory", 1e-6, "memory on top, MB"))
+    found = [
+        (results, [panels(results, *column[:2]).get((base, "size"), {}) for column in columns])
+        for results in sweeps
+    ]
+    found = [(results, pair) for results, pair in found if pair[0]]
+    if not found:
+        return []
+    figure = Figure(figsize=(8.4, 3.1 * len(found)), layout="constrained")
+    grid = figure.subplots(len(found), 2, squeeze=False)
+    for (results, pair), row in zip(found, grid, strict=True):
+        for axis, lines, (_, _, label) in zip(row, pair, columns, strict=True):
+            for name in shown:
+                provider = results["ours"] if name == "ours" else name
+                points = sorted(lines.get(provider, ()))
+                if points:
+                    color, width = (OURS, 2.4) if name == "ours" else (COLORS[name], 1.5)
+                    axis.plot(*zip(*points, strict=True), "o-", color=color, lw=width, ms=3.5,
+                              label=name)  # fmt: skip
+            _log_axes(axis, "K, rows of the bank")
+            axis.set_ylabel(label)
+        row[0].set_title(results["machine"]["name"], fontsize=10, loc="left")
+        row[0].legend(frameon=False, fontsize=9)
+    return [save(figure, path)]
 
 
 def panels(results: dict, column: str, unit: float) -> dict[tuple[Case, str], Curves]:
@@ -87,15 +118,11 @@ def curves(results: dict, column: str, unit: float, label: str) -> Figure | None
         fixed = [f"{v} {getattr(case, n)}" for n, v in VARIABLES.items() if getattr(case, n)]
         title = f"{case.operation}: {', '.join(fixed)}, {case.dtype}"
         axis.set_title(title, fontsize=9, loc="left")
+        _log_axes(axis, VARIABLES[variable])
         if variable == "topk":
             axis.set_xscale("symlog", base=2, linthresh=1)  # it has a 0
-        else:
-            axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
-        axis.set_yscale("log")
-        axis.set_xlabel(VARIABLES[variable])
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         axis.margins(x=0.18)
-        _clean(axis)
     for axis in list(axes):  # what is left of the grid
         axis.remove()
     figure.supylabel(label, fontsize=9)
@@ -144,6 +171,14 @@ def bars(results: dict) -> Figure | None:
     axis.legend(frameon=False, fontsize=8)
     _clean(axis)
     return figure
+
+
+def _log_axes(axis, label: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+    axis.set_yscale("log")
+    axis.set_xlabel(label)
+    _clean(axis)
 
 
 def _clean(axis) -> None:

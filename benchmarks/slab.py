@@ -1,6 +1,6 @@
 """The strong competitor: no kernel of one's own, and still no B x K matrix.
 
-A product into a slab of at most 32 MB, pointwise work that torch.compile fuses, `torch.topk` of the
+A product into a slab of at most 8 MB, pointwise work that torch.compile fuses, `torch.topk` of the
 slab, and a merge. A user can write this in an afternoon.
 """
 
@@ -13,16 +13,16 @@ import torch
 from psm_kernels.backends.base import NOTHING, Backend, BankPass
 from psm_kernels.noise import keep_probability
 
-SLAB = 32 << 20  # bytes
+SLAB = 8 << 20  # bytes; 2 to 32 MB are as fast, smaller ones are slower to mine
 
 
 @functools.cache
 def _weigh(selection: str):
-    def weigh(scores, s_pos, temperature, a, b):  # scores (B, S)
+    def weigh(scores, noise, s_pos, temperature, a, b):  # scores, noise (B, S)
         logits = scores / temperature
         if selection == "bernoulli":
             p = keep_probability(scores, s_pos[:, None], a, b)
-            logits = torch.where(torch.rand_like(p) < p, logits, -torch.inf)
+            logits = torch.where(noise < p, logits, -torch.inf)
         top = logits.amax(1, keepdim=True).clamp_min(-1e30)
         weights = torch.exp(logits - top)
         kept = (weights > 0).sum(1).float()
@@ -34,7 +34,7 @@ def _weigh(selection: str):
 class Slab(Backend):
     """Keeps no order among equal similarities and samples by torch's generator."""
 
-    name, what = "slab", "slabs of 32 MB, fused pointwise"
+    name, what = "slab", "slabs of 8 MB, fused pointwise"
 
     def bank_pass(self, query, key, bank, count, s_pos, options, exclude=NOTHING, rng_state=None):
         o, weigh = options, _weigh(options.selection)
@@ -47,7 +47,9 @@ class Slab(Backend):
                 row, place = ((local >= 0) & (local < len(rows))).nonzero(as_tuple=True)
                 scores[row, local[row, place]] = -torch.inf
             start += len(rows)
-            weights, *sums = weigh(scores, s_pos, o.temperature, o.a, o.b)
+            # Drawn out here: Inductor's own generator is several times slower on a CPU.
+            noise = torch.rand_like(scores) if o.selection == "bernoulli" else None
+            weights, *sums = weigh(scores, noise, s_pos, o.temperature, o.a, o.b)
             parts.append((*sums, (weights.to(bank.dtype) @ rows).float()))
         top, total, squares, kept, mean = (torch.stack(part) for part in zip(*parts, strict=True))
         shift = top.amax(0)

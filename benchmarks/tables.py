@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterable
 
 from benchmarks.cases import Case
@@ -162,9 +163,8 @@ def table(results: dict, wanted: Callable[[Case], bool] = lambda case: True) -> 
     """The markdown of the report and of the README: a line a case, ours first, others as ratios.
     Empty where no case is wanted."""
     ours, gpu = results["ours"], results["machine"]["device"] != "cpu"
-    plain = ("matmul", "eager", "compile", "slab")
     head = ["operation", "B", "K", "D", "k", "bank", f"ours (`{ours}`), ms"]
-    head += ["one product", *plain[1:]]
+    head += ["one product", *PLAIN[1:]]
     head += ["other libraries", "memory, ours", "memory, eager", "roofline"]
     body = []
     for case, cache, rows in cases(results):
@@ -173,8 +173,7 @@ def table(results: dict, wanted: Callable[[Case], bool] = lambda case: True) -> 
         mine = rows[ours]["median"]
         others = [
             f"{name} {ratio(row['median'], mine)}"
-            for name, row in rows.items()
-            if row["same_job"] and name not in (ours, *plain)
+            for name, row in other_libraries(results, rows).items()
         ]
         kind = case.dtype if case.bank == "random" else f"{case.dtype} {case.bank}"
         body.append(
@@ -183,13 +182,64 @@ def table(results: dict, wanted: Callable[[Case], bool] = lambda case: True) -> 
                 *(number(n) for n in (case.batch, case.size, case.dim, case.topk)),
                 f"{kind}, {cache}" if gpu else kind,
                 milliseconds(mine),
-                *(ratio(rows[name]["median"], mine) if name in rows else "" for name in plain),
+                *(ratio(rows[name]["median"], mine) if name in rows else "" for name in PLAIN),
                 ", ".join(others),
                 *(megabytes(rows.get(name, {}).get("memory")) for name in (ours, "eager")),
                 share(case, mine, results["rates"]),
             ]
         )
     return markdown(head, body) if body else []
+
+
+SHORT = (
+    Case("psm", 64, 1_024, 128, 5),
+    Case("psm", 256, 65_536, 128, 5),
+    Case("psm", 256, 65_536, 128, 5, "bf16"),
+    Case("info_nce", 256, 65_536, 128),
+    Case("bank_topk", 256, 65_536, 128, 5),
+    Case("enqueue", 256, 65_536, 128),
+)
+PLAIN = ("matmul", "eager", "compile", "slab")
+
+
+def short(results: dict) -> list[str]:
+    """The README's: a few cases, of the other libraries the best one."""
+    ours = results["ours"]
+    head = ["", "ours, ms", "one product", *PLAIN[1:], "best other library", "memory, ours / eager"]
+    body = []
+    for case, cache, rows in cases(results):
+        if case not in SHORT or cache != "warm" or ours not in rows:
+            continue
+        mine = rows[ours]["median"]
+        others = {name: row["median"] for name, row in other_libraries(results, rows).items()}
+        best = min(others, key=others.get, default=None)
+        memory = [megabytes(rows.get(name, {}).get("memory")) for name in (ours, "eager")]
+        body.append(
+            [
+                f"`{case.operation}`, {number(case.batch)} x {number(case.size)}, {case.dtype}",
+                milliseconds(mine),
+                *(ratio(rows[name]["median"], mine) if name in rows else "" for name in PLAIN),
+                f"{best} {ratio(others[best], mine)}" if best else "",
+                " / ".join(memory) if all(memory) else "",
+            ]
+        )
+    return markdown(head, body) if body else []
+
+
+def other_libraries(results: dict, rows: dict[str, dict]) -> dict[str, dict]:
+    mine = (results["ours"], *PLAIN)
+    return {name: row for name, row in rows.items() if row["same_job"] and name not in mine}
+
+
+def advantage(results: dict) -> float:
+    """How many times longer than ours plain torch takes, over all cases: the geometric mean."""
+    ours = results["ours"]
+    found = [
+        rows["eager"]["median"] / rows[ours]["median"]
+        for _, _, rows in cases(results)
+        if ours in rows and "eager" in rows
+    ]
+    return statistics.geometric_mean(found) if found else 1.0
 
 
 def bank_kinds(results: dict) -> list[str]:

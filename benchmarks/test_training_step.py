@@ -8,8 +8,9 @@ say nothing.
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -17,17 +18,20 @@ import pytest
 import torch
 
 from benchmarks.cases import Case, Problem, make_problem
-from benchmarks.measure import ROOT
-from benchmarks.providers import PROVIDERS, Run, our_name
+from benchmarks.measure import first_line, give_back_memory
+from benchmarks.provider import Run
+from benchmarks.providers import PROVIDERS, our_name
+from benchmarks.test_operations import attempt
 
 SIZES = (16_384, 65_536, 1_048_576)
+NEEDED = ("matplotlib", "numpy", "sklearn", "torchvision", "tqdm")  # by train.py
 
 
 def make_step(batch: int, edge: int, device: str) -> Callable[[Problem, Run], tuple[float, float]]:
     """The step of train.py: two forwards, the loss, one backward, SGD, the moving mean. Returns
     seconds of all of it and of the loss."""
-    sys.path.insert(0, str(ROOT))
-    train = pytest.importorskip("train", exc_type=ImportError)
+    import train
+
     online = train.make_encoder("resnet18", 128).to(device)
     momentum = copy.deepcopy(online)
     optimizer = torch.optim.SGD(online.parameters(), lr=0.01, momentum=0.9)
@@ -61,9 +65,28 @@ def make_step(batch: int, edge: int, device: str) -> Callable[[Problem, Run], tu
     return step
 
 
+def take(step, case: Case, provider: str, device: str) -> tuple[float, float]:
+    """Medians of the two clocks."""
+    problem = make_problem(case, device)
+    loss = PROVIDERS[provider].make(problem)
+    taken = [step(problem, loss) for _ in range(1 if device == "cpu" else 20)]
+    return tuple(statistics.median(times) for times in zip(*taken, strict=True))
+
+
+def missing() -> str | None:
+    """Why train.py cannot be imported, through no fault of its own."""
+    for module in NEEDED:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # OSError of a broken library, RuntimeError of another torch's
+            return f"train.py needs {module}: pip install -e '.[bench]' ({first_line(error)})"
+    return None
+
+
 def test_training_step(benchmark, results, options):
-    if options.sweep:
-        pytest.skip("measured without --sweep")
+    reason = "measured without --sweep" if options.sweep else missing()
+    if reason:
+        pytest.skip(reason)
     device = options.device
     batch, edge = (8, 16) if options.tiny else (256, 32)
     step = make_step(batch, edge, device)
@@ -75,13 +98,12 @@ def test_training_step(benchmark, results, options):
         if options.seconds_left() <= 0:
             row["skipped"] = "the time is over: --minutes"
         if row["skipped"] is None:
-            problem = make_problem(case, device)
-            loss = PROVIDERS[provider].make(problem)
-            taken = [step(problem, loss) for _ in range(1 if device == "cpu" else 20)]
-            row["step"], row["loss"] = (
-                statistics.median(times) for times in zip(*taken, strict=True)
-            )
+            steps = functools.partial(take, step, case, provider, device)
+            taken, row["skipped"] = attempt(provider, steps, options.patience)
+        if row["skipped"] is None:
+            row["step"], row["loss"] = taken
         rows.append(row)
+        give_back_memory()
 
     def everything() -> None:
         measure(Case("psm", batch, 512, 128, 5), our_name(device))  # the encoders warm up

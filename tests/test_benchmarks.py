@@ -2,24 +2,12 @@
 
 import copy
 import dataclasses
-import itertools
 import json
 
 import pytest
-import torch
 
-from benchmarks import eager, guard, measure, providers, report, slab, tables, test_operations
-from benchmarks.cases import (
-    BANKS,
-    PRODUCTS,
-    SWEEPS,
-    Case,
-    default_cases,
-    make_problem,
-    sweep_cases,
-    tiny,
-)
-from psm_kernels.functional import psm_loss
+from benchmarks import guard, report, tables
+from benchmarks.cases import Case
 
 PSM = Case("psm", 256, 65_536, 128, 5)
 TOPK = Case("bank_topk", 256, 65_536, 128, 5)
@@ -33,13 +21,20 @@ def row(case: Case, provider: str, median: float, memory: int | None = None, sam
 
 @pytest.fixture
 def results() -> dict:
-    about = {"device": "cpu", "cpu": "A CPU", "cores": 2, "threads": 2, "memory_gb": 8}
+    about = {
+        "device": "cpu",
+        "name": "a-cpu-2-cores",
+        "cpu": "A CPU",
+        "cores": 2,
+        "threads": 2,
+        "memory_gb": 8,
+    }
     steps = [
         {"size": 16_384, "provider": "cpp", "skipped": None, "step": 10.0, "loss": 0.5},
         {"size": 16_384, "provider": "eager", "skipped": "would take 14 GB of 8 GB"},
     ]
     return {
-        "machine": {**about, "instructions": "avx512"},
+        "machine": {**about, "memory_gb": 8, "instructions": "avx512"},
         "ours": "cpp",
         "sweep": False,
         "date": "2026-01-02",
@@ -102,47 +97,81 @@ def test_text_sorts_by_time_and_says_what_was_skipped(results):
     assert "| 16,384 | `eager` |  |  | would take 14 GB" in text
 
 
-def test_readme_is_filled_checked_and_stable(results, tmp_path, capsys):
-    stored, readme = tmp_path / "machine.json", tmp_path / "README.md"
+@pytest.fixture
+def readmes(monkeypatch, tmp_path):
+    """Two of them, and a run of the report on stored results."""
+    paths = [tmp_path / name for name in ("README.md", "other.md")]
+    monkeypatch.setattr(report, "READMES", paths)
+    return paths
+
+
+def test_readmes_are_filled_checked_and_stable(results, readmes, tmp_path, capsys):
+    stored = tmp_path / "default.json"
     stored.write_text(json.dumps(results))
     outside = ("# Title\n\n", "\n\n## After\n")
-    readme.write_text("<!-- benchmark:cpu -->\nold\n<!-- /benchmark:cpu -->".join(outside))
+    for readme, name in zip(readmes, ("cpu:short", "cpu"), strict=True):
+        marker = f"<!-- benchmark:{name} -->\nold\n<!-- /benchmark:{name} -->"
+        readme.write_text(marker.join(outside))
     command = [str(stored), "--no-pictures"]
-    assert report.main([*command, "--check", str(readme)]) == 1
+    assert report.main([*command, "--check"]) == 1
     assert "differs" in capsys.readouterr().out
-    assert report.main([*command, "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith(outside[0])
-    assert text.endswith(outside[1])
-    assert "old" not in text
+    assert report.main([*command, "--readme"]) == 0
+    for readme in readmes:
+        text = readme.read_text()
+        assert text.startswith(outside[0])
+        assert text.endswith(outside[1])
+        assert "old" not in text
     assert "\n".join(tables.table(results)) in text
-    assert report.main([*command, "--check", str(readme)]) == 0
-    readme.write_text(text.replace("| 129 |", "| 1 |"))  # a figure typed by hand
-    assert report.main([*command, "--check", str(readme)]) == 1
+    assert report.main([*command, "--check"]) == 0
+    readmes[1].write_text(text.replace("| 129 |", "| 1 |"))  # a figure typed by hand
+    assert report.main([*command, "--check"]) == 1
+
+
+def test_the_readmes_say_what_the_results_say():
+    assert report.main(["--check"]) == 0
 
 
 def test_sections_of_a_readme_come_from_their_kind_of_run(results):
-    swept = copy.deepcopy(results) | {"sweep": True, "name": "m-sweep"}
+    swept = copy.deepcopy(results) | {"sweep": True, "name": "sweep"}
     hard = dataclasses.replace(TOPK, bank="sorted")
     swept["rows"] = [row(TOPK, "cpp", 0.05), row(hard, "cpp", 0.1), row(hard, "eager", 0.4)]
-    markers = [f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->" for name in (
-        "cpu:methods", "cpu:training", "cpu:sweep")]  # fmt: skip
-    methods, training, sweep = (report.fill(marker, [results, swept]) for marker in markers)
+    names = [f"cpu:{name}" for name in ("methods", "training", "sweep", "banks")]
+    markers = [f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->" for name in names]
+    methods, training, sweep, banks = (report.fill(m, [results, swept]) for m in markers)
     assert "`psm`" in methods
     assert "bank_topk" not in methods
     assert "5.0%" in training
-    assert f"- {TOPK}, over a random bank: sorted 2.00x" in sweep
-    assert "benchmarks/results/m-sweep-time.svg" in sweep
+    assert "results/a-cpu-2-cores/sweep-time.svg" in sweep
+    assert f"- {TOPK}, over a random bank: sorted 2.00x" in banks
     assert "Not measured yet." in report.fill(markers[2], [results])
 
 
-def test_readme_without_markers_or_results_is_refused(results):
+def test_the_processor_with_lower_ratios_comes_first(results):
+    other = copy.deepcopy(results)
+    other["machine"]["name"] = "other-cpu-4-cores"
+    other["rows"][1]["median"] /= 2  # of eager
+    for stored in ([results, other], [other, results]):
+        both = report.excerpt(stored, "cpu", None)
+        assert both.index("other-cpu-4-cores") < both.index("a-cpu-2-cores")
+        short = report.excerpt(stored, "cpu", "short")
+        assert "| `psm`, 256 x 65,536, fp32 | 129 | 0.31x | 5.00x |" in short
+        assert "faiss 0.80x" in short
+        assert "10x" not in short
+        assert "a-cpu-2-cores, where the ratios are higher" in short
+
+
+def test_readme_without_markers_or_with_unknown_ones_is_refused(results):
+    def marker(name):
+        return f"<!-- benchmark:{name} -->\n<!-- /benchmark:{name} -->"
+
     with pytest.raises(ValueError, match="no markers"):
         report.fill("# Title", [results])
-    with pytest.raises(ValueError, match="no results for it"):
-        report.fill("<!-- benchmark:cuda -->\n<!-- /benchmark:cuda -->", [results])
     with pytest.raises(ValueError, match="benchmark:cpu:colors, wanted"):
-        report.fill("<!-- benchmark:cpu:colors -->\n<!-- /benchmark:cpu:colors -->", [results])
+        report.fill(marker("cpu:colors"), [results])
+    with pytest.raises(ValueError, match="benchmark:gpus:None, wanted"):
+        report.fill(marker("gpus"), [results])
+    for name in ("cuda", "fashion:accuracy"):
+        assert "Not measured yet." in report.fill(marker(name), [results])
 
 
 def test_tables_of_digits_are_kept_as_they_are(results):
@@ -158,12 +187,12 @@ def test_results_of_another_form_are_left_out(results, tmp_path):
     for name, found in (("cpu", results), ("gpu", {"gpu": "H100", "rows": []})):
         (tmp_path / name).write_text(json.dumps(found))
     (kept,) = report.load([tmp_path / "cpu", tmp_path / "gpu"])
-    assert kept == results | {"name": "cpu"}
+    assert kept == results | {"name": "cpu", "path": tmp_path / "cpu"}
 
 
 def test_pictures(results, tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks.pictures import draw
+    from benchmarks.pictures import draw, draw_overview
 
     def sizes_and_draw(*divisors):
         rows = copy.deepcopy(results["rows"][:5])
@@ -171,10 +200,10 @@ def test_pictures(results, tmp_path):
             results["rows"] += [{**one, "size": one["size"] // divisor} for one in rows]
         return {path.name for path in draw(results, tmp_path / "m.json")}
 
-    assert sizes_and_draw(4) == {"m-ratios.png", "m-ratios.svg"}  # two sizes are no curve
-    assert sizes_and_draw(16) == {
-        f"m-{n}.{e}" for n in ("time", "memory", "ratios") for e in ("png", "svg")
-    }
+    assert sizes_and_draw(4) == {"m-ratios.svg"}  # two sizes are no curve
+    assert draw_overview([results], tmp_path / "o.svg") == []
+    assert sizes_and_draw(16) == {f"m-{name}.svg" for name in ("time", "memory", "ratios")}
+    assert draw_overview([results, results], tmp_path / "o.svg") == [tmp_path / "o.svg"]
 
 
 # --- the guard -----------------------------------------------------------------------------------
@@ -189,6 +218,15 @@ def test_guard_allows_30_percent_against_every_base():
         "a takes 33% more than stored"
     ]
     assert len(guard.losses({"b": {"eager": 0.1}}, STORED)) == 1  # a new shape is not a pass
+
+
+def test_guard_fails_where_bf16_falls_behind_fp32():
+    stored = {"b": {"eager": 0.1, "fp32": 0.7}}
+    assert guard.losses({"b": {"eager": 0.1, "fp32": 0.99}}, stored) == []
+    (line,) = guard.losses({"b": {"eager": 0.1, "fp32": 1.1}}, stored)
+    assert "1.10 times as long as fp32" in line
+    slow = {"b": {"eager": 0.1, "fp32": 1.2}}  # a processor without products of bf16
+    assert guard.losses({"b": {"eager": 0.1, "fp32": 1.4}}, slow) == []
 
 
 @pytest.fixture
@@ -214,84 +252,3 @@ def test_guard_measures_again_before_it_fails(guarded, capsys):
     assert guarded(bad, bad, good) == 0
     assert guarded(bad, bad, bad) == 1
     assert "LOSS a takes 100% more" in capsys.readouterr().out
-
-
-# --- the harness ---------------------------------------------------------------------------------
-
-
-def test_quantiles():
-    found = measure.quantiles([float(i) for i in range(1, 12)])
-    assert found == {"median": 6.0, "low": 2.0, "high": 10.0, "rounds": 11}
-    assert measure.quantiles([2.0])["low"] == 2.0
-
-
-def test_turns_call_everyone_once_a_round_and_forget_the_warmup():
-    calls, ticks = [], itertools.count()
-    turns = measure.Turns(
-        {n: lambda n=n: calls.append(n) for n in "abc"}, "cpu", clock=lambda: float(next(ticks))
-    )
-    turns.measure(budget=0.0, least=5)
-    assert sorted(calls) == sorted("abc" * 6)
-    assert all(found["rounds"] == 5 for found in turns.summary().values())
-    turns.measure(budget=2.5, least=0)  # a round takes 3.0: the one that warms up has to do
-    assert len(calls) == 3 * 7
-    turns.measure(budget=6.0, least=0)
-    assert turns.summary()["a"] == {"median": 1.0, "low": 1.0, "high": 1.0, "rounds": 2}
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_cases_are_known_and_small_ones_are_possible(device):
-    swept = sweep_cases(SWEEPS)
-    for case in default_cases(device) + swept:
-        assert case.operation in PRODUCTS
-        assert tiny(case).topk <= tiny(case).size
-    assert {case.size for case in swept} >= {1 << 12, 1 << 24}
-    assert {case.bank for case in swept} == set(BANKS)
-    assert len(swept) == len(set(swept))
-
-
-@pytest.mark.parametrize("kind", BANKS)
-def test_banks_are_full_and_unit(kind):
-    problem = make_problem(Case("psm", 4, 70, 16, 2, bank=kind), "cpu")
-    assert problem.memory.count == 70
-    torch.testing.assert_close(problem.bank.norm(dim=1), torch.ones(70))
-
-
-def test_baseline_and_slab_compute_our_loss(monkeypatch):
-    """With every negative kept there is no noise between them; three slabs. `compile` is eager's
-    code and takes seconds to build: the benchmark itself compares it."""
-    monkeypatch.setattr(slab, "SLAB", 4 * 6 * 25)
-    monkeypatch.setattr(slab.torch, "compile", lambda call, **options: call)
-    slab._weigh.cache_clear()
-    problem = make_problem(Case("psm", 6, 70, 16, 3), "cpu")
-    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)  # every negative is kept
-    given, rows = (problem.query, problem.key, problem.bank), []
-    for loss in (
-        lambda: psm_loss(*given, topk=3, selection="all", backend="reference"),
-        lambda: psm_loss(*given, topk=3, selection="all", backend=slab.Slab()),
-        lambda: eager.psm_step(problem),
-    ):
-        value = loss()
-        rows.append((value, torch.autograd.grad(value, problem.query)[0]))
-    for other in rows[1:]:
-        torch.testing.assert_close(other, rows[0])
-    slab._weigh.cache_clear()
-
-
-def test_providers_give_reasons(monkeypatch):
-    def refuse(name, case=PSM):
-        return providers.PROVIDERS[name].refuse(case, "cpu")
-
-    assert refuse("matmul") is None
-    assert refuse("faiss") == providers.OTHER_JOB
-    assert "UnReMix" in refuse("slab", Case("unremix", 4, 8, 4))
-    monkeypatch.setattr(providers, "available_memory", lambda device: 1e6)
-    assert refuse("eager").startswith("would take 1 GB of 0 GB")
-
-
-def test_long_calls_are_foreseen():
-    sizes = {1024: 0.05, 4096: 0.1, 16_384: 0.019}  # the last one is too short to tell
-    rows = [row(dataclasses.replace(PSM, size=k), "slab", time) for k, time in sizes.items()]
-    rows.append(row(PSM, "eager", 1.0))
-    assert test_operations.forecast(rows, PSM, "slab") == pytest.approx(0.1 * 16)
-    assert test_operations.forecast(rows, PSM, "cpp") == 0.0
