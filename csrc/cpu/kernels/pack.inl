@@ -166,6 +166,63 @@ void pack_pairs(const Task& t, Worker& w, const Tile& tile, bool in_place) {
 }
 #endif
 
+// The fp32 panel from 16-bit rows where they lie: pairs of columns move together and become fp32
+// last, half the shuffles.
+template <Dtype kDtype>
+void pack_halves(const Task& t, Worker& w, const Tile& tile) {
+    const int64_t ld = t.dim / 2;
+    const auto* pairs = (const uint32_t*)t.bank + tile.slot * ld;
+    for (int j = 0; j < tile.width; j += kTransposed) {
+        float* panel = w.panel + (j / kSub) * t.dim * kSub + j % kSub;
+        for (int64_t c = 0; c < ld; c += 4) {
+            uint32_t columns[4 * kTransposed];
+            transpose(pairs + j * ld + c, ld, columns, kTransposed);
+            for (int n = 0; n < 4; ++n, panel += 2 * kSub) {
+                V even, odd;
+                if constexpr (kDtype == Dtype::kBFloat16)
+                    split_bf16(columns + n * kTransposed, even, odd);
+                else
+                    split_fp16(columns + n * kTransposed, even, odd);
+                store(panel, even);
+                store(panel + kSub, odd);
+            }
+        }
+    }
+}
+
+// The fp32 panel from fp32 rows. It holds D columns, not `padded`: the last four of a row may be
+// partly padding.
+void pack_floats(const Task& t, Worker& w, const Tile& tile) {
+    const int64_t ld = t.padded, whole = t.dim / 4 * 4;
+    const auto* rows = (const uint32_t*)tile.rows;
+    for (int p = 0; p < tile.width / kSub; ++p) {
+        uint32_t* panel = (uint32_t*)w.panel + p * t.dim * kSub;
+        for (int64_t c = 0; c < whole; c += 4)
+            for (int j = 0; j < kSub; j += kTransposed)
+                transpose(rows + (p * kSub + j) * ld + c, ld, panel + c * kSub + j, kSub);
+        for (int64_t c = whole; c < t.dim; ++c)
+            for (int j = 0; j < kSub; ++j)
+                panel[c * kSub + j] = rows[(p * kSub + j) * ld + c];
+    }
+}
+
+// The largest norm among the slots of the panel. A slot that holds NaN counts for nothing.
+float largest_norm(const Task& t, const Worker& w, int width) {
+    V top = set1(0.0f);
+    for (int j = 0; j < width; j += kFlight * kWidth) {
+        const float* panel = w.panel + (j / kSub) * t.dim * kSub + j % kSub;
+        V squares[kFlight];
+        for (V& x : squares) x = set1(0.0f);
+        for (int64_t d = 0; d < t.dim; ++d, panel += kSub)
+            for (int n = 0; n < kFlight; ++n) {
+                const V x = load(panel + n * kWidth);
+                squares[n] = fma(x, x, squares[n]);
+            }
+        for (const V& x : squares) top = max(x, top);  // the second where one is NaN
+    }
+    return square_root(largest(top));
+}
+
 Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     Tile tile{};
     tile.slot = index * t.tile - t.lead;
@@ -190,9 +247,10 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
         return tile;
     }
 #endif
-    if (in_place && t.dtype == Dtype::kFloat32) {
+    const bool halves = in_place && t.dtype != Dtype::kFloat32;
+    if (in_place && !halves) {
         tile.rows = (const float*)t.bank + tile.slot * ld;
-    } else {
+    } else if (t.mean || !halves) {
         tile.rows = w.rows;
         for (int j = 0; j < tile.width; ++j) {
             float* row = w.rows + j * ld;
@@ -202,20 +260,12 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
                 convert(t, t.bank, tile.slot + j, row);
         }
     }
-    if (!t.sums)
-        for (int j = 0; j < tile.width; ++j)
-            tile.norm = larger(tile.norm, norm_of(tile.rows + j * ld, ld));
-    // The panel holds D columns, not `padded`: the last four of a row may be partly padding.
-    const int64_t whole = t.dim / 4 * 4;
-    const auto* rows = (const uint32_t*)tile.rows;
-    for (int p = 0; p < tile.width / kSub; ++p) {
-        uint32_t* panel = (uint32_t*)w.panel + p * t.dim * kSub;
-        for (int64_t c = 0; c < whole; c += 4)
-            for (int j = 0; j < kSub; j += kTransposed)
-                transpose(rows + (p * kSub + j) * ld + c, ld, panel + c * kSub + j, kSub);
-        for (int64_t c = whole; c < t.dim; ++c)
-            for (int j = 0; j < kSub; ++j)
-                panel[c * kSub + j] = rows[(p * kSub + j) * ld + c];
-    }
+    if (!halves)
+        pack_floats(t, w, tile);
+    else if (t.dtype == Dtype::kBFloat16)
+        pack_halves<Dtype::kBFloat16>(t, w, tile);
+    else
+        pack_halves<Dtype::kFloat16>(t, w, tile);
+    if (!t.sums) tile.norm = largest_norm(t, w, tile.width);
     return tile;
 }

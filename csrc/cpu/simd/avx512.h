@@ -30,6 +30,16 @@ INLINE V load_bf16(const uint16_t* p) {
 INLINE V load_fp16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
+INLINE void split_bf16(const uint32_t* p, V& low, V& high) {
+    const __m512i x = _mm512_loadu_si512(p);
+    low = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    high = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xFFFF0000u))));
+}
+INLINE void split_fp16(const uint32_t* p, V& low, V& high) {
+    const __m512i x = _mm512_loadu_si512(p);
+    low = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+    high = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+}
 
 INLINE V shift_to_exponent(V a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23));
