@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL, VNNI) as the kernels see it; see simd_portable.h for what each means.
+// AVX-512 (F, BW, DQ, VL; VNNI and BF16 where named) as the kernels see it; see simd_portable.h for what each means.
 #include <immintrin.h>
 
 namespace simd {
@@ -52,12 +52,6 @@ INLINE V keep(V s, const uint32_t* words, V threshold, uint64_t& kept, int at) {
     return _mm512_mask_mov_ps(set1(-kInfinity), mask, s);
 }
 
-INLINE V quantize(V x, int8_t* bytes) {
-    const __m512i q = _mm512_cvtps_epi32(x);
-    _mm_storeu_si128((__m128i*)bytes, _mm512_cvtsepi32_epi8(q));
-    return _mm512_cvtepi32_ps(q);
-}
-
 INLINE W load_w(const uint64_t* p) { return _mm512_loadu_si512(p); }
 INLINE void store_w(uint64_t* p, W x) { _mm512_storeu_si512(p, x); }
 INLINE W set1_w(uint32_t x) { return _mm512_set1_epi64(x); }
@@ -100,10 +94,18 @@ typedef int32_t I __attribute__((vector_size(64)));
 INLINE I load_i(const void* p) { return (I)_mm512_loadu_si512(p); }
 INLINE void store_i(void* p, I x) { _mm512_storeu_si512(p, (__m512i)x); }
 INLINE I set1_i(uint32_t x) { return (I)_mm512_set1_epi32(x); }
+
+#if QUADS
+INLINE V quantize(V x, int8_t* bytes) {
+    const __m512i q = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128((__m128i*)bytes, _mm512_cvtsepi32_epi8(q));
+    return _mm512_cvtepi32_ps(q);
+}
 INLINE I dot_bytes(I acc, I u, I s) {
     return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, (__m512i)s);
 }
 INLINE V to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
+#endif
 
 #if PAIRS
 INLINE V dot_pairs(V acc, I a, I b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
