@@ -106,10 +106,11 @@ INLINE void store_words(uint32_t* words, int counter, W first, W second) {
 }
 
 constexpr int kTransposed = 4;
-// dst[c][0..kTransposed - 1] = src[0..kTransposed - 1][c] for four columns c.
+// dst[c][0..kTransposed - 1] = src[0..kTransposed - 1][c] for four columns c. A pair of 16-bit columns
+// may be aligned to two bytes.
 INLINE void transpose(const uint32_t* src, int64_t ld, uint32_t* dst, int64_t dst_ld) {
     for (int c = 0; c < 4; ++c)
-        for (int r = 0; r < 4; ++r) dst[c * dst_ld + r] = src[r * ld + c];
+        for (int r = 0; r < 4; ++r) dst[c * dst_ld + r] = read<uint32_t>(src + r * ld + c);
 }
 
 }  // namespace simd
