@@ -33,11 +33,13 @@ CPU = Path("csrc/cpu")
 CUDA = Path("csrc/cuda")
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt", "-mbmi"]
-AVX512 = [*AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "vnni"))]
+AVX512 = [*AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl"))]
+VNNI = [*AVX512, "-mavx512vnni"]
 OWN_FLAGS = {  # nothing else may be compiled for more than the baseline processor
     "isa_avx2.cpp": AVX2,
     "isa_avx512.cpp": AVX512,
-    "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "isa_avx512_vnni.cpp": VNNI,
+    "isa_avx512_bf16.cpp": [*VNNI, "-mavx512bf16"],
 }
 X86 = platform.machine() in ("x86_64", "AMD64")
 

@@ -12,6 +12,7 @@
 
 #include "check.h"
 #include "cpu/driver/cpu.h"
+#include "cpu/driver/processor.h"
 
 namespace py = pybind11;
 
@@ -170,8 +171,15 @@ PYBIND11_MODULE(_C, m) {
     m.attr("source_id") = PSM_SOURCE_ID;  // what backends/compiled.py compares with the package
     bind_structs(m);
     m.attr("max_dim") = psm::cpu::kLimits.dim;
-    m.def("instruction_sets", &psm::cpu::instruction_sets, "What this machine runs, best first.");
     using py::arg;
+    m.def("instruction_sets", &psm::cpu::instruction_sets, "What this machine runs, newest first.");
+    m.def("products", &psm::cpu::products, arg("isa"), "What an instruction set multiplies.");
+    Struct<psm::cpu::Processor>(m, "Processor")
+        .field("isa", &psm::cpu::Processor::isa)
+        .field("why", &psm::cpu::Processor::why);
+    m.def("processor", &psm::cpu::processor, "What is fastest on this machine.");
+    m.def("choose_for", &psm::cpu::choose_for, arg("vendor"), arg("family"), arg("model"));
+    m.def("l2_bytes", &psm::cpu::l2_bytes, "The cache that tiles are cut for.");
     m.def("bank_pass", checked(&psm::cpu::bank_pass), arg("args"), arg("isa"), arg("threads"));
     m.def("psm_step", checked(&psm::cpu::psm_step), arg("args"), arg("isa"), arg("threads"));
     m.def("enqueue", checked(&psm::cpu::enqueue), arg("args"), arg("isa"), arg("threads"));

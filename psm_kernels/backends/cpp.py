@@ -25,6 +25,16 @@ class Cpp(Compiled):
     def unavailable(self) -> str | None:
         return compiled.unavailable()
 
+    def notes(self) -> list[str]:
+        if self.unavailable():
+            return []
+        from psm_kernels import _C
+
+        isa = instruction_set()
+        why = "set by PSM_CPU_ISA" if os.environ.get("PSM_CPU_ISA") else _C.processor().why
+        tiles = f"tiles for {_C.l2_bytes() >> 10} KB of L2"
+        return [f"cpp: {isa} ({why}): {_C.products(isa)}, {tiles}"]
+
     def run(self, function: str, args: Any, bank: Tensor) -> None:
         from psm_kernels import _C
 
@@ -43,7 +53,15 @@ class Cpp(Compiled):
 
 
 def instruction_set() -> str:
-    """The best this machine runs, or PSM_CPU_ISA, which exists for tests."""
+    """PSM_CPU_ISA, or what is fastest on this processor: by the table in
+    csrc/cpu/driver/processor.cpp, else by a measurement of some milliseconds at first use.
+
+    It decides the last bits of a result and, of a bf16 bank, whether the weights of its mean are
+    rounded to bf16. Equal processors of the table give equal bits; on others, set PSM_CPU_ISA.
+
+    Raises:
+        ValueError: PSM_CPU_ISA names none that this machine runs.
+    """
     return _instruction_set(os.environ.get("PSM_CPU_ISA"))
 
 
@@ -51,7 +69,9 @@ def instruction_set() -> str:
 def _instruction_set(forced: str | None) -> str:
     from psm_kernels import _C
 
+    if not forced:
+        return _C.processor().isa
     able = _C.instruction_sets()
-    if forced is None or forced in able:
-        return forced or able[0]
+    if forced in able:
+        return forced
     raise ValueError(f"PSM_CPU_ISA: got {forced!r}, wanted one that this machine runs: {able}")

@@ -10,10 +10,11 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kRows = 16;  // of one item where rows are merged
 
-std::vector<const Kernels*> available() {  // best first
+std::vector<const Kernels*> available() {  // the newest first
     std::vector<const Kernels*> found;
 #if PSM_X86
-    for (const Kernels* kernels : {avx512_bf16_kernels(), avx512_kernels(), avx2_kernels()})
+    for (const Kernels* kernels : {avx512_bf16_kernels(), avx512_vnni_kernels(), avx512_kernels(),
+                                   avx2_kernels()})
         if (kernels) found.push_back(kernels);
 #endif
     found.push_back(portable_kernels());
@@ -62,7 +63,7 @@ const Kernels& choose(const std::string& isa, Dtype dtype) {
         if (kernels->name == isa) {
 #if PSM_X86
             // Only bf16 banks gain from the bf16 product; one compiled copy serves the rest.
-            if (kernels->pairs && dtype != Dtype::kBFloat16) return *avx512_kernels();
+            if (kernels->pairs && dtype != Dtype::kBFloat16) return *avx512_vnni_kernels();
 #endif
             return *kernels;
         }
@@ -73,6 +74,12 @@ std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
     for (const Kernels* kernels : available()) names.push_back(kernels->name);
     return names;
+}
+
+std::string products(const std::string& isa) {
+    const bool pairs = choose(isa, Dtype::kBFloat16).pairs;
+    return std::string("bf16 banks by ") + (pairs ? "the bf16 dot product" : "fp32 after conversion") +
+           ", mining by " + (choose(isa, Dtype::kFloat32).quads ? "bytes" : "fp32");
 }
 
 Pass::Pass(const PassArgs& args, const std::string& isa, int most_threads)

@@ -3,30 +3,33 @@
 #include <algorithm>
 #include <new>
 
+#include "processor.h"
+
 namespace psm::cpu {
 namespace {
 
 constexpr int64_t kPartialBytes = 32 << 20;  // of all chunks together
-constexpr int64_t kGroupBytes = 384 << 10;   // queries and means of a group stay in a 1 MB L2
 constexpr int64_t kMinGroupBlocks = 16;      // rows that share the packing of a tile
 constexpr int64_t kDirectRows = 4;           // so few do not repay it
 
-// Chunks depend on the problem alone, because sums are merged by chunk; groups of rows may depend
-// on the number of threads, because rows never meet.
+// Chunks depend on the problem and L2 alone, because sums are merged by chunk; groups of rows depend
+// on the number of threads as well, because rows never meet.
 void split(Task& t, size_t threads) {
     const int64_t workers = int64_t(threads);
     t.padded = ceil_div(t.dim, kPad) * kPad;
     t.direct = !t.sums && t.rows <= kDirectRows;
     t.lead = ((t.col_offset % 16) + 16) % 16;
-    // A tile, packed twice, and the queries share a 1 MB L2; more slots use the registers better.
-    t.tile = t.padded <= 192 ? kTile : t.padded <= 1024 ? kTile / 2 : kTile / 4;
+    // A tile, packed twice, the queries and means of a group share L2; more slots use the registers
+    // better.
+    const int64_t kb = l2_bytes() >> 10, group_bytes = l2_bytes() / 8 * 3;
+    t.tile = t.padded <= kb * 3 / 16 ? kTile : t.padded <= kb ? kTile / 2 : kTile / 4;
     t.tiles = t.count > 0 ? ceil_div(t.count + t.lead, t.tile) : 0;
     t.blocks = ceil_div(t.rows, kBlock);
     const int64_t row_bytes = t.sums ? t.padded * 4 : t.topk * 8;
     const int64_t affordable = kPartialBytes / std::max<int64_t>(t.rows * row_bytes, 1);
     t.chunks = std::clamp<int64_t>(std::min(t.tiles * t.tile / 256, affordable), 1, kMaxChunks);
     const int64_t block_bytes = kBlock * t.padded * (t.sums ? 8 : 1);
-    t.group_blocks = std::max(kGroupBytes / block_bytes, kMinGroupBlocks);
+    t.group_blocks = std::max(group_bytes / block_bytes, kMinGroupBlocks);
     // A row that one thread mines alone has one heap, and half the insertions that two would have:
     // 1.7 to 1.3 s for 10,000 queries, 50,000 rows, D = 512, k = 200.
     if (!t.sums && ceil_div(t.blocks, t.group_blocks) >= 3 * workers) t.chunks = 1;

@@ -6,6 +6,6 @@
 #include "isa.inl"
 
 const psm::cpu::Kernels* psm::cpu::avx512_bf16_kernels() {
-    const bool runs = avx512_kernels() != nullptr && __builtin_cpu_supports("avx512bf16");
+    const bool runs = avx512_vnni_kernels() != nullptr && __builtin_cpu_supports("avx512bf16");
     return runs ? &kKernels : nullptr;
 }

@@ -4,6 +4,7 @@
 constexpr int kFlight = 4;  // vectors side by side, where each alone would wait for its latencies
 
 #include "rows.inl"
+#include "queries.inl"
 #include "pack.inl"
 #include "product.inl"
 #include "mine.inl"

@@ -42,6 +42,19 @@ INLINE V load_bf16(const uint16_t* p) {
 INLINE V load_fp16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }
+INLINE void split_bf16(const uint32_t* p, V& low, V& high) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)p);
+    low = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    high = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xFFFF0000u))));
+}
+INLINE void split_fp16(const uint32_t* p, V& low, V& high) {
+    const __m256i x = _mm256_loadu_si256((const __m256i*)p);
+    const __m256i even = _mm256_and_si256(x, _mm256_set1_epi32(0xFFFF));
+    const __m256i packed = _mm256_packus_epi32(even, _mm256_srli_epi32(x, 16));
+    const __m256i halves = _mm256_permute4x64_epi64(packed, 0xD8);  // all low, then all high
+    low = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    high = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+}
 
 INLINE V shift_to_exponent(V a) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), 23));

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL, VNNI) as the kernels see it; see simd_portable.h for what each means.
+// AVX-512 (F, BW, DQ, VL; VNNI and BF16 where named) as the kernels see it; see simd_portable.h for what each means.
 #include <immintrin.h>
 
 namespace simd {
@@ -30,6 +30,16 @@ INLINE V load_bf16(const uint16_t* p) {
 INLINE V load_fp16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
+INLINE void split_bf16(const uint32_t* p, V& low, V& high) {
+    const __m512i x = _mm512_loadu_si512(p);
+    low = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    high = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xFFFF0000u))));
+}
+INLINE void split_fp16(const uint32_t* p, V& low, V& high) {
+    const __m512i x = _mm512_loadu_si512(p);
+    low = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+    high = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(x, 16)));
+}
 
 INLINE V shift_to_exponent(V a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a), 23));
@@ -40,12 +50,6 @@ INLINE V keep(V s, const uint32_t* words, V threshold, uint64_t& kept, int at) {
                                                    _mm512_cvttps_epu32(threshold));
     kept |= uint64_t(mask) << at;
     return _mm512_mask_mov_ps(set1(-kInfinity), mask, s);
-}
-
-INLINE V quantize(V x, int8_t* bytes) {
-    const __m512i q = _mm512_cvtps_epi32(x);
-    _mm_storeu_si128((__m128i*)bytes, _mm512_cvtsepi32_epi8(q));
-    return _mm512_cvtepi32_ps(q);
 }
 
 INLINE W load_w(const uint64_t* p) { return _mm512_loadu_si512(p); }
@@ -90,10 +94,18 @@ typedef int32_t I __attribute__((vector_size(64)));
 INLINE I load_i(const void* p) { return (I)_mm512_loadu_si512(p); }
 INLINE void store_i(void* p, I x) { _mm512_storeu_si512(p, (__m512i)x); }
 INLINE I set1_i(uint32_t x) { return (I)_mm512_set1_epi32(x); }
+
+#if QUADS
+INLINE V quantize(V x, int8_t* bytes) {
+    const __m512i q = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128((__m128i*)bytes, _mm512_cvtsepi32_epi8(q));
+    return _mm512_cvtepi32_ps(q);
+}
 INLINE I dot_bytes(I acc, I u, I s) {
     return (I)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, (__m512i)s);
 }
 INLINE V to_float(I x) { return _mm512_cvtepi32_ps((__m512i)x); }
+#endif
 
 #if PAIRS
 INLINE V dot_pairs(V acc, I a, I b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }

@@ -9,6 +9,7 @@ constexpr int kPanels = 2;   // V's per row of the register block
 typedef float V __attribute__((vector_size(16)));
 typedef int32_t Vi __attribute__((vector_size(16)));
 typedef uint32_t Vu __attribute__((vector_size(16)));
+typedef uint16_t Vh __attribute__((vector_size(8)));
 typedef uint64_t W __attribute__((vector_size(16)));  // 64-bit lanes whose low halves count
 
 template <class T>
@@ -45,13 +46,39 @@ INLINE uint64_t at_least(V a, V b) {  // bit per lane
     const Vi m = a >= b;
     return uint64_t((m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8));
 }
-INLINE V load_bf16(const uint16_t* p) { return V(Vu{p[0], p[1], p[2], p[3]} << 16); }
+INLINE V load_bf16(const uint16_t* p) {
+    return V(__builtin_convertvector(read<Vh>(p), Vu) << 16);
+}
+// The low and the high half of each lane.
+INLINE void split_bf16(const uint32_t* p, V& low, V& high) {
+    low = V(read<Vu>(p) << 16), high = V(read<Vu>(p) & 0xFFFF0000u);
+}
+
+// Whether four fp16 are neither zero or subnormal nor inf or NaN: one test, where a choice in each
+// lane would take longer than the rest.
+INLINE bool all_normal(uint64_t four) {
+    constexpr uint64_t kEach = 0x0001000100010001;
+    const uint64_t inside = (four & 0x7C00 * kEach) + 0x0400 * kEach;  // 0x0800 to 0x7C00
+    return (((inside & 0x7800 * kEach) + 0x7800 * kEach) & 0x8000 * kEach) == 0x8000 * kEach;
+}
+INLINE V widen_normal(Vu x) {  // the fp16 in the high half of each lane
+    return V((Vu(Vi(x) >> 3) & 0x8FFFE000u) + (112u << 23));
+}
 INLINE V load_fp16(const uint16_t* p) {
-    const Vu half{p[0], p[1], p[2], p[3]}, size = half & 0x7FFF;
-    const Vu wide = (size << 13) + (112u << 23);
-    const Vu tiny = Vu(V(wide + (1u << 23)) - set1(6.1035156e-5f));  // subnormal: no leading one
-    const Vu bits = size < 0x400 ? tiny : size < 0x7C00 ? wide : wide + (112u << 23);
-    return V(bits | (half & 0x8000) << 16);
+    if (all_normal(read<uint64_t>(p)))
+        return widen_normal(__builtin_convertvector(read<Vh>(p), Vu) << 16);
+    return V{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
+}
+INLINE void split_fp16(const uint32_t* p, V& low, V& high) {
+    const Vu x = read<Vu>(p);
+    if (all_normal(W(x)[0]) && all_normal(W(x)[1])) {
+        low = widen_normal(x << 16), high = widen_normal(x);
+        return;
+    }
+    for (int n = 0; n < kWidth; ++n) {
+        low[n] = half_to_float(uint16_t(x[n]));
+        high[n] = half_to_float(uint16_t(x[n] >> 16));
+    }
 }
 
 INLINE V shift_to_exponent(V a) { return V(Vu(a) << 23); }
@@ -79,10 +106,11 @@ INLINE void store_words(uint32_t* words, int counter, W first, W second) {
 }
 
 constexpr int kTransposed = 4;
-// dst[c][0..kTransposed - 1] = src[0..kTransposed - 1][c] for four columns c.
+// dst[c][0..kTransposed - 1] = src[0..kTransposed - 1][c] for four columns c. A pair of 16-bit columns
+// may be aligned to two bytes.
 INLINE void transpose(const uint32_t* src, int64_t ld, uint32_t* dst, int64_t dst_ld) {
     for (int c = 0; c < 4; ++c)
-        for (int r = 0; r < 4; ++r) dst[c * dst_ld + r] = src[r * ld + c];
+        for (int r = 0; r < 4; ++r) dst[c * dst_ld + r] = read<uint32_t>(src + r * ld + c);
 }
 
 }  // namespace simd
