@@ -172,7 +172,10 @@ def ordered(stored: list[dict], kind: str) -> list[dict]:
 
 def others_line(runs: list[dict]) -> str:
     first, _, origin = headline(runs[0])
-    line = f"{runs[0]['machine']['name']}: {first}; {origin}."
+    line = (
+        "Forward and backward; columns with an x are times over ours, above 1x ours is faster. "
+        f"`pytest benchmarks/` on {runs[0]['machine']['name']}: {first}; {origin}."
+    )
     others = [r["machine"]["name"] for r in runs[1:]]
     if others:
         line += f" {', '.join(others)}, where the ratios are higher: [benchmarks](benchmarks)."

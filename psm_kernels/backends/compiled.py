@@ -168,12 +168,14 @@ def address(tensor: Tensor | None) -> int:
 
 
 def bank_struct(bank: Tensor, count: Tensor) -> Any:
+    return _bank_struct(bank.data_ptr(), *bank.shape, DTYPES[bank.dtype], count.data_ptr())
+
+
+@functools.lru_cache(maxsize=256)
+def _bank_struct(rows: int, slots: int, dim: int, dtype: int, count: int) -> Any:
     from psm_kernels import _C
 
-    slots, dim = bank.shape
-    return _C.Bank(
-        rows=bank.data_ptr(), slots=slots, dim=dim, dtype=DTYPES[bank.dtype], count=count.data_ptr()
-    )
+    return _C.Bank(rows=rows, slots=slots, dim=dim, dtype=dtype, count=count)
 
 
 def _pass_args(

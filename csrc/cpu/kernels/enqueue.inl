@@ -6,9 +6,9 @@ double norm_in_double(const float* row, int64_t padded) {
     double lanes[kLanes] = {};
     for (int64_t d = 0; d < padded; d += kLanes)
         for (int n = 0; n < kLanes; ++n) lanes[n] += double(row[d + n]) * double(row[d + n]);
-    double total = 0;
-    for (double lane : lanes) total += lane;
-    return __builtin_sqrt(total);
+    for (int half = kLanes / 2; half > 0; half /= 2)  // in pairs: one after the other waits 16 times
+        for (int n = 0; n < half; ++n) lanes[n] += lanes[n + half];
+    return __builtin_sqrt(lanes[0]);
 }
 
 // The nearest half of |x| < 65520, ties to even.
@@ -41,9 +41,9 @@ void enqueue_row(const EnqueueArgs& args, int64_t row, int64_t slot) {
     });
     const double exact = norm_in_double(unit, padded);
     const float norm = exact < double(kSmallestNormal) ? 1.0f : float(exact);
-    for (int64_t d = 0; d < padded; ++d) {
-        const float x = unit[d] / norm;
-        unit[d] = x == x ? x : 0.0f;  // with a NaN or an infinity the norm is one too: all zeros
-    }
+    if (norm < kInfinity)
+        for (int64_t d = 0; d < padded; ++d) unit[d] /= norm;
+    else  // the row holds a NaN or an infinity, or is too long for an fp32
+        __builtin_memset(unit, 0, size_t(padded) * sizeof(float));
     store_row(unit, dim, bank.dtype, const_cast<void*>(bank.rows), slot * dim);
 }
