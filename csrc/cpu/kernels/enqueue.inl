@@ -41,9 +41,8 @@ void enqueue_row(const EnqueueArgs& args, int64_t row, int64_t slot) {
     });
     const double exact = norm_in_double(unit, padded);
     const float norm = exact < double(kSmallestNormal) ? 1.0f : float(exact);
-    if (norm < kInfinity)
-        for (int64_t d = 0; d < padded; ++d) unit[d] /= norm;
-    else  // the row holds a NaN or an infinity, or is too long for an fp32
-        __builtin_memset(unit, 0, size_t(padded) * sizeof(float));
+    for (int64_t d = 0; d < padded; ++d) unit[d] /= norm;
+    if (!(norm < kInfinity))  // with a NaN or an infinity the norm is one too: all zeros
+        for (int64_t d = 0; d < padded; ++d) unit[d] = unit[d] == unit[d] ? unit[d] : 0.0f;
     store_row(unit, dim, bank.dtype, const_cast<void*>(bank.rows), slot * dim);
 }
