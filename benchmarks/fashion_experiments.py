@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks.digits_experiments import run, spread
-from benchmarks.measure import ROOT, machine, provenance
+from benchmarks.machine import ROOT, machine, provenance
 from benchmarks.report import STORED
 from benchmarks.tables import markdown
 from psm_kernels.evaluate import encode, knn_accuracy, linear_probe
@@ -58,17 +57,17 @@ VARIANTS = {  # of PSM, whose own settings are K = 4,096 and a = 0.5
 class Trainer:
     """Runs of train.py, some at a time; those that are there are read."""
 
-    def __init__(self, folder: Path, jobs: int, common: list[str]):
-        self.folder, self.pool = folder, ThreadPoolExecutor(jobs)
+    def __init__(self, folder: Path, data_dir: str, jobs: int, common: list[str]):
+        self.folder, self.data_dir, self.pool = folder, data_dir, ThreadPoolExecutor(jobs)
         self.threads = max(1, os.cpu_count() // jobs)
-        self.common = ["--data", "fashionmnist", "--no-probe", *common]
+        self.common = ["--data", "fashionmnist", "--data-dir", data_dir, "--no-probe", *common]
 
-    def start(self, place: str, options: list[str], then=None):
-        """A future of (result, history), and what `then` makes of the run's folder."""
+    def start(self, place: str, options: list[str], *, scored: bool = False):
+        """A future of result, history and, where wanted, the scores of its encoder."""
 
         def work():
             found = run(self.folder, place, [*self.common, *options], self.threads)
-            return (*found, then(self.folder / place) if then else None)
+            return (*found, score(self.folder / place, self.data_dir) if scored else None)
 
         return self.pool.submit(work)
 
@@ -80,7 +79,7 @@ def tune(trainer: Trainer) -> dict[str, dict[str, float]]:
         grid = {k: v for k, v in GRID.items() if k != "temperature" or method != "msf"}
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values, strict=True))
-            options = ["--method", method, *words(point), *TUNED_WITH]
+            options = ["--method", method, *as_options(point), *TUNED_WITH]
             name = "-".join(map(str, ("tune", method, *values)))
             started[method, tuple(point.items())] = trainer.start(name, options)
     scores = {key: future.result()[0]["knn"] for key, future in started.items()}
@@ -91,14 +90,14 @@ def tune(trainer: Trainer) -> dict[str, dict[str, float]]:
     return best
 
 
-def words(point: dict[str, float]) -> list[str]:
+def as_options(point: dict[str, float]) -> list[str]:
     return [word for name, value in point.items() for word in (f"--{name}", str(value))]
 
 
 # --- how good the features are -------------------------------------------------------------------
 
 
-def score(place: Path) -> dict[str, float]:
+def score(place: Path, data_dir: str) -> dict[str, float]:
     """Of the encoder that a run has trained; kept next to the run."""
     kept = place / "scores.json"
     if not kept.exists():
@@ -106,14 +105,14 @@ def score(place: Path) -> dict[str, float]:
         networks = train.Networks(settings)
         parts = {"encoder": networks.encoder}
         train.load_checkpoint(place / "checkpoint.pt", parts)
-        kept.write_text(json.dumps(accuracy(networks.encoder[0])))
+        kept.write_text(json.dumps(accuracy(networks.encoder[0], data_dir)))
     return json.loads(kept.read_text())
 
 
-def accuracy(module: nn.Module) -> dict[str, float]:
+def accuracy(module: nn.Module, data_dir: str) -> dict[str, float]:
     """kNN with the protocol's 200 neighbors and with 20, and a linear probe, on the test images."""
     torch.set_num_threads(1)
-    _, train_set, test_set = load_views("fashionmnist", "data", 28)
+    _, train_set, test_set = load_views("fashionmnist", data_dir, 28)
     sets = *encode(module, train_set.batches(256)), *encode(module, test_set.batches(256))
     return {
         "knn": knn_accuracy(*sets),
@@ -122,16 +121,17 @@ def accuracy(module: nn.Module) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--data-dir", default="data", help="as train.py's")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/fashion_experiments"))
     parser.add_argument("--results", type=Path, default=STORED / "fashion.json")
     parser.add_argument("rest", nargs="*", help="after --: more options for train.py")
-    args = parser.parse_args()
-    trainer, begin = Trainer(args.runs, args.jobs, args.rest), time.perf_counter()
+    args = parser.parse_args(words)
+    trainer = Trainer(args.runs, args.data_dir, args.jobs, args.rest)
 
     best = tune(trainer)
     found = {}
@@ -141,18 +141,18 @@ def main() -> None:
             *((name, "psm", more) for name, more in VARIANTS.items()),
         ):
             point = {k: v for k, v in best[method].items() if k != "knn"}
-            options = ["--method", method, *words(point), "--epochs", str(args.epochs), *more]
+            options = ["--method", method, *as_options(point), "--epochs", str(args.epochs), *more]
             place = f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-            future = trainer.start(place, [*options, "--seed", str(seed)], score)
+            future = trainer.start(place, [*options, "--seed", str(seed)], scored=True)
             found.setdefault(name, []).append(future)
     found = {name: [future.result() for future in futures] for name, futures in found.items()}
 
     untrained = train.Networks(train.Settings(**found["PSM"][0][0]["settings"])).encoder[0]
-    others = {"random encoder": accuracy(untrained), "raw pixels": accuracy(nn.Flatten())}
+    others = {"random encoder": untrained, "raw pixels": nn.Flatten()}
+    others = {name: accuracy(module, args.data_dir) for name, module in others.items()}
     about = {
         "seeds": args.seeds,
-        "options": trainer.common,
-        "hours": (time.perf_counter() - begin) / 3600,
+        "options": [f"--epochs {args.epochs}", *args.rest],
         "machine": machine("cpu"),
         **provenance(),
         "tables": tables(best, found, others),

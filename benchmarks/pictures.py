@@ -73,7 +73,8 @@ def draw_overview(sweeps: list[dict], path: Path) -> list[Path]:
                               label=name)  # fmt: skip
             _log_axes(axis, "K, rows of the bank")
             axis.set_ylabel(label)
-        row[0].set_title(results["machine"]["name"], fontsize=10, loc="left")
+        title = f"a PSM step, B 256, D 128, on {results['machine']['name']}"
+        row[0].set_title(title, fontsize=10, loc="left")
         row[0].legend(frameon=False, fontsize=9)
     return [save(figure, path)]
 

@@ -110,6 +110,30 @@ def test_views_depend_on_seed_epoch_and_index_alone(root):
     assert views[5][2:] == (LABELS[5], 5)
 
 
+def test_the_experiments_tune_train_and_tabulate(tmp_path, monkeypatch):
+    """Trainings of three: one of the grid, one method, one variant; on 48 images."""
+    from benchmarks import fashion_experiments as experiments
+
+    monkeypatch.setattr(experiments, "METHODS", {"PSM": "psm"})
+    monkeypatch.setattr(experiments, "VARIANTS", {"PSM, PNSM off": ["--selection", "all"]})
+    monkeypatch.setattr(experiments, "GRID", {"temperature": (0.2,), "lr": (0.1,)})
+    monkeypatch.setattr(experiments, "TUNED_WITH", ["--epochs", "1", "--holdout", "16"])
+    write(tmp_path / "images/FashionMNIST/raw")
+    words = ["--epochs", 1, "--seeds", 0, "--data-dir", tmp_path / "images"]
+    words += ["--runs", tmp_path / "runs", "--results", tmp_path / "fashion.json", "--"]
+    words += ["--batch-size", 16, "--bank", 32]
+    experiments.main(list(map(str, words)))
+    tables = json.loads((tmp_path / "fashion.json").read_text())["tables"]
+    assert [row[:3] for row in tables["tuning"][1]] == [["PSM", "0.2", "0.1"]]
+    names = ["PSM", "random encoder", "raw pixels"]
+    assert [row[0] for row in tables["accuracy"][1]] == names
+    assert all(row[1].endswith("%") for row in tables["accuracy"][1])
+    (_, *own), (_, *off) = tables["settings"][1]
+    assert own[4] != "100.0%"
+    assert off[4] == "100.0%"
+    assert len(tables["purity"][1]) == 2
+
+
 # --- the augmentation ----------------------------------------------------------------------------
 
 SAME = torch.tensor([0.0, 0.5, 0.5, 0.5, 1.0, 0.5, 0.5, 0.0])  # of scale (1, 1): changes nothing
