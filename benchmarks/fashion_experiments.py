@@ -123,12 +123,13 @@ def accuracy(module: nn.Module, data_dir: str) -> dict[str, float]:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data-dir", default="data", help="as train.py's")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/fashion_experiments"))
     parser.add_argument("--results", type=Path, default=STORED / "fashion.json")
+    parser.add_argument("--finished", action="store_true", help="train no more, show what is there")
     parser.add_argument("rest", nargs="*", help="after --: more options for train.py")
     args = parser.parse_args(words)
     trainer = Trainer(args.runs, args.data_dir, args.jobs, args.rest)
@@ -143,6 +144,8 @@ def main(words: list[str] | None = None) -> None:
             point = {k: v for k, v in best[method].items() if k != "knn"}
             options = ["--method", method, *as_options(point), "--epochs", str(args.epochs), *more]
             place = f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+            if args.finished and not (args.runs / place / "scores.json").exists():
+                continue
             future = trainer.start(place, [*options, "--seed", str(seed)], scored=True)
             found.setdefault(name, []).append(future)
     found = {name: [future.result() for future in futures] for name, futures in found.items()}
@@ -167,30 +170,35 @@ def tables(best: dict, found: dict, others: dict) -> dict[str, tuple[list[str], 
     shown = {"knn": "kNN, k = 200", "knn_20": "kNN, k = 20", "linear": "linear probe"}
 
     def scores(name: str) -> list[str]:
-        return [spread([s[key] for *_, s in found[name]], ".2%") for key in shown]
+        found_scores = [s for *_, s in found[name]]
+        return [
+            str(len(found_scores)),
+            *(spread([s[k] for s in found_scores], ".2%") for k in shown),
+        ]
 
     def mining(name: str) -> list[str]:
         keys = {"positive_purity": ".1%", "kept": ".1%", "own_copies": ".2f"}
         return [spread([result[k] for result, *_ in found[name]], f) for k, f in keys.items()]
 
+    mined = [name for name in ("PSM", *VARIANTS) if name in found]
     tuned = [
         [name, str(best[m].get("temperature", "-")), str(best[m]["lr"]), f"{best[m]['knn']:.2%}"]
         for name, m in METHODS.items()
     ]
-    methods = [[name, *scores(name)] for name in METHODS]
-    methods += [[name, *(f"{s[key]:.2%}" for key in shown)] for name, s in others.items()]
-    settings = [[name, *scores(name), *mining(name)] for name in ("PSM", *VARIANTS)]
+    methods = [[name, *scores(name)] for name in METHODS if name in found]
+    methods += [[name, "-", *(f"{s[k]:.2%}" for k in shown)] for name, s in others.items()]
+    settings = [[name, *scores(name), *mining(name)] for name in mined]
     epochs = [line["epoch"] for line in found["PSM"][0][1]]
 
     def at(name: str, epoch: int) -> str:
         return spread([lines[epoch - 1]["positive_purity"] for _, lines, _ in found[name]], ".1%")
 
-    purity = [[name, *(at(name, epoch) for epoch in epochs)] for name in ("PSM", *VARIANTS)]
-    mined = ["purity", "negatives kept", "own copies per row"]
+    purity = [[name, *(at(name, epoch) for epoch in epochs)] for name in mined]
+    columns = ["purity", "negatives kept", "own copies per row"]
     return {
         "tuning": (["", "temperature", "lr", "kNN on held-out images"], tuned),
-        "accuracy": (["", *shown.values()], methods),
-        "settings": (["", *shown.values(), *mined], settings),
+        "accuracy": (["", "seeds", *shown.values()], methods),
+        "settings": (["", "seeds", *shown.values(), *columns], settings),
         "purity": (["", *(f"epoch {e}" for e in epochs)], purity),
     }
 

@@ -127,10 +127,10 @@ def test_the_experiments_tune_train_and_tabulate(tmp_path, monkeypatch):
     assert [row[:3] for row in tables["tuning"][1]] == [["PSM", "0.2", "0.1"]]
     names = ["PSM", "random encoder", "raw pixels"]
     assert [row[0] for row in tables["accuracy"][1]] == names
-    assert all(row[1].endswith("%") for row in tables["accuracy"][1])
-    (_, *own), (_, *off) = tables["settings"][1]
-    assert own[4] != "100.0%"
-    assert off[4] == "100.0%"
+    assert all(row[2].endswith("%") for row in tables["accuracy"][1])
+    own, off = (dict(zip(tables["settings"][0], row, strict=True)) for row in tables["settings"][1])
+    assert own["negatives kept"] != off["negatives kept"] == "100.0%"
+    assert own["seeds"] == "1"
     assert len(tables["purity"][1]) == 2
 
 
