@@ -163,7 +163,7 @@ def excerpt(stored: list[dict], kind: str, section: str | None) -> str:
 
 def ordered(stored: list[dict], kind: str) -> list[dict]:
     """Runs on this kind of device, the processor where plain torch comes nearest first."""
-    runs = [r for r in stored if "machine" in r and r["machine"]["device"] == kind]
+    runs = [r for r in stored if "rows" in r and r["machine"]["device"] == kind]
     least: dict[str, float] = {}
     for r in sorted(runs, key=lambda r: r["sweep"]):  # default runs decide
         least.setdefault(r["machine"]["name"], advantage(r))
