@@ -1,16 +1,6 @@
 // A key becomes a row of the bank: the bits that psm_kernels/rows.py and a cast give. Part of
 // kernel.inl.
 
-// Squares are exact in double, and the order of the sum is the same for every instruction set.
-double norm_in_double(const float* row, int64_t padded) {
-    double lanes[kLanes] = {};
-    for (int64_t d = 0; d < padded; d += kLanes)
-        for (int n = 0; n < kLanes; ++n) lanes[n] += double(row[d + n]) * double(row[d + n]);
-    for (int half = kLanes / 2; half > 0; half /= 2)  // in pairs: one after the other waits 16 times
-        for (int n = 0; n < half; ++n) lanes[n] += lanes[n + half];
-    return __builtin_sqrt(lanes[0]);
-}
-
 // The nearest half of |x| < 65520, ties to even.
 INLINE uint16_t float_to_half(float x) {
     const float size = __builtin_fabsf(x);

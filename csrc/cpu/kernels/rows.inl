@@ -95,15 +95,22 @@ void read_query(const Task& t, int64_t i, float* row) {
     round_to(t.dtype, row, t.padded);
 }
 
+// Squares are exact in double, and the order of the sum is the same for every instruction set.
+double norm_in_double(const float* row, int64_t padded) {
+    double lanes[kLanes] = {};
+    for (int64_t d = 0; d < padded; d += kLanes)
+        for (int n = 0; n < kLanes; ++n) lanes[n] += double(row[d + n]) * double(row[d + n]);
+    for (int half = kLanes / 2; half > 0; half /= 2)  // in pairs: one after the other waits 16 times
+        for (int n = 0; n < half; ++n) lanes[n] += lanes[n + half];
+    return __builtin_sqrt(lanes[0]);
+}
+
 // Row i becomes a unit row (padded,); returns what it was divided by, 1 for a row of zeros.
 float unit_row(const float* rows, int64_t i, int64_t dim, int64_t padded, float* unit) {
     convert_row<Dtype::kFloat32>(rows, i * dim, dim, padded, unit);
     float square = dot<Dtype::kFloat32>(unit, unit, 0, padded), norm = square_root(square);
-    if (!(square > 1e-30f && square < 1e30f)) {
-        double exact = 0;  // squares of 1e30 and of 1e-30 are numbers in double alone
-        for (int64_t d = 0; d < dim; ++d) exact += double(unit[d]) * double(unit[d]);
-        norm = float(__builtin_sqrt(exact));
-    }
+    if (!(square > 1e-30f && square < 1e30f))  // squares of 1e30 and 1e-30 are numbers in double alone
+        norm = float(norm_in_double(unit, padded));
     if (norm < kSmallestNormal) norm = 1.0f;  // as rows.py: zeros stay zeros
     for (int64_t d = 0; d < padded; ++d) unit[d] /= norm;
     return norm;

@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C as the kernels see it; see simd_portable.h for what each means.
+// AVX2 with FMA and F16C as the kernels see it; portable.h says what each means.
 #include <immintrin.h>
 
 namespace simd {

@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, DQ, VL; VNNI and BF16 where named) as the kernels see it; see simd_portable.h for what each means.
+// AVX-512 (F, BW, DQ, VL; VNNI under QUADS, BF16 under PAIRS) as the kernels see it; portable.h says
+// what each means.
 #include <immintrin.h>
 
 namespace simd {
