@@ -267,7 +267,7 @@ def check_queries(name: str, query: Tensor, bank: Tensor) -> None:
 
 def _run_pass(query, key, bank, count, s_pos, options, exclude, rng_state, backend) -> BankPass:
     chosen = registry.choose(backend, bank, options.topk)
-    with _without_autocast(bank.device.type):
+    with without_autocast(bank.device.type):
         query = seen_query(query, bank, chosen.differentiable)
         key = None if key is None else key.to(bank.dtype).contiguous()
         s_pos = s_pos.to(wide(bank)).contiguous()
@@ -286,13 +286,13 @@ def _run_topk(
     bank_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     chosen = registry.choose(backend, bank, k, sums=False)
-    with _without_autocast(bank.device.type):
+    with without_autocast(bank.device.type):
         query = query.to(bank.dtype).contiguous()
         exclude = Exclude(*contiguous(exclude, ids, bank_ids))
         return chosen.bank_topk(query, bank, k, count, exclude)
 
 
-def _without_autocast(device: str):
+def without_autocast(device: str):
     # Turning it off takes 10 us, as long as a small pass, also where it is not on.
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

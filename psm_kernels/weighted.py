@@ -12,7 +12,7 @@ from psm_kernels import checks
 from psm_kernels._autograd import backward, refuse_transforms, remember, with_gradient
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import NOTHING, Exclude
-from psm_kernels.ops import check_queries, contiguous, run_topk, seen_query
+from psm_kernels.ops import check_queries, contiguous, run_topk, seen_query, without_autocast
 from psm_kernels.rows import wide
 
 
@@ -123,7 +123,7 @@ def _run_row_ranges(
     ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.no_grad(), torch.autocast(bank.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(bank.device.type):
         query = query.to(bank.dtype).contiguous()
         exclude = Exclude(*contiguous(slots, ids, bank_ids))
         top, index = run_topk(query, bank, 2, count, exclude, backend)
@@ -164,7 +164,7 @@ def _run_weighted_pass(
     bank_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     chosen, sums = registry.choose(backend, bank), wide(bank)
-    with torch.autocast(bank.device.type, enabled=False):
+    with without_autocast(bank.device.type):
         query = seen_query(query, bank, chosen.differentiable)
         affine = torch.stack((alpha, beta, gamma, top, cap)).to(sums)
         rho, exclude = rho.to(sums).contiguous(), Exclude(*contiguous(slots, ids, bank_ids))
