@@ -132,6 +132,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--finished", action="store_true", help="train no more, show what is there")
     parser.add_argument("rest", nargs="*", help="after --: more options for train.py")
     args = parser.parse_args(words)
+    if args.finished and not any(args.runs.glob("PSM-?/scores.json")):
+        parser.error(f"--finished: got no finished runs of PSM in {args.runs}")
     trainer = Trainer(args.runs, args.data_dir, args.jobs, args.rest)
 
     best = tune(trainer)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NUMBERS = 8  # uniform numbers that an image has for a view
+NUMBERS = 8  # uniform numbers of an image for a view; seven are used, and two views fill a block
 
 
 class Plain:
