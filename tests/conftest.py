@@ -99,3 +99,11 @@ def shared(tmp_path_factory):
 @pytest.fixture
 def pool(shared):
     return shared()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is not there: the cuda backend's launches run on the CPU (tests/ptx)."""
+    from ptx import runtime
+
+    return runtime.Gpu(monkeypatch)

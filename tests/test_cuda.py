@@ -9,7 +9,7 @@ import cold
 import pytest
 import torch
 from conftest import problem
-from test_cuda_host import (
+from cuda_cases import (
     LOW,
     MEAN_ATOL,
     STATE,

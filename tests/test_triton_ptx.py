@@ -7,7 +7,7 @@ import cold
 import pytest
 import torch
 from conftest import problem
-from test_cuda_host import MEAN_ATOL, arguments, assert_agree, widened
+from cuda_cases import MEAN_ATOL, arguments, assert_agree, widened
 
 from psm_kernels.backends.base import BankPass, Exclude
 from psm_kernels.backends.reference import Reference

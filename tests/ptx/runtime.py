@@ -111,7 +111,8 @@ class Gpu:
             self.launch
         )
         monkeypatch.setattr(psm_kernels, "_C", module())
-        for name in ("pass_struct", "_mining_struct", "_affine_struct"):  # of this module's classes
+        # Cached structs are of this module's classes
+        for name in ("pass_struct", "_bank_struct", "_mining_struct", "_affine_struct"):
             cached = getattr(compiled, name)
             monkeypatch.setattr(compiled, name, functools.cache(cached.__wrapped__))
         monkeypatch.setattr(cuda, "_place", self.place)

@@ -1,0 +1,103 @@
+"""`bank_topk` of the cuda backend on the CPU, as test_cuda_host.py has bank_pass."""
+
+import struct
+
+import pytest
+import torch
+from conftest import problem
+from cuda_cases import (
+    CAPABILITY,
+    CUDA,
+    PATHS,
+    REFERENCE,
+    both,
+)
+from ptx import runtime
+
+from psm_kernels.backends.cuda import Cuda
+
+pytestmark = pytest.mark.skipif(
+    runtime.unavailable() is not None, reason=str(runtime.unavailable())
+)
+
+
+CELLS = 244  # where KernelArgs has its cells
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize(
+    ("size", "dim", "k", "cut", "cell_log2"),
+    [(300, 504, 7, 2, 0), (90, 64, 200, 1, 0), (1300, 40, 20, 3, 3), (900, 128, 5, 2, 8)],
+)
+def test_bank_topk(gpu, path, dtype, size, dim, k, cut, cell_log2):
+    _, key, bank, _ = problem(5, size, dim, dtype=dtype)
+    bank[size - 10 :] = torch.nan
+    gpu.capability, gpu.multiprocessors = CAPABILITY[path], cut
+    key, count = key.to(dtype), torch.tensor(size - 10)
+    sim, index = Cuda(cell_log2=cell_log2).bank_topk(key, bank, k, count)
+    want_sim, want_index = REFERENCE.bank_topk(key.double(), bank.double(), k, count)
+    torch.testing.assert_close(sim.double(), want_sim, atol=1e-6, rtol=1e-5)
+    assert (index == want_index).float().mean() > 0.99
+
+
+def test_bank_topk_of_odd_widths(gpu):
+    _, key, bank, _ = problem(5, 257, 33, dtype=torch.bfloat16)
+    key, count = key.bfloat16(), torch.tensor(257)
+    sim, _ = CUDA.bank_topk(key, bank, 20, count)
+    want = REFERENCE.bank_topk(key.double(), bank.double(), 20, count)
+    torch.testing.assert_close(sim.double(), want[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize("cell_log2", [2, 3, 6, 7])
+def test_bank_topk_gives_ties_to_the_smaller_slot(gpu, path, dtype, cell_log2):
+    """Most slots tie, so that the last cells chosen matter; few bits: all products are exact."""
+    _, key, bank, _ = problem(4, 700, 64, dtype=dtype, few_bits=True)
+    bank[:] = bank[torch.arange(700) * 7 % 9]
+    gpu.capability, gpu.multiprocessors = CAPABILITY[path], 2
+    key, count = key.to(dtype), torch.tensor(700)
+    for k in (1, 3, 6, 50):
+        _, index = Cuda(cell_log2=cell_log2).bank_topk(key, bank, k, count)
+        want = REFERENCE.bank_topk(key.double(), bank.double(), k, count)[1]
+        assert torch.equal(index, want)
+
+
+@pytest.mark.parametrize(
+    ("slots", "dim", "k", "group", "log2"),
+    [
+        (50_000, 512, 5, 4, 3),
+        (50_000, 512, 200, 4, 2),
+        (100, 512, 200, 4, 2),
+        (65_536, 128, 5, 1, 6),
+        (2**20, 128, 5, 1, 6),
+        (2**20 + 1, 128, 5, 1, 7),
+        (2**31 - 4096, 64, 1, 4, 17),
+    ],
+)
+def test_the_size_of_cells(gpu, slots, dim, k, group, log2):
+    """From the arguments of a launch that is not run."""
+    gpu.capability, gpu.runs = 9 if group > 1 else 8, False
+    gpu.place(None)
+    kernels, at = runtime.module(), 4096
+    args = kernels.PassArgs(
+        options=kernels.PassOptions(selection=2, topk=k), batch=1, key=at,
+        bank=kernels.Bank(rows=at, slots=slots, dim=dim, dtype=1, count=at),
+        topk_sim=at, topk_index=at,
+    )  # fmt: skip
+    kernels.cuda.bank_pass(args, device=0, stream=0, workspace=at)
+    planned_log2, planned_group, room = struct.unpack_from("3i", gpu.values[0], CELLS)
+    assert (planned_log2, planned_group) == (log2, group)
+    assert room << log2 >= slots
+    assert room % group == 0
+    assert room <= 2**14 + 256
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+def test_a_bad_slot_hides_no_other(gpu, path, dtype):
+    """As an integer, NaN is the largest of all; the cell maxima must not take it."""
+    query, key, bank, s_pos = problem(4, 300, 64, dtype=dtype, few_bits=True)
+    bank[70], bank[75] = torch.nan, torch.inf
+    got, _ = both(gpu, (query, key, bank, s_pos), path, topk=300)
+    good = torch.tensor([slot for slot in range(300) if slot not in (70, 75)])
+    for row in got.topk_index:
+        assert torch.isin(good, row).all()

@@ -1,0 +1,56 @@
+"""The machine of tests/ptx itself: it finds what a kernel lacks."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import problem
+from cuda_cases import (
+    assert_agree,
+    both,
+)
+from ptx import machine, runtime, text
+
+pytestmark = pytest.mark.skipif(
+    runtime.unavailable() is not None, reason=str(runtime.unavailable())
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "pattern", "message"),
+    [
+        ("sm90_bfloat16", r"wgmma\.wait_group\S* 0;", "asynchronous work"),
+        ("sm90_bfloat16", r"wgmma\.commit_group[^;]*;", "asynchronous work"),
+        ("sm90_bfloat16", r"fence\.proxy[^;]*;", "no fence.proxy.async"),
+        ("sm90_bfloat16", r"mbarrier\.arrive\.shared[^;]*;", "every thread waits"),
+        ("sm90_bfloat16", r"\.expect_tx(?=.*_,)", None),
+        ("sm80_bfloat16", r"cp\.async\.wait_group[^;]*;", "asynchronous work"),
+        ("sm80_bfloat16", r"\.trans(?=\.shared)", None),
+        ("sm80_bfloat16", r"bar\.sync[^;]*;", None),
+        ("launch", r"bar\.sync[^;]*;", None),
+    ],
+)
+def test_the_machine_finds_faults(gpu, source, pattern, message):
+    """What a kernel lacks shows in an error or, without a message, in its results."""
+    broken, found = re.subn(pattern, "", runtime.texts()[source])
+    assert found
+    gpu.warps = 1
+    gpu.replaced = {runtime.plain(k): v for k, v in text.read(broken).items()}
+    sound = problem(3, 700, 128, dtype=torch.bfloat16)
+    if message:
+        with pytest.raises(RuntimeError, match=message):
+            both(gpu, sound, source[:4])
+    else:
+        got, want = both(gpu, sound, "sm80" if source == "launch" else source[:4])
+        with pytest.raises(AssertionError):
+            assert_agree(got, want, torch.bfloat16)
+
+
+def test_the_machine_checks_bounds_and_alignment():
+    memory = machine.Memory(np.zeros(64, np.uint8), 0, [(0, 24), (32, 64)])
+    assert memory.at(np.array([8, 40, 16]), 8).tolist() == [1, 5, 2]
+    with pytest.raises(text.Fault, match="out of bounds"):
+        memory.at(np.array([0, 24]), 8)
+    with pytest.raises(text.Fault, match="misaligned"):
+        memory.at(np.array([8]), 8, 2)
