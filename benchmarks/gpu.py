@@ -1,22 +1,21 @@
-"""Times the kernels on this GPU: backends, eager torch and torch.compile, against a roofline.
+"""Times the kernels on this GPU: backends, lean eager torch, torch.compile and slabs of products,
+against a roofline.
 
     python benchmarks/gpu.py [--seconds 150] [--results benchmarks/results]
 
 writes <gpu name>.json and .png. The library's own backends are replayed from a CUDA graph. "hot"
 repeats on one bank, which the L2 cache may hold; "cold" fills the cache before every run, by
 reading: what was written would be moved to memory during the run. Each group of providers has a
-process of its own: one that crashes or hangs costs its own rows alone.
+process of its own: one that crashes or hangs costs its own rows alone. `--profile` only starts the
+kernels of the first shape, for a profiler.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import signal
 import statistics
 import subprocess
@@ -29,35 +28,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psm_kernels import MemoryBank
+if __name__ == "__main__":  # run by its path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import gpu_report
+from benchmarks.cases import Case, make_problem
+from benchmarks.providers import PROVIDERS
 from psm_kernels.backends import registry
-from psm_kernels.backends.base import Backend
+from psm_kernels.backends.base import NOTHING, Backend
 from psm_kernels.backends.cuda import Cuda
-from psm_kernels.functional import psm_loss
-from psm_kernels.ops import NOTHING, bank_pass, bank_topk
 from psm_kernels.options import PassOptions
 from psm_kernels.rows import unit_rows
 
 ROOT = Path(__file__).parents[1]
-SHAPES = {  # kind -> B, K, D and for topk k; the smallest first
-    "enqueue": [(4096, 1_048_576, 128)],
-    "loss": [(256, 65_536, 128)],
-    "pass": [
-        (256, 65_536, 128),
-        (1024, 65_536, 256),
-        (256, 1_048_576, 128),
-        (4096, 262_144, 256),
-        (256, 16_777_216, 128),
-    ],
-    "topk": [(10_000, 50_000, 512, 5), (10_000, 50_000, 512, 200)],
+CASES = [  # the most wanted first
+    Case("psm", 256, 65_536, 128, 5, "bf16"),
+    Case("psm", 1_024, 65_536, 256, 5, "bf16"),
+    Case("enqueue", 4_096, 1 << 20, 128, 0, "bf16"),
+    Case("psm", 256, 1 << 20, 128, 5, "bf16"),
+    Case("psm", 4_096, 262_144, 256, 5, "bf16"),
+    Case("bank_topk", 10_000, 50_000, 512, 5, "bf16"),
+    Case("bank_topk", 10_000, 50_000, 512, 200, "bf16"),
+    Case("psm", 256, 1 << 24, 128, 5, "bf16"),
+]
+GROUPS = ("cuda", "triton", "eager", "compile", "slab")
+VARIANTS = {  # of the cuda backend's pass; those of sm_90a stand last
+    "null epilogue": {"null_epilogue": True},
+    "sm_80 kernels": {"force_sm80": True},
 }
-SAMPLING = {"temperature": 0.1, "selection": "bernoulli", "a": 0.5, "b": 0.0}
-TOPK = 5
+HOPPER = 9
 DEVICE = "cuda"
+LEAD = 2_000_000  # cycles, 1 ms, in which the host submits what is timed
 
 
 class Run(NamedTuple):
-    """One provider's work on one shape."""
+    """One provider's work on one case."""
 
     name: str
     step: Callable[[], object]
@@ -76,7 +80,7 @@ def timed(step: Callable[[], object], seconds: float, flush: Tensor | None) -> d
     while len(times) < 3 or (time.perf_counter() < stop and len(times) < 1000):
         if flush is not None:
             flush.sum()
-        torch.cuda._sleep(200_000)  # 0.1 ms in which the host submits what is timed
+        torch.cuda._sleep(LEAD)
         start.record()
         step()
         end.record()
@@ -109,154 +113,6 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-# --- what is timed -------------------------------------------------------------------------------
-
-
-def random_bank(size: int, dim: int) -> Tensor:
-    bank = torch.empty(size, dim, dtype=torch.bfloat16, device=DEVICE)
-    for part in bank.split(1 << 20):
-        part.copy_(unit_rows(torch.randn(part.shape, device=DEVICE)))
-    return bank
-
-
-def random_rows(batch: int, dim: int) -> Tensor:
-    return unit_rows(torch.randn(batch, dim, device=DEVICE))
-
-
-def pass_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
-    """Forward and query gradient of the training pass."""
-    query, key, bank = random_rows(batch, dim), random_rows(batch, dim), random_bank(size, dim)
-    s_pos = (query * key).sum(1)
-    rng_state = torch.tensor([1, 2], device=DEVICE)
-    count = torch.tensor(size, device=DEVICE)
-    if group == "torch":
-        low = query.bfloat16(), key.bfloat16(), bank, s_pos
-        yield Run("eager", functools.partial(eager_pass, *low), False)
-        yield Run("torch.compile", functools.partial(compiled_pass(), *low), False)
-        return
-    leaf = query.requires_grad_()
-
-    def step():
-        out = bank_pass(
-            leaf, key, bank, count, s_pos, **SAMPLING, topk=TOPK, exclude_mined=True,
-            rng_state=rng_state, backend=group,
-        )  # fmt: skip
-        return torch.autograd.grad(out.neg_lse.sum(), leaf)
-
-    yield Run(group, step, True)
-    low = query.detach().bfloat16(), key.bfloat16(), bank, count, s_pos
-    options = PassOptions(**SAMPLING, topk=TOPK, exclude_mined=True)
-
-    def direct(backend: Backend) -> Callable:
-        return functools.partial(backend.bank_pass, *low, options, NOTHING, rng_state)
-
-    # without the casts and autograd's few kernels
-    yield Run(f"{group} kernels", direct(registry.TABLE[group]), True)
-    if group == "cuda":
-        yield Run("cuda null epilogue", direct(Cuda(null_epilogue=True)), True)
-        if torch.cuda.get_device_capability()[0] == 9:
-            yield Run("cuda sm_80 kernels", direct(Cuda(force_sm80=True)), True)
-
-
-def eager_pass(query: Tensor, key: Tensor, bank: Tensor, s_pos: Tensor) -> tuple[Tensor, ...]:
-    """What a user writes, products in the bank's dtype; neg_mean is the gradient."""
-    similarity = (query @ bank.T).float()  # (B, K)
-    distance = similarity - s_pos[:, None] - SAMPLING["b"]
-    p = torch.exp(-SAMPLING["a"] * distance.square()).clamp_max(0.999)
-    mined = (key @ bank.T).topk(TOPK)
-    keep = (torch.rand_like(p) < p).scatter(1, mined.indices, False)
-    logits = torch.where(keep, similarity / SAMPLING["temperature"], -torch.inf)
-    neg_lse = logits.logsumexp(1)
-    neg_mean = (logits - neg_lse[:, None]).exp().to(bank.dtype) @ bank
-    neg_sq_lse = (2 * logits).logsumexp(1)
-    return neg_lse, neg_mean.float(), neg_sq_lse, keep.sum(1), *mined
-
-
-@functools.cache
-def compiled_pass() -> Callable:
-    return torch.compile(eager_pass, dynamic=False)
-
-
-def loss_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
-    """PSM's loss and its gradient: the pass, and what is made of it."""
-    query, key, bank = random_rows(batch, dim), random_rows(batch, dim), random_bank(size, dim)
-    query.requires_grad_()
-    rng_state = torch.tensor([1, 2], device=DEVICE)
-
-    def step():
-        loss = psm_loss(
-            query, key, bank, **SAMPLING, topk=TOPK, rng_state=rng_state,
-            backend="reference" if group == "torch" else group,
-        )  # fmt: skip
-        return torch.autograd.grad(loss, query)
-
-    yield Run("reference" if group == "torch" else group, step, group != "torch")
-
-
-def topk_runs(group: str, batch: int, size: int, dim: int, k: int) -> Iterator[Run]:
-    query, bank = random_rows(batch, dim).bfloat16(), random_bank(size, dim)
-    count = torch.tensor(size, device=DEVICE)
-    if group == "torch":
-        yield Run("eager", lambda: (query @ bank.T).topk(k), False)
-        return
-    yield Run(group, lambda: bank_topk(query, bank, k, count=count, backend=group), True)
-
-
-def enqueue_runs(group: str, batch: int, size: int, dim: int) -> Iterator[Run]:
-    keys, memory = random_rows(batch, dim), MemoryBank(size, dim, dtype=torch.bfloat16)
-    memory.to(DEVICE)
-    names = {"torch": "eager", "cuda": "cuda"}
-    backend = "cuda" if group == "cuda" else "reference"  # has no kernel: torch's operators
-    if group in names:
-        yield Run(names[group], lambda: memory.enqueue(keys, backend=backend), True)
-
-
-RUNS = {"pass": pass_runs, "loss": loss_runs, "topk": topk_runs, "enqueue": enqueue_runs}
-PRODUCTS = {"pass": 3, "loss": 3, "topk": 1, "enqueue": 0}  # of B x K x D
-
-
-# --- one process per group -----------------------------------------------------------------------
-
-
-def measure_group(group: str, seconds: float, write: Callable[[dict], None]) -> bool:
-    """Hands each row to `write`; False where something failed that was to run."""
-    reason = registry.TABLE[group].unavailable() if group in registry.TABLE else None
-    if reason:
-        write({"error": reason})
-        return False
-    flush = torch.zeros(64 << 20, device=DEVICE)
-    cases = [(kind, shape) for kind, shapes in SHAPES.items() for shape in shapes]
-    good, stop = True, time.perf_counter() + seconds
-    for number, (kind, shape) in enumerate(cases):
-        about = {"kind": kind, "shape": list(shape), "dtype": "bfloat16"}
-        left = stop - time.perf_counter()
-        if left < 0:
-            write(about | {"backend": group, "error": "not measured, the time was up"})
-        else:  # up to four runs of a case, hot and cold
-            good &= measure_case(group, about, left / (len(cases) - number) / 8, flush, write)
-    return good
-
-
-def measure_case(
-    group: str, about: dict, seconds: float, flush: Tensor, write: Callable[[dict], None]
-) -> bool:
-    """A failure becomes a row, and the next run may still be measured. Memory that a baseline's
-    matrices would take and the card does not have is a result."""
-    about, good = about | {"backend": group}, True
-    runs = RUNS[about["kind"]](group, *about["shape"])
-    while True:
-        try:
-            run = next(runs, None)
-            if run is None:
-                return good
-            about["backend"] = run.name
-            write(about | measure(run, seconds, flush))
-        except Exception as error:
-            text = str(error).strip().partition("\n")[0]
-            write(about | {"error": f"{type(error).__name__}: {text}"})
-            good &= group == "torch" and isinstance(error, torch.cuda.OutOfMemoryError)
-
-
 def measure(run: Run, seconds: float, flush: Tensor) -> dict:
     peak = peak_bytes(run.step)
     step = captured(run.step) if run.graph else run.step
@@ -282,7 +138,101 @@ def measure_machine() -> dict:
     }
 
 
-GROUPS = ("triton", "cuda", "torch")
+# --- what is timed -------------------------------------------------------------------------------
+
+
+def runs(group: str, case: Case) -> Iterator[Run]:
+    """The whole loss with its gradient; of our backends the pass alone, too."""
+    ours = group in registry.TABLE
+    if ours and case.operation == "enqueue":
+        if group == "cuda":  # the others' is torch's operators
+            problem = make_problem(case, DEVICE)
+            yield Run(group, lambda: problem.memory.enqueue(problem.key, backend=group), True)
+        return
+    if reason := PROVIDERS[group].refuse(case, DEVICE):
+        raise ValueError(reason)
+    problem = make_problem(case, DEVICE)
+    yield Run(group, PROVIDERS[group].make(problem), ours)
+    if not ours or case.operation != "psm":
+        return
+    query, key = unit_rows(problem.query.detach()), unit_rows(problem.key)
+    low = query.to(problem.bank.dtype), key.to(problem.bank.dtype), problem.bank
+    count, s_pos = problem.memory.count, (query * key).sum(1)
+    options = PassOptions(
+        temperature=0.5, selection="bernoulli", topk=case.topk, exclude_mined=True
+    )
+
+    def run(name: str, backend: Backend) -> Run:
+        args = (*low, count, s_pos, options, NOTHING, problem.rng_state)
+        return Run(f"{group} {name}", functools.partial(backend.bank_pass, *args), True)
+
+    yield run("pass", registry.TABLE[group])
+    if group == "cuda":
+        for name, flags in VARIANTS.items():
+            if name == "null epilogue" or capability() == HOPPER:
+                yield run(name, Cuda(**flags))
+
+
+def capability() -> int:
+    return torch.cuda.get_device_capability()[0]
+
+
+def profile() -> None:
+    """The kernels of the first case between two marks, after a warm-up."""
+    step = next(runs("cuda", CASES[0])).step
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStart()
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
+
+
+# --- one process per group -----------------------------------------------------------------------
+
+
+def measure_group(group: str, seconds: float, write: Callable[[dict], None]) -> bool:
+    """Hands each row to `write`; False where something failed that was to run."""
+    reason = registry.TABLE[group].unavailable() if group in registry.TABLE else None
+    if reason:
+        write({"error": reason})
+        return False
+    flush = torch.zeros(64 << 20, device=DEVICE)
+    good, stop = True, time.perf_counter() + seconds
+    for number, case in enumerate(CASES):
+        about = {"kind": case.operation, "shape": [case.batch, case.size, case.dim, case.topk]}
+        about["dtype"] = case.dtype
+        left = stop - time.perf_counter()
+        if left < 0:
+            write(about | {"backend": group, "error": "not measured, the time was up"})
+        else:  # up to six runs of a case, hot and cold
+            good &= measure_case(
+                group, case, about, left / (len(CASES) - number) / 12, flush, write
+            )
+    return good
+
+
+def measure_case(
+    group: str, case: Case, about: dict, seconds: float, flush: Tensor,
+    write: Callable[[dict], None],
+) -> bool:  # fmt: skip
+    """A failure becomes a row, and the next run may still be measured. Memory that a baseline's
+    matrices would take and the card does not have is a result, as is work it does not do."""
+    about, good = about | {"backend": group}, True
+    pending = runs(group, case)
+    while True:
+        try:
+            run = next(pending, None)
+            if run is None:
+                return good
+            about["backend"] = run.name
+            write(about | measure(run, seconds, flush))
+        except Exception as error:
+            text = str(error).strip().partition("\n")[0]
+            write(about | {"error": f"{type(error).__name__}: {text}"})
+            refused = isinstance(error, ValueError | torch.cuda.OutOfMemoryError)
+            good &= group not in registry.TABLE and refused
 
 
 START, GRACE = 10, 20  # seconds: of imports and a context; of a last case and its compilation
@@ -316,104 +266,6 @@ def stop(child: subprocess.Popen) -> None:
         os.killpg(child.pid, signal.SIGKILL)  # the compiler's workers too: they hold the pipe
 
 
-# --- the report ----------------------------------------------------------------------------------
-
-
-def add_roofline(row: dict, machine: dict) -> dict:
-    """The least time for the products or for one reading of the bank, whichever is more."""
-    if "hot" not in row:
-        return row
-    batch, size, dim = row["shape"][:3]
-    work = PRODUCTS[row["kind"]] * 2 * batch * size * dim / machine["flops"]
-    moved = batch * dim * 6 if row["kind"] == "enqueue" else size * dim * 2
-    roofline = max(work, moved / machine["bytes_per_s"]) * 1e6
-    return row | {"roofline_us": roofline, "share_of_roofline": roofline / row["hot"]["us"]}
-
-
-def versions() -> dict:
-    found = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    found["python"] = platform.python_version()
-    for name, command in {
-        "driver": ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"],
-        "nvcc": ["nvcc", "--version"],
-        "commit": ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"],
-    }.items():
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[name] = done.stdout.strip().rpartition("\n")[2]
-        except (OSError, subprocess.CalledProcessError):
-            found[name] = None
-    found["commit"] = found["commit"] or os.environ.get("PSM_COMMIT")
-    try:
-        found["triton"] = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        found["triton"] = None
-    return found
-
-
-def write(result: dict, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9]+", "_", result["machine"]["gpu"]).strip("_")
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
-
-
-def show(rows: list[dict]) -> None:
-    for row in rows:
-        where = f"{row['kind']:<8} {'x'.join(map(str, row['shape'])):<20} {row['backend']:<20}"
-        if "hot" not in row:
-            print(f"{where} {row['error']}")
-            continue
-        hot, cold = row["hot"], row["cold"]
-        text = f"{hot['us']:>10.1f} us [{hot['q10']:.1f}, {hot['q90']:.1f}], cold {cold['us']:.1f}"
-        share = f"{row['share_of_roofline']:.0%} of {row['roofline_us']:.1f} us"
-        print(f"{where} {text}; {share}; {row['peak_bytes'] / 1e6:.0f} MB")
-
-
-def plot(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in result["rows"] if "hot" in row]
-    names = list(dict.fromkeys(row["backend"] for row in rows))
-    cases = list(dict.fromkeys((row["kind"], *row["shape"]) for row in rows))
-    figure, axes = pyplot.subplots(figsize=(2 + 1.4 * len(cases), 4.5), layout="constrained")
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        own = {(row["kind"], *row["shape"]): row for row in rows if row["backend"] == name}
-        at = [c + (i - (len(names) - 1) / 2) * width for c, x in enumerate(cases) if x in own]
-        height = [1 / own[x]["share_of_roofline"] for x in cases if x in own]
-        axes.bar(at, height, width, label=name)
-    axes.axhline(1, color="black", linewidth=0.8)
-    title = f"{result['machine']['gpu']}, bf16, hot"
-    axes.set(yscale="log", ylabel="time / roofline", title=title)
-    axes.set_xticks(range(len(cases)), ["\n".join(map(str, x)) for x in cases], fontsize="small")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=150, help="about how long it may take")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--group", choices=("machine", *GROUPS), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.group:
-        if args.group == "machine":
-            print_line(measure_machine())
-            return 0
-        return 0 if measure_group(args.group, args.seconds, print_line) else 1
-    return run_groups(args.seconds, args.results)
-
-
-def print_line(row: dict) -> None:
-    print(json.dumps(row), flush=True)
-
-
 def run_groups(seconds: float, folder: Path) -> int:
     """Measures all groups; 1 where something failed that was to run."""
     signal.signal(signal.SIGTERM, lambda *unused: sys.exit("stopped"))  # and with it the child
@@ -423,27 +275,48 @@ def run_groups(seconds: float, folder: Path) -> int:
         raise SystemExit(f"the GPU could not be measured: {failed}")
     result = {
         "machine": machine[0],
-        "versions": versions(),
-        "settings": SAMPLING | {"topk": TOPK},
+        "versions": gpu_report.versions(),
         "failed": {},
         "rows": [],
     }
     for number, group in enumerate(GROUPS):
         share = max((end - time.monotonic()) / (len(GROUPS) - number), 15)
         rows, failed = start_group(group, share)
-        rows = [add_roofline(row, result["machine"]) for row in rows]
+        rows = [gpu_report.add_roofline(row, result["machine"]) for row in rows]
         result["rows"] += [row for row in rows if "kind" in row]
         if failed:
             result["failed"][group] = next((r["error"] for r in rows if "kind" not in r), failed)
-        show([row for row in rows if "kind" in row])
-        path = write(result, folder)  # what is there, whatever becomes of the next group
+        gpu_report.show([row for row in rows if "kind" in row])
+        path = gpu_report.write(result, folder)  # what is there, whatever becomes of the next group
     if any("hot" in row for row in result["rows"]):
         try:
-            plot(result, path.with_suffix(".png"))
+            gpu_report.plot(result, path.with_suffix(".png"))
         except ImportError as error:
             print(f"no plot: {error}")
     print(path, *(f"; {group} failed: {why}" for group, why in result["failed"].items()))
     return 1 if result["failed"] else 0
+
+
+def print_line(row: dict) -> None:
+    print(json.dumps(row), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=150, help="about how long it may take")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--profile", action="store_true", help="start the kernels once, untimed")
+    parser.add_argument("--group", choices=("machine", *GROUPS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.profile:
+        profile()
+        return 0
+    if args.group == "machine":
+        print_line(measure_machine())
+        return 0
+    if args.group:
+        return 0 if measure_group(args.group, args.seconds, print_line) else 1
+    return run_groups(args.seconds, args.results)
 
 
 if __name__ == "__main__":
