@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -78,6 +79,7 @@ class Cuda(NamedTuple):
 
     def flags(self, source: Path) -> list[str]:
         define = ["-DPSM_CUDA_SM90A"] * ("90a" in self.archs)
+        define += ["-DPSM_CUDA_TRAP"] * (os.environ.get("PSM_CUDA_TRAP") == "1")
         if source.parent.name == "sm90":
             return ["-gencode=arch=compute_90a,code=sm_90a", *define]
         # One run of the front end serves all: PTX of the oldest becomes machine code for each, and
@@ -174,31 +176,44 @@ def sanitizer_flags() -> list[str]:
     return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1"]
 
 
-def run_parallel(objects: dict[Path, list[str]], build: Path) -> None:
-    """Compiles each object with its command, with ninja where it can be imported."""
+def run_parallel(objects: dict[Path, list[str]], build: Path) -> str:
+    """Compiles each object with its command, with ninja where it can be imported, and gives what
+    the compilers said."""
     try:
         import ninja
     except ImportError:
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
-            list(pool.map(run, objects.values()))
+            return "".join(pool.map(run, objects.values()))
         finally:
             pool.shutdown(cancel_futures=True)
-        return
     lines = ["rule cxx", "  command = $run -MD -MF $out.d", "  depfile = $out.d", "  deps = gcc"]
     for path, command in objects.items():
         text = shlex.join(command).replace("$", "$$")
         lines += [f"build {path.name}: cxx", f"  run = {text}"]
     (build / "build.ninja").write_text("\n".join(lines) + "\n")
-    run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(build)])
+    return run([str(Path(ninja.BIN_DIR) / "ninja"), "--quiet", "-C", str(build)])
 
 
-def run(command: list[str]) -> None:
-    """Shows what the command printed, and raises CalledProcessError with it where it fails."""
+def run(command: list[str]) -> str:
+    """Shows and gives what the command printed, raises CalledProcessError with it on failure."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.stdout:
         print(done.stdout, end="", file=sys.stderr, flush=True)
     done.check_returncode()
+    return done.stdout
+
+
+# What ptxas says, as mere information, of products that do not run as written: setmaxnreg was
+# ignored (C7508), or wgmma waits after every instruction (C7510, C7514).
+SERIALIZED = re.compile(r".*\(C75(?:08|10|14)\).*")
+
+
+def refuse_serialized(output: str, objects: Iterable[Path]) -> None:
+    if found := SERIALIZED.search(output):
+        for path in objects:  # the next build must see it again
+            path.unlink(missing_ok=True)
+        raise NoCuda(f"products would run one by one: {found[0].strip()[:300]}")
 
 
 def first_error(output: str) -> str:
@@ -274,7 +289,8 @@ class BuildKernels(build_ext):
         shared = shared if sys.platform == "darwin" else ["-shared"]
         link = [compiler, *shared, "-pthread", *sanitizer_flags(), *map(str, objects)]
         try:
-            run_parallel(objects, self.object_dir)
+            said = run_parallel(objects, self.object_dir)
+            refuse_serialized(said, objects)
             run([*link, *libraries, "-o", str(target)])
         except subprocess.CalledProcessError as error:
             if cuda is None:

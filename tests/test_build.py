@@ -29,6 +29,7 @@ case "$*" in
   *--dryrun*) echo "#$ _HERE_=$here" >&2; exit ;;
 esac
 echo "$*" >> "$here/commands"
+echo "$SAYS"
 """
 
 
@@ -134,6 +135,21 @@ def test_cuda_can_be_left_out(machine):
     assert machine.built()
     assert "PSM_CUDA=0" in machine.info()["MISSING_CUDA"]
     assert not machine.nvcc_commands()
+
+
+@pytest.mark.parametrize("code", ["C7508", "C7510", "C7514"])
+def test_products_that_the_assembler_serializes_are_an_error(machine, code):
+    """It only mentions them, and an object that is there is not compiled again."""
+    says = f"ptxas info    : ({code}) Potential Performance Loss: wgmma.mma_async are serialized"
+    for _ in range(2):
+        run = machine.build(SAYS=says, PSM_CUDA="1")
+        assert run.returncode != 0
+        assert says in run.stderr
+        assert not machine.built()
+    run = machine.build(SAYS=says)
+    assert run.returncode == 0, run.stderr
+    assert says in machine.info()["MISSING_CUDA"]
+    assert machine.build(SAYS="ptxas info : 0 bytes gmem", PSM_CUDA="1").returncode == 0
 
 
 def test_a_broken_cpp_compiler_is_an_error(machine):

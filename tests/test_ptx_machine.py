@@ -47,6 +47,24 @@ def test_the_machine_finds_faults(gpu, source, pattern, message):
             assert_agree(got, want, torch.bfloat16)
 
 
+@pytest.mark.parametrize(
+    ("before", "message"), [(True, "after the last wgmma.fence"), (False, "waited for")]
+)
+def test_the_machine_sees_operands_of_products_change(gpu, before, message):
+    """An A operand in registers, written between the fence and the product, or while it is read."""
+    product = r"wgmma\.mma_async[^;]*?\}, *\{(%r\d+)[^;]*;"
+
+    def change(found: re.Match) -> str:
+        write = f"add.s32 {found[1]}, {found[1]}, 1;"
+        return f"{write} {found[0]}" if before else f"{found[0]} {write}"
+
+    broken, count = re.subn(product, change, runtime.texts()["sm90_bfloat16"])
+    assert count
+    gpu.replaced = {runtime.plain(k): v for k, v in text.read(broken).items()}
+    with pytest.raises(RuntimeError, match=message):
+        both(gpu, problem(3, 300, 64, dtype=torch.bfloat16), "sm90", topk=0)
+
+
 def test_the_machine_checks_bounds_and_alignment():
     memory = machine.Memory(np.zeros(64, np.uint8), 0, [(0, 24), (32, 64)])
     assert memory.at(np.array([8, 40, 16]), 8).tolist() == [1, 5, 2]

@@ -168,8 +168,13 @@ def wgmma(take: Operands, machine: Machine, s: Statement):
         accumulate, b_at = bool(add(r)[0]), int(b_descriptor(r)[0])
         a_at = 0 if from_registers else int(a_descriptor(r)[0])
         first_rows = w.warps[::32] % 4 * 16  # of 64, by warp
+        given = [r[i] for i in a or []]
 
         def work():
+            if any(r[i] is not value for i, value in zip(a or [], given, strict=True)):
+                raise Fault(
+                    "registers that wgmma reads were written before its group was waited for"
+                )
             k, n = np.arange(16), np.arange(columns)
             if mn_major:
                 leading = (b_at >> 16 & 0x3FFF) << 4

@@ -95,10 +95,11 @@ struct PassSm90 {
     }
 
     // out += P . M, not waited for
-    static PSM_DEVICE void accumulate(float (&out)[kOut][4], const Weights<T, kTiles>& weights,
+    static PSM_DEVICE void accumulate(float (&out)[kOut][4], Weights<T, kTiles>& weights,
                                       Descriptor columns) {
         hide(columns);
         hold_accumulators(out);
+        hold_operands(weights.p);
         wgmma_fence();
 #pragma unroll
         for (int n = 0; n < kTiles / 2; ++n)
@@ -152,6 +153,7 @@ struct PassSm90 {
                 leave();
                 if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
                 hold_accumulators(out);
+                hold_operands(weights.p);
                 held = ring.empty();
                 epilogue<kSelection, kWork>(s, out, args, rows, noise, column, weights);
                 accumulate(out, weights, columns.moved(stage));

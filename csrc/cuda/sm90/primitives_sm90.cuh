@@ -106,6 +106,14 @@ PSM_DEVICE void hold_accumulators(float (&d)[kTiles][4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(d[n][i])::"memory");
 }
+// The same for A operands in registers: made before the fence, and not made anew before the wait.
+template <int kSteps>
+PSM_DEVICE void hold_operands(uint32_t (&a)[kSteps][4]) {
+#pragma unroll
+    for (int n = 0; n < kSteps; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[n][i])::"memory");
+}
 
 #define PSM_D1(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define PSM_D8(n)                                                                            \
