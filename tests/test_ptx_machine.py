@@ -65,6 +65,29 @@ def test_the_machine_sees_operands_of_products_change(gpu, before, message):
         both(gpu, problem(3, 300, 64, dtype=torch.bfloat16), "sm90", topk=0)
 
 
+def test_a_debug_build_says_which_barrier_it_waits_for(gpu):
+    """Where nothing is missing it does what the other does; where an arrival is, it ends itself."""
+    source = runtime.ROOT / "csrc/cuda/sm90/sm90_bfloat16.cu"
+    sound = runtime.ptx(source, "-DPSM_CUDA_TRAP")
+    rows = problem(3, 700, 128, dtype=torch.bfloat16)
+    want, _ = both(gpu, rows, "sm90")
+    gpu.trapped, gpu.warps = torch.zeros(4, dtype=torch.int32), 1
+    gpu.replaced = {runtime.plain(k): v for k, v in text.read(sound).items()}
+    got, _ = both(gpu, rows, "sm90")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not gpu.trapped.any()
+
+    # The consumers never leave a stage: the producer waits until stage 0 is empty and they until it
+    # is full again, and it is theirs whose patience ends first.
+    broken, found = re.subn(r"mbarrier\.arrive\.shared[^;]*;", "", sound)
+    assert found
+    gpu.replaced = {runtime.plain(k): v for k, v in text.read(broken).items()}
+    with pytest.raises(RuntimeError, match="the kernel ended itself"):
+        both(gpu, problem(3, 2000, 128, dtype=torch.bfloat16), "sm90", topk=0)
+    full, stage, block, warp = 1, 0, 0, 4  # Waits::kFull
+    assert gpu.trapped.tolist() == [full, stage, block, warp]
+
+
 def test_the_machine_checks_bounds_and_alignment():
     memory = machine.Memory(np.zeros(64, np.uint8), 0, [(0, 24), (32, 64)])
     assert memory.at(np.array([8, 40, 16]), 8).tolist() == [1, 5, 2]

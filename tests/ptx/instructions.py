@@ -126,6 +126,13 @@ def setmaxnreg(take: Operands, machine: Machine, s: Statement):
     return lambda w, m: None if w.together(m) else TOGETHER
 
 
+def trap(take: Operands, machine: Machine, s: Statement):
+    def run(w, lanes):
+        raise Fault("the kernel ended itself")
+
+    return run
+
+
 BUILDERS = {
     "atom": memory.atomic,
     "bar": bar,
@@ -149,6 +156,7 @@ BUILDERS = {
     "shfl": shuffle,
     "st": memory.store,
     "stmatrix": products.stmatrix,
+    "trap": trap,
     "vote": vote,
     "wgmma": products.wgmma,
 }

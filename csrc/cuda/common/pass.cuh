@@ -35,6 +35,13 @@ struct Hidden {
     int words, listed;
 };
 
+// Where a debug build says which barrier is waited for in vain (pipeline_sm90.cuh).
+enum class Waits : int { kNone, kFull, kEmpty, kRowsFull, kRowsEmpty };
+struct Trapped {
+    Waits what;
+    int stage, block, warp;
+};
+
 // What the kernels of a pass get: the caller's struct, and how the work is done.
 struct KernelArgs : PassArgs {
     bool aligned;         // rows and pointers are multiples of 16 bytes
@@ -48,6 +55,7 @@ struct KernelArgs : PassArgs {
     RowSums* sums;     // (splits, B)
     float* means;      // (splits, B, D) sum weight 2^(logit - shift) bank
     float* cell_max;   // (B + 1, cells); what rows behind the batch give goes to the last
+    Trapped* trapped;  // in memory of the host, or null: no debug build
 
     // In 32 bits, which kernels count in: 64 would cost the inner loops of sm_90 uniform registers.
     PSM_HD int rows() const { return int(batch); }

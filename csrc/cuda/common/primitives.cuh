@@ -111,6 +111,10 @@ PSM_DEVICE bool warp_any(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 PSM_DEVICE uint32_t warp_ballot(bool x) { return __ballot_sync(0xFFFFFFFFu, x); }
 PSM_DEVICE void warp_sync() { __syncwarp(); }
 PSM_DEVICE void block_sync() { __syncthreads(); }
+PSM_DEVICE void end_with_error() {  // what was stored before reaches the host
+    __threadfence_system();
+    __trap();
+}
 PSM_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 PSM_DEVICE int atomic_exchange(int* address, int value) { return atomicExch(address, value); }
 PSM_DEVICE void atomic_or(uint32_t* address, uint32_t value) { atomicOr(address, value); }

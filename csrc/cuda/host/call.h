@@ -38,9 +38,11 @@ class Call {
                 int shared_bytes, Argument&... argument) const {
         if (measures) return;
         void* arguments[] = {&argument...};
+        const auto stream = static_cast<cudaStream_t>(place.stream);
         check(cudaLaunchKernel(function, dim3(unsigned(grid)), dim3(threads), arguments,
-                               shared_bytes, static_cast<cudaStream_t>(place.stream)),
+                               shared_bytes, stream),
               name);
+        check_trap(stream, name);
     }
     void clear(void* array, size_t bytes) const {
         if (measures) return;

@@ -141,6 +141,7 @@ void bank_pass(const PassArgs& given, Call& call) {
     args.aligned = rows_aligned(given);
     args.scale = float(1.4426950408889634 / given.options.temperature);
     args.sharpness = sharpness_of(given.options.a);
+    args.trapped = call.measures ? nullptr : trapped();
 
     Hidden hidden = {};
     if (hides(given.exclude) || hides_mined)

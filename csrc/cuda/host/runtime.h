@@ -3,8 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include <new>
 #include <stdexcept>
 #include <string>
+
+#include "../common/pass.cuh"
 
 namespace psm::cuda {
 
@@ -14,6 +17,35 @@ inline void check(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("psm_kernels: ") + what + ": " +
                              cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
 }
+
+#ifdef PSM_CUDA_TRAP
+// One place for the process: what comes after a kernel that trapped fails anyway.
+inline Trapped* trapped() {
+    static Trapped* const place = [] {
+        void* memory = nullptr;
+        check(cudaHostAlloc(&memory, sizeof(Trapped), cudaHostAllocPortable | cudaHostAllocMapped),
+              "cudaHostAlloc");
+        return new (memory) Trapped{};
+    }();
+    return place;
+}
+// Waits for the kernel that was started, outside of a graph, to tell of a trap at once.
+inline void check_trap(cudaStream_t stream, const char* name) {
+    cudaStreamCaptureStatus capture;
+    check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
+    if (capture != cudaStreamCaptureStatusNone) return;
+    const cudaError_t error = cudaStreamSynchronize(stream);
+    const Trapped at = *trapped();
+    constexpr const char* kNames[] = {"", "full", "empty", "rows full", "rows empty"};
+    const std::string where = at.what == Waits::kNone ? "" :
+        ": block " + std::to_string(at.block) + ", warp " + std::to_string(at.warp) +
+        " waits for barrier `" + kNames[int(at.what)] + "` of stage " + std::to_string(at.stage);
+    check(error, (name + where).c_str());
+}
+#else
+inline Trapped* trapped() { return nullptr; }
+inline void check_trap(cudaStream_t, const char*) {}
+#endif
 
 class DeviceGuard {
    public:

@@ -38,7 +38,7 @@ struct MineSm90 {
         for (int item = block_index(); item < items; item += grid_size()) {
             const int first_row = item % args.row_blocks * kRows;
             const Walk walk = walk_of(args, kTileSlots, item / args.row_blocks);
-            mbarrier_wait(barriers.rows_empty(), rows_phase ^ 1);
+            barriers.wait(barriers.rows_empty(), rows_phase ^ 1, Waits::kRowsEmpty);
             rows_phase ^= 1;
             if (lane == 0) {
                 mbarrier_arrive_expect(barriers.rows_full(), panels * kRowPanelBytes);
@@ -48,7 +48,7 @@ struct MineSm90 {
             }
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 for (int panel = 0; panel < panels; ++panel) {
-                    mbarrier_wait(ring.empty(), ring.phase ^ 1);
+                    barriers.wait(ring.empty(), ring.phase ^ 1, Waits::kEmpty);
                     if (lane == 0) {
                         mbarrier_arrive_expect(ring.full, kStageBytes);
                         tma_load(first_stage + ring.full * (kStageBytes / 8), &maps.bank, ring.full,
@@ -80,7 +80,7 @@ struct MineSm90 {
             Masks<kTileSlots> masks(args, row, walk);
             int gone[2] = {};
             QuadCells best(args, row, walk);
-            mbarrier_wait(barriers.rows_full(), rows_phase);
+            barriers.wait(barriers.rows_full(), rows_phase, Waits::kRowsFull);
             rows_phase ^= 1;
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 float s[kTiles][4];
@@ -88,7 +88,7 @@ struct MineSm90 {
                 const auto multiply = [&](int panel, auto first) {
                     Descriptor a = rows.moved(panel * (kRowPanelBytes / kUnit));
                     Descriptor b = slots.moved(ring.full * units);
-                    mbarrier_wait(ring.full, ring.phase);
+                    barriers.wait(ring.full, ring.phase, Waits::kFull);
                     hide(a), hide(b);
                     hold_accumulators(s);
                     wgmma_fence();

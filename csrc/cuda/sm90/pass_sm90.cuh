@@ -42,7 +42,7 @@ struct PassSm90 {
         for (int item = block_index(); item < items; item += grid_size()) {
             const int first_row = item % args.row_blocks * kRows;
             const Walk walk = walk_of(args, kTileSlots, item / args.row_blocks);
-            mbarrier_wait(barriers.rows_empty(), rows_phase ^ 1);
+            barriers.wait(barriers.rows_empty(), rows_phase ^ 1, Waits::kRowsEmpty);
             rows_phase ^= 1;
             if (lane == 0) {
                 mbarrier_arrive_expect(barriers.rows_full(), kRowTileBytes);
@@ -51,7 +51,7 @@ struct PassSm90 {
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 const uint32_t target = first_stage + ring.full * (kStageBytes / 8);
                 const int first = walk.start(tile) - walk.lead;
-                mbarrier_wait(ring.empty(), ring.phase ^ 1);
+                barriers.wait(ring.empty(), ring.phase ^ 1, Waits::kEmpty);
                 if (walk.whole(tile)) {
                     if (lane == 0) {
                         mbarrier_arrive_expect(ring.full, kStageBytes);
@@ -143,12 +143,12 @@ struct PassSm90 {
                 if (lane == 0) mbarrier_arrive(held);
             };
 
-            mbarrier_wait(barriers.rows_full(), rows_phase);
+            barriers.wait(barriers.rows_full(), rows_phase, Waits::kRowsFull);
             rows_phase ^= 1;
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 const uint32_t stage = ring.full * units;
                 float s[kTiles][4];
-                mbarrier_wait(ring.full, ring.phase);
+                barriers.wait(ring.full, ring.phase, Waits::kFull);
                 similarities(s, query, slots.moved(stage));
                 leave();
                 if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);

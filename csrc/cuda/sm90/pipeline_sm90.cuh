@@ -29,6 +29,7 @@ template <int kStages>
 struct Barriers {
     static constexpr int kBytes = (2 * kStages + 3) * 8;
     uint32_t start;  // `full` of each stage, then `empty` of each
+    Trapped* trapped;  // see PSM_CUDA_TRAP
     PSM_DEVICE uint32_t rows_full() const { return start + 16 * kStages; }  // the block's rows
     PSM_DEVICE uint32_t rows_empty() const { return start + 16 * kStages + 8; }
     PSM_DEVICE uint32_t nobody() const { return start + 16 * kStages + 16; }  // no one waits for it
@@ -44,6 +45,22 @@ struct Barriers {
             fence_proxy_async();
         }
         block_sync();
+    }
+
+    // In a debug build two seconds are enough: the kernel says who waits for what, and ends. By a
+    // store, because around a call such as printf the compiler would take the products one by one.
+    PSM_DEVICE void wait(uint32_t barrier, uint32_t parity, Waits what) const {
+#ifdef PSM_CUDA_TRAP
+        const uint64_t begin = nanoseconds();
+        while (!mbarrier_done(barrier, parity)) {
+            if (nanoseconds() - begin < 2000000000) continue;
+            const int stage = int(barrier - start) / 8 % kStages;
+            *trapped = {what, stage, block_index(), thread_index() / 32};
+            end_with_error();
+        }
+#else
+        mbarrier_wait(barrier, parity);
+#endif
     }
 };
 
@@ -67,7 +84,7 @@ template <class Pass, class Consume>
 PSM_DEVICE void produce_and_consume(const KernelArgs& args, const TensorMaps& maps, char* shared,
                                     Consume consume) {
     const uint32_t base = shared_address(shared);
-    const Barriers<Pass::kStages> barriers = {base + Pass::kBarriers};
+    const Barriers<Pass::kStages> barriers = {base + Pass::kBarriers, args.trapped};
     barriers.init();
     if (thread_index() < 128) {
         give_registers<kProducerRegisters>();
