@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 TRITON = Path(sysconfig.get_path("purelib"), "triton/backends/nvidia/bin")
 NVCC = shutil.which("nvcc")
 NVDISASM = shutil.which("nvdisasm") or shutil.which("nvdisasm", path=TRITON)
+CUOBJDUMP = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=TRITON)
+HOPPER_OBJECTS = sorted(ROOT.glob("build/objects/cuda_sm90_*.o"))  # of a build of the checkout
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 
@@ -76,6 +78,20 @@ def test_no_spills_and_no_serialized_products(name, folder):
     if name.startswith("sm90"):  # as many as 384 threads can have at launch: setmaxnreg deals them
         assert registers == 168
     assert registers <= 255
+
+
+@pytest.mark.skipif(CUOBJDUMP is None, reason="cuobjdump is neither on PATH nor with triton")
+@pytest.mark.skipif(not HOPPER_OBJECTS, reason="needs a build of the checkout for sm_90a")
+@pytest.mark.parametrize("path", HOPPER_OBJECTS, ids=lambda path: path.stem)
+def test_every_hopper_kernel_starts_with_the_registers_that_are_dealt(path):
+    """setmaxnreg deals 384 x 168: more are not there, and from fewer the consumers wait for ever."""
+    run = subprocess.run(
+        [CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True
+    )
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", run.stdout)
+    dealt = {name: use for name, *use in found if "sm90" in name}
+    assert len(dealt) >= 13
+    assert all(use == ["168", "0"] for use in dealt.values()), dealt
 
 
 def test_no_spills_on_any_architecture(folder):
