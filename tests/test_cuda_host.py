@@ -18,6 +18,7 @@ from cuda_cases import (
     PATHS,
     REFERENCE,
     STATE,
+    arguments,
     assert_agree,
     both,
     hidden,
@@ -308,3 +309,19 @@ def test_the_noise_is_the_canonical_one(gpu, path, dtype, row_offset, col_offset
     got, _ = both(gpu, (query, query, bank, torch.zeros(19)), path, a=44.0, b=0.0, **settings)
     words = noise.philox_block(row_offset, 19, 64, col_offset, STATE)
     assert torch.equal(got.neg_mean > 0, words < math.exp(-44.0 / 64) * 2**32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "items"),
+    [
+        (256, 65_536, 128, 2 * 64),  # eight tiles each; with 66 splits some had eight all the same
+        (1024, 65_536, 256, 8 * 16),  # one wave; 33 splits made two of half the length
+        (4096, 262_144, 256, 32 * 4),
+        (64, 65_536, 64, 128),
+    ],
+)
+def test_the_fewest_splits_that_end_as_early(gpu, batch, size, dim, items):
+    gpu.multiprocessors, gpu.runs = 132, False
+    query, bank = (torch.zeros(n, dim, dtype=torch.bfloat16) for n in (batch, size))
+    CUDA.bank_pass(*arguments(query, query, bank, torch.zeros(batch), topk=0))
+    assert gpu.grids[0] == items

@@ -10,6 +10,7 @@ from cuda_cases import (
     CUDA,
     PATHS,
     REFERENCE,
+    arguments,
     both,
 )
 from ptx import runtime
@@ -101,3 +102,21 @@ def test_a_bad_slot_hides_no_other(gpu, path, dtype):
     good = torch.tensor([slot for slot in range(300) if slot not in (70, 75)])
     for row in got.topk_index:
         assert torch.isin(good, row).all()
+
+
+@pytest.mark.parametrize(("path", "turns"), [("sm80", 32), ("sm90", 8)])
+def test_memory_of_many_rows_and_slots_is_bounded(gpu, path, turns):
+    """Cell maxima of 65,536 rows by a million slots would take 4.3 GB; they are made in turns."""
+    batch, dim = 65_536, 16
+    gpu.capability, gpu.multiprocessors, gpu.runs = CAPABILITY[path], 132, False
+    query = torch.zeros(batch, dim, dtype=torch.bfloat16)
+    bank = torch.zeros(1 << 20, dim, dtype=torch.bfloat16)
+    taken = []
+    allocate = torch.empty
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *a, **k: taken.append(allocate(*a, **k)) or taken[-1])
+        CUDA.bank_topk(query, bank, 5, torch.tensor(len(bank)))
+        CUDA.bank_pass(*arguments(query, query, bank, torch.zeros(batch), topk=5))
+    largest = max(x.nbytes for x in taken if x.dtype == torch.uint8)
+    assert 100 << 20 < largest < 180 << 20
+    assert sum("mined_kernel" in name for name in gpu.launches) == 2 * turns

@@ -84,7 +84,7 @@ def test_no_spills_and_no_serialized_products(name, folder):
 @pytest.mark.skipif(not HOPPER_OBJECTS, reason="needs a build of the checkout for sm_90a")
 @pytest.mark.parametrize("path", HOPPER_OBJECTS, ids=lambda path: path.stem)
 def test_every_hopper_kernel_starts_with_the_registers_that_are_dealt(path):
-    """setmaxnreg deals 384 x 168: more are not there, and from fewer the consumers wait for ever."""
+    """setmaxnreg deals 384 x 168: more are not there; with fewer the consumers wait for ever."""
     run = subprocess.run(
         [CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True
     )

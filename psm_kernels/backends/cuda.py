@@ -34,6 +34,16 @@ def unavailable() -> str | None:
     return _C.cuda.unavailable(torch.cuda.current_device()) or None
 
 
+@functools.cache
+def _load(device: int) -> None:
+    """The kernels, which a first call in a graph capture could not load any more. Choosing the
+    backend did it for the device that was current then."""
+    from psm_kernels import _C
+
+    if reason := _C.cuda.unavailable(device):
+        raise RuntimeError(reason)
+
+
 def _missing() -> str:
     try:
         from psm_kernels._build_info import MISSING_CUDA
@@ -74,6 +84,7 @@ class Cuda(Compiled):
         from psm_kernels import _C
 
         place = _place(bank)
+        _load(place["device"])
         if name == "enqueue":  # needs no memory of its own
             return _C.cuda.enqueue(args, **place)
         size = _C.cuda.workspace_bytes(args, place["device"], **self.flags)

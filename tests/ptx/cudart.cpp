@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <set>
 #include <string>
 
 namespace {
@@ -14,12 +15,23 @@ namespace {
 using Run = const char* (*)(const char* name, int grid, int threads, size_t shared_bytes,
                             void** arguments);
 
+bool loads = true;  // or as in a capture, which cannot load kernels
 Run run_kernel;
 int major, multiprocessors;
 const char* reason = "";
 std::map<const void*, std::string>& names() {
     static std::map<const void*, std::string> all;
     return all;
+}
+
+std::set<const void*>& loaded() {
+    static std::set<const void*> all;
+    return all;
+}
+
+cudaError_t refuse_loading() {
+    reason = "the kernel was not loaded when the backend was chosen";
+    return cudaErrorStreamCaptureUnsupported;
 }
 
 // What a tensor map says, as plain numbers: base, columns, rows, bytes of a row, box, bytes of one.
@@ -51,6 +63,7 @@ extern "C" {
 __attribute__((visibility("default"))) void fake_device(Run run, int capability, int count) {
     run_kernel = run, major = capability, multiprocessors = count;
 }
+__attribute__((visibility("default"))) void fake_loading(bool may) { loads = may; }
 
 void** __cudaRegisterFatBinary(void*) {
     static void* handle;
@@ -73,6 +86,7 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
     const auto found = names().find(function);
     reason = "no kernel of this module";
     if (found == names().end() || run_kernel == nullptr) return cudaErrorInvalidDeviceFunction;
+    if (!loaded().count(function)) return refuse_loading();
     reason = run_kernel(found->second.c_str(), int(grid.x), int(block.x), shared_bytes, arguments);
     return reason ? cudaErrorLaunchFailure : cudaSuccess;
 }
@@ -83,7 +97,11 @@ cudaError_t cudaMemsetAsync(void* start, int value, size_t bytes, cudaStream_t) 
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
     return value <= 227 << 10 ? cudaSuccess : cudaErrorInvalidValue;
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* function) {
+    if (!loads && !loaded().count(function)) return refuse_loading();
+    loaded().insert(function);
+    return cudaSuccess;
+}
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void*, int, size_t) {
     *count = 1;
     return cudaSuccess;

@@ -108,6 +108,7 @@ class Gpu:
         self.replaced: dict[str, Callable[[], Kernel]] = {}  # by plain name
         self.tensors: list[weakref.ref] = []  # whose addresses kernels were given
         self.launches: list[str] = []
+        self.grids: list[int] = []
         kinds = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_size_t)
         self.callback = ctypes.CFUNCTYPE(ctypes.c_void_p, *kinds, ctypes.POINTER(ctypes.c_void_p))(
             self.launch
@@ -128,9 +129,13 @@ class Gpu:
         self.address = address
 
     def place(self, bank) -> dict[str, int]:
-        ctypes.CDLL(str(library())).fake_device(
-            self.callback, self.capability, self.multiprocessors
-        )
+        runtime = ctypes.CDLL(str(library()))
+        runtime.fake_device(self.callback, self.capability, self.multiprocessors)
+        runtime.fake_loading(True)
+        reason = module().cuda.unavailable(0)  # as when the backend is chosen
+        runtime.fake_loading(False)
+        if reason:
+            raise RuntimeError(reason)
         return {"device": 0, "stream": 0}
 
     def launch(self, name, grid, threads, shared_bytes, arguments) -> int | None:
@@ -155,6 +160,7 @@ class Gpu:
             self.message = ctypes.create_string_buffer(f"{kind}{error}".encode())
             return ctypes.addressof(self.message)
         self.launches.append(machine.kernel.name)
+        self.grids.append(grid)
         return None
 
     def machine(self, name: str) -> Machine:

@@ -66,4 +66,9 @@ class Call {
 
 void bank_pass(const PassArgs& args, Call& call);
 
+// Every kernel of the file, for the current device.
+void load_passes(int device);
+void load_steps();
+void load_enqueues();
+
 }  // namespace psm::cuda

@@ -169,11 +169,32 @@ void bank_pass(const PassArgs& args, const Place& place) {
     bank_pass(args, call);
 }
 
+void load_passes(int device) {
+    constexpr Selection kSelections[] = {Selection::kBernoulli, Selection::kExpected,
+                                         Selection::kAll, Selection::kAffine};
+    load(reinterpret_cast<const void*>(mark_kernel), "mark");
+    for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
+        load(find_mined(dtype), "mined");
+        load(find_merge(dtype), "merge");
+        for (Find find : {portable_kernels(dtype), hopper_kernels(dtype, device)}) {
+            if (find == nullptr) continue;
+            for (int dim : {64, 128, 256, kMaxTopkDim}) {
+                resident_blocks(find(Selection::kAll, Work::kMine, dim), device);
+                if (dim > kMaxDim) continue;
+                resident_blocks(find(Selection::kAll, Work::kProducts, dim), device);
+                for (Selection selection : kSelections)
+                    resident_blocks(find(selection, Work::kPass, dim), device);
+            }
+        }
+    }
+}
+
 std::string unavailable(int device) {
-    cudaFuncAttributes attributes;
     try {
         const DeviceGuard guard(device);
-        check(cudaFuncGetAttributes(&attributes, find_merge(Dtype::kFloat32)), "no kernel here");
+        load_passes(device);
+        load_steps();
+        load_enqueues();
     } catch (const std::runtime_error& error) {
         return error.what();
     }

@@ -24,7 +24,7 @@ void bank_pass(const PassArgs& args, const Place& place);
 void psm_step(const StepArgs& args, const Place& place);
 void enqueue(const EnqueueArgs& args, const Place& place);
 
-// Empty, or why this device cannot run the kernels of this build.
+// Empty, or why this device cannot run the kernels of this build. It loads them all.
 std::string unavailable(int device);
 
 }  // namespace psm::cuda

@@ -1,6 +1,9 @@
 // How a kernel that walks the bank does its work: which one it is, how it is cut, its launch.
 #pragma once
 
+#include <map>
+#include <mutex>
+
 #include "../common/kernels.h"
 #include "../common/merge.cuh"
 #include "call.h"
@@ -14,34 +17,70 @@ inline bool rows_aligned(const PassArgs& args) {
     return bytes % 16 == 0 && at(args.query) == 0 && at(args.key) == 0 && at(args.bank.rows) == 0;
 }
 
-inline PassKernel choose(const KernelArgs& args, Work work, const Place& place) {
-    const Dtype dtype = args.bank.dtype;
-    const Selection selection = args.options.selection;
+using Find = PassKernel (*)(Selection, Work, int dim);
+inline Find portable_kernels(Dtype dtype) {
+    return dtype == Dtype::kFloat32    ? sm80_float32
+           : dtype == Dtype::kBFloat16 ? sm80_bfloat16
+                                       : sm80_float16;
+}
+inline Find hopper_kernels(Dtype dtype, int device) {  // null where there are none
 #ifdef PSM_CUDA_SM90A
-    const bool hopper = attribute(cudaDevAttrComputeCapabilityMajor, place.device) == 9;
-    if (hopper && args.aligned && selection != Selection::kAffine && !place.force_sm80) {
-        if (dtype == Dtype::kBFloat16) return sm90_bfloat16(selection, work, args.dim());
-        if (dtype == Dtype::kFloat16) return sm90_float16(selection, work, args.dim());
-    }
+    if (dtype != Dtype::kFloat32 && attribute(cudaDevAttrComputeCapabilityMajor, device) == 9)
+        return dtype == Dtype::kBFloat16 ? sm90_bfloat16 : sm90_float16;
 #endif
-    const auto find = dtype == Dtype::kFloat32    ? sm80_float32
-                      : dtype == Dtype::kBFloat16 ? sm80_bfloat16
-                                                  : sm80_float16;
+    return nullptr;
+}
+
+inline PassKernel choose(const KernelArgs& args, Work work, const Place& place) {
+    const Selection selection = args.options.selection;
+    Find find = nullptr;
+    if (args.aligned && selection != Selection::kAffine && !place.force_sm80)
+        find = hopper_kernels(args.bank.dtype, place.device);
+    if (find == nullptr) find = portable_kernels(args.bank.dtype);
     return find(selection, work, args.dim());
 }
 
-// The fewest splits that fill nearly all multiprocessors in every wave: partial results cost
-// splits x B x D of traffic.
-inline int choose_splits(int row_blocks, int resident, int most) {
-    int best = 1;
-    double best_share = 0;
-    const int last = std::min(most, std::max(1, 2 * resident / row_blocks));
-    for (int splits = 1; splits <= last; ++splits) {
-        const int items = row_blocks * splits, waves = (items + resident - 1) / resident;
-        const double share = double(items) / (double(waves) * resident);
-        if (share > best_share + 0.03) best = splits, best_share = share;
-    }
-    return best;
+// CTAs of a kernel that a device holds at once. Asked once per kernel and device: with its
+// permission to take more than 48 KB of shared memory the answer takes microseconds.
+inline int resident_blocks(const PassKernel& kernel, int device) {
+    static std::mutex mutex;
+    static std::map<std::pair<const void*, int>, int> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find({kernel.function, device});
+    if (found != known.end()) return found->second;
+    load(kernel.function, kernel.name);
+    if (kernel.shared_bytes > 48 << 10)
+        check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   kernel.shared_bytes),
+              kernel.name);
+    int per_multiprocessor = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel.function,
+                                                        kernel.threads, kernel.shared_bytes),
+          kernel.name);
+    if (per_multiprocessor == 0)
+        throw std::runtime_error(std::string("psm_kernels: ") + kernel.name +
+                                 ": does not fit this GPU's shared memory");
+    const int all = per_multiprocessor * attribute(cudaDevAttrMultiProcessorCount, device);
+    return known[{kernel.function, device}] = all;
+}
+
+// The fewest splits of `grains` that end as early as any, to 1 %, in tiles of `tile_slots`: waves of
+// items, each with a tile's time for its rows and its end, and then `partials` splits x B x D sums
+// written and read again. A tile of 128 rows takes 4 x 128 x tile_slots x D operations, on Hopper at
+// 6 TFLOP/s of a multiprocessor; a split's sums are 8 x B x D bytes, through L2 at 5 TB/s.
+inline int choose_splits(int row_blocks, int resident, int grains, int grain_tiles, int tile_slots,
+                         bool partials) {
+    const auto end = [&](int splits) {
+        const int waves = (row_blocks * splits + resident - 1) / resident;
+        const int tiles = (grains + splits - 1) / splits * grain_tiles;
+        return waves * (tiles + 1) + partials * 2.4 * row_blocks / tile_slots * splits;
+    };
+    const int last = std::min({grains, kMaxSplits, std::max(1, 4 * resident / row_blocks)});
+    double earliest = end(1);
+    for (int splits = 2; splits <= last; ++splits) earliest = std::min(earliest, end(splits));
+    int splits = 1;
+    while (end(splits) > 1.01 * earliest) ++splits;
+    return splits;
 }
 
 class Plan {
@@ -49,27 +88,18 @@ class Plan {
     const PassKernel kernel;
 
     Plan(const KernelArgs& args, Work work, const Call& call)
-        : kernel(choose(args, work, call.place)) {
-        if (kernel.shared_bytes > 48 << 10)  // more needs the kernel's consent
-            check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       kernel.shared_bytes),
-                  kernel.name);
-        int per_multiprocessor = 0;
-        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                  &per_multiprocessor, kernel.function, kernel.threads, kernel.shared_bytes),
-              kernel.name);
-        if (per_multiprocessor == 0)
-            throw std::runtime_error(std::string("psm_kernels: ") + kernel.name +
-                                     ": does not fit this GPU's shared memory");
-        resident_ = per_multiprocessor * call.multiprocessors();
-    }
+        : kernel(choose(args, work, call.place)),
+          partials_(work != Work::kMine),
+          resident_(resident_blocks(kernel, call.place.device)) {}
 
     void cut(KernelArgs& args) const {
         const int64_t slots = args.bank.slots + lead_slots(args.options.col_offset);
         const int64_t grain = std::max(group_slots(args), kernel.tile_slots);
-        const int grains = int(std::min<int64_t>(kMaxSplits, (slots - 1) / grain + 1));
+        const int grains = int((slots - 1) / grain + 1);
+        const int grain_tiles = int(grain / kernel.tile_slots);
         args.row_blocks = int((args.batch + kernel.rows - 1) / kernel.rows);
-        args.splits = choose_splits(args.row_blocks, resident_, grains);
+        args.splits = choose_splits(args.row_blocks, resident_, grains, grain_tiles,
+                                    kernel.tile_slots, partials_);
     }
     void start(KernelArgs& args, const Call& call) const {
         const int grid = std::min(resident_, args.row_blocks * args.splits);
@@ -87,7 +117,8 @@ class Plan {
     }
 
    private:
-    int resident_;
+    const bool partials_;
+    const int resident_;
 };
 
 }  // namespace psm::cuda

@@ -62,6 +62,12 @@ class DeviceGuard {
     int device_, before_ = 0;
 };
 
+// The driver loads a kernel when it is first asked for, which a graph capture does not allow.
+inline void load(const void* function, const char* name) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, function), name);
+}
+
 inline int attribute(cudaDeviceAttr which, int device) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");

@@ -52,6 +52,15 @@ void step(const StepArgs& args, Call& call) {
 
 }  // namespace
 
+void load_steps() {
+    for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})
+        visit_dtype(dtype, [](auto type) {
+            using T = typename decltype(type)::type;
+            load(reinterpret_cast<const void*>(unit_kernel<T>), "unit rows");
+            load(reinterpret_cast<const void*>(loss_kernel<T>), "losses");
+        });
+}
+
 size_t workspace_bytes(const StepArgs& args, const Place& place) {
     Call call(place, true);
     step(args, call);
