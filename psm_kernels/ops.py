@@ -60,7 +60,10 @@ def bank_pass(
         backend: "auto" or a name of `python -m psm_kernels`.
 
     Returns:
-        BankPass in fp32 (fp64 for an fp64 bank). Ties of the top-k go to the smaller slot.
+        BankPass in fp32 (fp64 for an fp64 bank). Ties of the top-k go to the smaller slot. Masks
+        are the same everywhere; sums have the same bits on the same kind of device, for the order
+        of additions depends on how many multiprocessors or threads divide the bank. Of what is
+        mined see `bank_topk`.
 
     Raises:
         ValueError: an argument is wrong, or the named backend cannot run here.
@@ -107,7 +110,9 @@ def bank_topk(
 
     Returns:
         similarity (B, k) fp32 (fp64 for an fp64 bank), descending, and index (B, k) int64. Ties go
-        to the smaller slot. No gradient.
+        to the smaller slot. No gradient. On a GPU the similarities are dot products in fp32, but
+        where to look for them is decided by products of the tensor cores, whose last bits differ:
+        slots nearer to each other than about 1e-7 may come in another choice than on "reference".
 
     Raises:
         ValueError: an argument is wrong, or the named backend cannot run here.
