@@ -6,7 +6,9 @@ without it, says why and leaves the reason in psm_kernels/_build_info.py.
 
 Environment: CXX names the compiler; PSM_SANITIZE=address,undefined makes an instrumented build;
 CUDA_HOME names the toolkit (else nvcc of PATH); PSM_CUDA=0 leaves the CUDA kernels out, =1 makes it
-an error that they cannot be built; PSM_CUDA_ARCHS names the architectures (80,86,89,90a,120).
+an error that they cannot be built; PSM_CUDA_ARCHS names the architectures (80,86,89,90a,100,120;
+100 and 120 get the code of 80). PSM_CUDA_TRAP=1 makes a debug build, whose kernels for Hopper say
+which barrier they wait for, and end, when that takes two seconds.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class NoCuda(Exception):
 
 OLDEST_CUDA = (12, 5)  # the first with cudaGetDriverEntryPointByVersion
 OLDEST_ARCH = 80  # cp.async, and mma on bf16
-ARCHS = "80,86,89,90a,120"
+ARCHS = "80,86,89,90a,100,120"
 
 
 class Cuda(NamedTuple):

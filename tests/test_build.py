@@ -79,7 +79,7 @@ def test_a_found_toolkit_is_used(machine):
     assert machine.built()
     assert machine.info() == {}
     commands = machine.nvcc_commands()
-    assert "compute_80,code=[sm_80,sm_86,sm_89,sm_90,sm_120,compute_80]" in commands
+    assert "compute_80,code=[sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,compute_80]" in commands
     assert commands.count("code=sm_90a") == 2
     assert commands.count("\n") == len(list(ROOT.glob("csrc/cuda/*/*.cu")))
 
@@ -102,7 +102,7 @@ def test_the_toolkit_behind_a_wrapper_on_the_path(machine, tmp_path):
     [
         ({"CUDA_HOME": "/no/toolkit"}, "there is no nvcc in /no/toolkit/bin"),
         ({"RELEASE": "12.4"}, "is of CUDA 12.4, 12.5 or newer is needed"),
-        ({"UNKNOWN": "sm_"}, "knows none of 80, 86, 89, 90a, 120"),
+        ({"UNKNOWN": "sm_"}, "knows none of 80, 86, 89, 90a, 100, 120"),
         ({"BREAKS": "launch.cu"}, "failed: x.h:3: error: #error no launch.cu"),
         ({"BREAKS": "-lcudart_static"}, "failed: x.h:3: error: #error no -lcudart_static"),
     ],
@@ -164,7 +164,7 @@ def test_architectures_that_nvcc_does_not_know(machine):
     assert machine.info() == {}
     commands = machine.nvcc_commands()
     assert "sm_120" not in commands
-    assert "sm_89,sm_90,compute_80" in commands
+    assert "sm_89,sm_90,sm_100,compute_80" in commands
     done = machine.build(UNKNOWN="sm_120", PSM_CUDA_ARCHS="80,120")
     assert done.returncode != 0
     assert "does not know 120" in done.stderr

@@ -97,7 +97,7 @@ def test_every_hopper_kernel_starts_with_the_registers_that_are_dealt(path):
 def test_no_spills_on_any_architecture(folder):
     """The headline kernels, as setup.py compiles them for chips other than Hopper."""
     functions = {function: False for arch, function in KERNELS.values() if arch == "80"}
-    archs = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+    archs = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
     machine = f"-gencode=arch=compute_80,code=[{','.join(archs)}]"
     report = compile_for(folder / "all.cu", functions, "-fatbin", machine).report
     found = re.findall(
