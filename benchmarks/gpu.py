@@ -54,6 +54,7 @@ GROUPS = ("cuda", "triton", "eager", "compile", "slab")
 VARIANTS = {  # of the cuda backend's pass; those of sm_90a stand last
     "null epilogue": {"null_epilogue": True},
     "sm_80 kernels": {"force_sm80": True},
+    "ping-pong": {"ping_pong": True},
 }
 HOPPER = 9
 DEVICE = "cuda"

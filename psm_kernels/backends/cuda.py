@@ -60,8 +60,8 @@ def _place(bank: Tensor) -> dict[str, int]:
 
 class Cuda(Compiled):
     """Flags are for benchmarks and tests: `null_epilogue`, products alone, whose results mean
-    nothing; `force_sm80`, the kernels of sm_80 on a Hopper GPU; `cell_log2`, mining's cells are at
-    least so large."""
+    nothing; `force_sm80`, the kernels of sm_80 on a Hopper GPU; `ping_pong`, warpgroups of sm_90a
+    start products in turns; `cell_log2`, mining's cells are at least so large."""
 
     name = "cuda"
     what = "CUDA C++ kernels, sm_80 and newer; not in auto: no measured results yet"

@@ -14,6 +14,7 @@ enum class Work : int {
     kPass,      // sums over query . M
     kProducts,  // the same products with a null epilogue: the floor of a kernel
     kMine,      // cell maxima of query . M
+    kInTurns,   // kPass of kBernoulli on sm_90a, whose warpgroups take turns
 };
 
 constexpr int kCellLog2 = 6;      // smallest cell, whose best similarity is kept for mining
@@ -36,7 +37,7 @@ struct Hidden {
 };
 
 // Where a debug build says which barrier is waited for in vain (pipeline_sm90.cuh).
-enum class Waits : int { kNone, kFull, kEmpty, kRowsFull, kRowsEmpty };
+enum class Waits : int { kNone, kFull, kEmpty, kRowsFull, kRowsEmpty, kCopied };
 struct Trapped {
     Waits what;
     int stage, block, warp;

@@ -111,6 +111,14 @@ PSM_DEVICE bool warp_any(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 PSM_DEVICE uint32_t warp_ballot(bool x) { return __ballot_sync(0xFFFFFFFFu, x); }
 PSM_DEVICE void warp_sync() { __syncwarp(); }
 PSM_DEVICE void block_sync() { __syncthreads(); }
+// A barrier for some of the block's warps: who syncs waits until `threads` have come, who arrives
+// goes on at once.
+PSM_DEVICE void named_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+PSM_DEVICE void named_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 PSM_DEVICE void end_with_error() {  // what was stored before reaches the host
     __threadfence_system();
     __trap();

@@ -122,7 +122,11 @@ void mine(const KernelArgs& args, const Hidden& next, Call& call) {
 }
 
 void sum(KernelArgs args, Call& call) {
-    const Plan plan(args, call.place.null_epilogue ? Work::kProducts : Work::kPass, call);
+    const bool in_turns = call.place.ping_pong && args.options.selection == Selection::kBernoulli;
+    const Work work = call.place.null_epilogue ? Work::kProducts
+                      : in_turns               ? Work::kInTurns
+                                               : Work::kPass;
+    const Plan plan(args, work, call);
     plan.cut(args);
     args.sums = call.take<RowSums>(args.splits * args.batch);
     args.means = call.take<float>(args.splits * args.batch * args.bank.dim);
@@ -182,6 +186,7 @@ void load_passes(int device) {
                 resident_blocks(find(Selection::kAll, Work::kMine, dim), device);
                 if (dim > kMaxDim) continue;
                 resident_blocks(find(Selection::kAll, Work::kProducts, dim), device);
+                resident_blocks(find(Selection::kBernoulli, Work::kInTurns, dim), device);
                 for (Selection selection : kSelections)
                     resident_blocks(find(selection, Work::kPass, dim), device);
             }

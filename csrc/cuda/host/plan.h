@@ -64,10 +64,10 @@ inline int resident_blocks(const PassKernel& kernel, int device) {
     return known[{kernel.function, device}] = all;
 }
 
-// The fewest splits of `grains` that end as early as any, to 1 %, in tiles of `tile_slots`: waves of
-// items, each with a tile's time for its rows and its end, and then `partials` splits x B x D sums
-// written and read again. A tile of 128 rows takes 4 x 128 x tile_slots x D operations, on Hopper at
-// 6 TFLOP/s of a multiprocessor; a split's sums are 8 x B x D bytes, through L2 at 5 TB/s.
+// The fewest splits of `grains` that end as early as any, to 1 %, in tiles of `tile_slots`: waves
+// of items, each with a tile's time for its rows and its end, and then `partials`, splits x B x D
+// sums, written and read again. A tile of 128 rows takes 4 x 128 x tile_slots x D operations, on
+// Hopper at 6 TFLOP/s of a multiprocessor; a split's sums are 8 x B x D bytes, in L2 at 5 TB/s.
 inline int choose_splits(int row_blocks, int resident, int grains, int grain_tiles, int tile_slots,
                          bool partials) {
     const auto end = [&](int splits) {

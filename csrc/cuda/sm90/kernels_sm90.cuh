@@ -49,6 +49,10 @@ PassKernel find_sm90(Selection selection, Work work, int dim) {
         if (work == Work::kProducts)
             return handle_sm90<Config>(bank_pass_sm90<Config, Selection::kAll, Work::kProducts>,
                                        "null bank_pass (sm_90a)");
+        if (work == Work::kInTurns)
+            return handle_sm90<Config>(
+                bank_pass_sm90<Config, Selection::kBernoulli, Work::kInTurns>,
+                "bank_pass in turns (sm_90a)");
         return visit_selection(selection, [&](auto chosen) {
             return handle_sm90<Config>(
                 bank_pass_sm90<Config, decltype(chosen)::value, Work::kPass>,
