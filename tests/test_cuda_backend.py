@@ -118,6 +118,7 @@ def test_what_a_call_makes_lives_until_the_launch(name, monkeypatch):
     structs = {name: getattr(_C, name) for name in dir(_C) if name[0].isupper()}
     monkeypatch.setattr("psm_kernels._C", SimpleNamespace(cuda=kernels, **structs))
     monkeypatch.setattr(cuda, "_place", lambda bank: {"device": 0, "stream": 0})
+    monkeypatch.setattr(cuda, "_load", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
     calls(Cuda())[name]()
     assert given

@@ -338,8 +338,8 @@ def test_warpgroups_that_take_turns_sum_the_same(gpu, warps, batch, size, dim, c
     gpu.warps, gpu.multiprocessors = warps, cut
     args = arguments(*problem(batch, size, dim, dtype=torch.bfloat16), topk=0, count=count)
     want = Cuda().bank_pass(*args)
-    assert "Work3" not in gpu.launches[0]
+    assert "WorkE3" not in gpu.launches[0]
     gpu.launches.clear()
     got = Cuda(ping_pong=True).bank_pass(*args)
-    assert "Work3" in gpu.launches[0]
+    assert "WorkE3" in gpu.launches[0]
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
