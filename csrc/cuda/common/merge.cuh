@@ -44,7 +44,7 @@ PSM_DEVICE void merge_row(const KernelArgs& args, int row, MergeShared& shared) 
     spoiled = block_sum(spoiled, shared.values);
     for (int d = thread; d < dim; d += kRowThreads) {
         float mean = 0;
-#pragma unroll 8
+#pragma unroll 16  // reads of L2 that are under way together
         for (int split = 0; split < args.splits; ++split) {
             const int64_t at = split * args.batch + row;
             mean = fmaf(shared.weight[split], args.means[at * dim + d], mean);

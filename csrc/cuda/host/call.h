@@ -52,9 +52,9 @@ class Call {
     int multiprocessors() const {
         return attribute(cudaDevAttrMultiProcessorCount, place.device);
     }
-    // CTAs of a kernel that takes some of `pieces` at a time.
-    int64_t small_grid(int64_t pieces) const {
-        return std::min<int64_t>(pieces, 4 * multiprocessors());
+    // CTAs of a kernel that takes `pieces`, so many to a multiprocessor at once.
+    int64_t small_grid(int64_t pieces, int to_each = 4) const {
+        return std::min<int64_t>(pieces, to_each * multiprocessors());
     }
 
    private:

@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kMarkThreads)
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
     mined_kernel(const __grid_constant__ MinedArgs args) {
-    __shared__ SelectScratch scratch;
-    mine_rows<T>(args, scratch);
+    __shared__ MinedShared shared;
+    mine_rows<T>(args, shared);
 }
 
 template <class T>
@@ -110,12 +110,15 @@ void mine(const KernelArgs& args, const Hidden& next, Call& call) {
         skip_rows(pass, first);
         pass.batch = std::min(step, args.batch - first);
         plan.cut(pass);
-        const int64_t grid = call.small_grid(pass.batch);
+        const bool few = few_mined(pass);
+        const int64_t grid = call.small_grid(pass.batch, few ? 16 : 4);
         call.release_to(start);
         pass.cell_max = call.take<float>((pass.batch + 1) * pass.cells);
-        mined.cell_keys = call.take<uint64_t>(grid * power_of_two(chosen));
-        mined.slot_keys = call.take<uint64_t>(grid * power_of_two(int(topk)));
-        mined.scores = call.take<float>(grid * chosen << pass.cell_log2);
+        if (!few) {
+            mined.cell_keys = call.take<uint64_t>(grid * power_of_two(chosen));
+            mined.slot_keys = call.take<uint64_t>(grid * power_of_two(int(topk)));
+            mined.scores = call.take<float>(grid * chosen << pass.cell_log2);
+        }
         plan.start(pass, call);
         call.launch(find_mined(args.bank.dtype), "mined", grid, kRowThreads, 0, mined);
     }
@@ -131,8 +134,8 @@ void sum(KernelArgs args, Call& call) {
     args.sums = call.take<RowSums>(args.splits * args.batch);
     args.means = call.take<float>(args.splits * args.batch * args.bank.dim);
     plan.start(args, call);
-    call.launch(find_merge(args.bank.dtype), "merge", call.small_grid(args.batch), kRowThreads, 0,
-                args);
+    call.launch(find_merge(args.bank.dtype), "merge", call.small_grid(args.batch, 16),
+                kRowThreads, 0, args);
 }
 
 }  // namespace
