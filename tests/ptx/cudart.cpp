@@ -17,7 +17,7 @@ using Run = const char* (*)(const char* name, int grid, int threads, size_t shar
 
 bool loads = true;  // or as in a capture, which cannot load kernels
 Run run_kernel;
-int major, multiprocessors;
+int major, multiprocessors, block_bytes;  // of shared memory, that a block can have
 const char* reason = "";
 std::map<const void*, std::string>& names() {
     static std::map<const void*, std::string> all;
@@ -60,8 +60,9 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
 
 extern "C" {
 
-__attribute__((visibility("default"))) void fake_device(Run run, int capability, int count) {
-    run_kernel = run, major = capability, multiprocessors = count;
+__attribute__((visibility("default"))) void fake_device(Run run, int capability, int count,
+                                                        int shared_bytes) {
+    run_kernel = run, major = capability, multiprocessors = count, block_bytes = shared_bytes;
 }
 __attribute__((visibility("default"))) void fake_loading(bool may) { loads = may; }
 
@@ -95,7 +96,7 @@ cudaError_t cudaMemsetAsync(void* start, int value, size_t bytes, cudaStream_t) 
     return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
-    return value <= 227 << 10 ? cudaSuccess : cudaErrorInvalidValue;
+    return value <= block_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* function) {
     if (!loads && !loaded().count(function)) return refuse_loading();
@@ -107,7 +108,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void
     return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-    *value = which == cudaDevAttrComputeCapabilityMajor ? major : multiprocessors;
+    *value = which == cudaDevAttrComputeCapabilityMajor         ? major
+             : which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? block_bytes
+                                                                : multiprocessors;
     return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {

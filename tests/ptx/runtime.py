@@ -102,6 +102,7 @@ class Gpu:
 
     def __init__(self, monkeypatch):
         self.capability, self.multiprocessors, self.early = 9, 3, False
+        self.block_kilobytes: int | None = None  # of shared memory; else what the chip has
         self.warps = 4  # that go in step
         self.runs = True  # or only notes the arguments
         self.trapped: torch.Tensor | None = None  # (4,) int32, where a debug build tells of traps
@@ -130,7 +131,9 @@ class Gpu:
 
     def place(self, bank) -> dict[str, int]:
         runtime = ctypes.CDLL(str(library()))
-        runtime.fake_device(self.callback, self.capability, self.multiprocessors)
+        kilobytes = self.block_kilobytes or (227 if self.capability == 9 else 99)
+        device = self.capability, self.multiprocessors, kilobytes << 10
+        runtime.fake_device(self.callback, *device)
         runtime.fake_loading(True)
         reason = module().cuda.unavailable(0)  # as when the backend is chosen
         runtime.fake_loading(False)

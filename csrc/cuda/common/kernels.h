@@ -19,6 +19,10 @@ struct PassKernel {
 PassKernel sm80_float32(Selection selection, Work work, int dim);
 PassKernel sm80_bfloat16(Selection selection, Work work, int dim);
 PassKernel sm80_float16(Selection selection, Work work, int dim);
+// For GPUs whose blocks can have kLargeShared bytes of shared memory.
+constexpr int kLargeShared = 160 << 10;
+PassKernel sm80_large_bfloat16(Selection selection, Work work, int dim);
+PassKernel sm80_large_float16(Selection selection, Work work, int dim);
 PassKernel sm90_bfloat16(Selection selection, Work work, int dim);
 PassKernel sm90_float16(Selection selection, Work work, int dim);
 

@@ -183,7 +183,7 @@ void load_passes(int device) {
     for (Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}) {
         load(find_mined(dtype), "mined");
         load(find_merge(dtype), "merge");
-        for (Find find : {portable_kernels(dtype), hopper_kernels(dtype, device)}) {
+        for (Find find : {portable_kernels(dtype, device), hopper_kernels(dtype, device)}) {
             if (find == nullptr) continue;
             for (int dim : {64, 128, 256, kMaxTopkDim}) {
                 resident_blocks(find(Selection::kAll, Work::kMine, dim), device);

@@ -18,10 +18,11 @@ inline bool rows_aligned(const PassArgs& args) {
 }
 
 using Find = PassKernel (*)(Selection, Work, int dim);
-inline Find portable_kernels(Dtype dtype) {
-    return dtype == Dtype::kFloat32    ? sm80_float32
-           : dtype == Dtype::kBFloat16 ? sm80_bfloat16
-                                       : sm80_float16;
+inline Find portable_kernels(Dtype dtype, int device) {
+    if (dtype == Dtype::kFloat32) return sm80_float32;
+    if (attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) >= kLargeShared)
+        return dtype == Dtype::kBFloat16 ? sm80_large_bfloat16 : sm80_large_float16;
+    return dtype == Dtype::kBFloat16 ? sm80_bfloat16 : sm80_float16;
 }
 inline Find hopper_kernels(Dtype dtype, int device) {  // null where there are none
 #ifdef PSM_CUDA_SM90A
@@ -36,7 +37,7 @@ inline PassKernel choose(const KernelArgs& args, Work work, const Place& place) 
     Find find = nullptr;
     if (args.aligned && selection != Selection::kAffine && !place.force_sm80)
         find = hopper_kernels(args.bank.dtype, place.device);
-    if (find == nullptr) find = portable_kernels(args.bank.dtype);
+    if (find == nullptr) find = portable_kernels(args.bank.dtype, place.device);
     return find(selection, work, args.dim());
 }
 

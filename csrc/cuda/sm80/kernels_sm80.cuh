@@ -1,5 +1,6 @@
 // The kernels for sm_80 and newer: block sizes by dtype and padded D, and which serves which bank.
-// Shared memory stays below the 99 KB that a block of sm_86, 89 and 120 can have.
+// Shared memory stays below the 99 KB that a block of sm_86, 89 and 120 can have, but for those of
+// Sm80Large.
 #pragma once
 
 #include "../common/kernels.h"
@@ -16,6 +17,14 @@ struct Sm80 {  // rows 16 x warps, slots of a tile, stages
     using Dim256 = PassSm80<T, 256, 4, 32, 4>;
     using Dim512 = PassSm80<T, 512, 4, 16, 2>;
 };
+// For the 163 KB of sm_80 and 227 KB of sm_90 and 100: a tile of D = 256 serves 128 rows, not 64, and
+// every scheduler has two warps. At smaller D more slots or stages would save no copy and no read.
+template <class T>
+struct Sm80Large : Sm80<T> {
+    using Dim256 = PassSm80<T, 256, 8, 32, 4>;
+};
+static_assert(Sm80Large<BFloat16>::Dim256::kSharedBytes <= kLargeShared);
+
 template <>
 struct Sm80<float> {
     using Dim64 = PassFp32<64, 4, 32, 3>;
@@ -34,7 +43,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
 }
 
-template <class T>
+template <class Family>
 PassKernel find_sm80(Selection selection, Work work, int dim) {
     if (work == Work::kMine) {
         const auto mines = [](auto config) {
@@ -42,10 +51,10 @@ PassKernel find_sm80(Selection selection, Work work, int dim) {
             return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kMine>,
                                   "bank_topk (sm_80)");
         };
-        return dim > 256 ? mines(Type<typename Sm80<T>::Dim512>{})
-                         : visit_width<Sm80<T>>(dim, mines);
+        return dim > 256 ? mines(Type<typename Family::Dim512>{})
+                         : visit_width<Family>(dim, mines);
     }
-    return visit_width<Sm80<T>>(dim, [&](auto config) {
+    return visit_width<Family>(dim, [&](auto config) {
         using Config = typename decltype(config)::type;
         if (work == Work::kProducts)
             return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kProducts>,
