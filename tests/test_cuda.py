@@ -4,6 +4,7 @@
 has no such name, run those of sm_80, so that a hang of one leaves the results of the other."""
 
 import functools
+import itertools
 
 import cold
 import pytest
@@ -76,8 +77,9 @@ def rows_of_sure_samples(args) -> torch.Tensor:
 @each_path
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
-@pytest.mark.parametrize("topk", [0, 5])
-@pytest.mark.parametrize("dim", [20, 64, 128, 200, 256])
+@pytest.mark.parametrize(
+    ("dim", "topk"), [*itertools.product([20, 64, 128, 200, 256, 500], [0, 5]), (768, 0)]
+)
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 63), (257, 1000), (130, 4097)])
 def test_odd_sizes(batch, size, dim, topk, selection, dtype, force_sm80):
     count = max(1, size - size // 3)

@@ -28,6 +28,9 @@ KERNELS = {  # name -> architecture, function
         f"sm80-{dim}": ("80", PASS.format(80, f"Sm80<BFloat16>::Dim{dim}"))
         for dim in (64, 128, 256)
     },
+    "sm80-256-large": ("80", PASS.format(80, "Sm80Large<BFloat16>::Dim256")),
+    "sm80-768": ("80", PASS.format(80, "Sm80<BFloat16>::Wide")),
+    "sm80-768-fp32": ("80", PASS.format(80, "Sm80<float>::Wide")),
     **{
         f"sm90-{dim}": ("90a", PASS.format(90, f"Sm90<BFloat16>::Dim{dim}"))
         for dim in (64, 128, 256)
@@ -133,9 +136,11 @@ def count_of(instructions: Iterable) -> Counter:
 
 def hot_path(listing: list, needs: dict[str, int]) -> list[Instruction]:
     """The cheapest way around the innermost loop with all products that executes so many of each
-    opcode: what a whole tile does, without masks, moves of a shift and other rare branches."""
+    opcode, the product first: what a whole tile does, without masks, moves of a shift and other
+    rare branches."""
     places = {line: i for i, line in enumerate(listing) if isinstance(line, str)}
-    tensor = [i for i, x in enumerate(listing) if x[0].startswith("HGMMA")]
+    product = next(iter(needs))
+    tensor = [i for i, x in enumerate(listing) if x[0].startswith(product)]
     jumps = [(i, places.get(x.target, -1)) for i, x in enumerate(listing) if x[0] == "BRA"]
     end, begin = min((i, to) for i, to in jumps if i > tensor[-1] and 0 <= to < tensor[0])
 
@@ -208,6 +213,26 @@ def test_bank_topk_on_hopper_uses_its_units(folder):
     assert opcodes["LDL"] == opcodes["STL"] == 0
     first, second = (len(hot_path(listing, {"HGMMA": n})) for n in (4, 8))
     assert second - first <= 48  # products take 512 cycles
+
+
+@needs_disassembler
+@pytest.mark.parametrize(
+    ("name", "products", "elements", "slots", "reads"),
+    [  # of 16 rows: products, elements of a thread, issue slots, and bytes that ldmatrix reads
+        ("64", 64, 32, 26.8, 18),
+        ("128", 128, 32, 30.0, 36),
+        ("256", 128, 16, 38.5, 80),
+        ("256-large", 128, 16, 38.5, 80),
+        ("768", 48, 8, 46.0, 48),  # of each of four warps; query from registers
+    ],
+)
+def test_issue_slots_and_reads_of_the_ampere_loops(name, products, elements, slots, reads, folder):
+    listing = sass(compiled(f"sm80-{name}", folder).binary)
+    path = hot_path(listing, {"HMMA": products, "MUFU": 2 * elements})
+    found = count_of(path)
+    print(f"{name}: {len(path) / elements:.2f} issue slots per element")
+    assert len(path) / elements <= slots, found.most_common(12)
+    assert found["LDSM"] * 512 / (32 * elements) <= reads
 
 
 @needs_disassembler

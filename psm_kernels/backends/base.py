@@ -62,7 +62,7 @@ class Backend:
     devices: tuple[str, ...] | None = None  # None: any
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     max_dim: int | None = None  # columns that bank_pass takes
-    max_topk_dim: int | None = None  # and bank_topk
+    max_topk_dim: int | None = None  # and mining
     max_topk: int | None = None  # slots mined per row
     max_step_topk = -1  # and in psm_step; -1: there is none
     differentiable = False  # autograd itself differentiates bank_pass and weighted_pass
@@ -79,7 +79,8 @@ class Backend:
         self, device: str, dtype: torch.dtype, dim: int, topk: int = 0, *, sums: bool = True
     ) -> str | None:
         """None, or why it cannot run on such a bank; `sums`: bank_pass is wanted of it."""
-        most = self.max_dim if sums else self.max_topk_dim
+        limits = [self.max_dim] * sums + [self.max_topk_dim] * (topk > 0 or not sums)
+        most = min((limit for limit in limits if limit is not None), default=None)
         if self.devices is not None and device not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {device}"
         if dtype not in self.dtypes:

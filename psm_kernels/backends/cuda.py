@@ -66,7 +66,7 @@ class Cuda(Compiled):
     name = "cuda"
     what = "CUDA C++ kernels, sm_80 and newer; not in auto: no measured results yet"
     devices = ("cuda",)
-    max_dim = 256
+    max_dim = 768
     max_topk_dim = 512
     max_step_topk = 64
 

@@ -63,10 +63,12 @@ PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const Ker
 }
 
 // Writes what a thread holds of one (row block, split): sums by the first lane of each quad, means
-// by all. Rows of means are padded to no more than D columns.
-template <Selection kSelection, int kOut>
+// by all. Rows of means are padded to no more than D columns. Where kShares warps share the rows,
+// `out` has every kShares-th panel of 64 columns, from number `share` on.
+template <Selection kSelection, int kShares = 1, int kOut>
 PSM_DEVICE void write_partial(const KernelArgs& args, const Rows& rows, const int (&gone)[2],
-                              const float (&out)[kOut][4], const int (&row)[2], int split) {
+                              const float (&out)[kOut][4], const int (&row)[2], int split,
+                              int share = 0) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         const float sum = quad_sum(rows.sum[r]), square = quad_sum(rows.square[r]);
@@ -77,13 +79,13 @@ PSM_DEVICE void write_partial(const KernelArgs& args, const Rows& rows, const in
         const int c = thread_index() % 4;
         const float square_shift = kSelection == Selection::kExpected ? rows.square_shift[r]
                                                                       : 2 * rows.shift[r];
-        if (c == 0) args.sums[at] = {rows.shift[r], sum, square_shift, square, count};
+        if (c == 0 && share == 0) args.sums[at] = {rows.shift[r], sum, square_shift, square, count};
         float* mean = args.means + at * args.dim();
 #pragma unroll
         for (int n = 0; n < kOut; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int column = 8 * n + 2 * c + i;
+                const int column = (n / 8 * kShares + share) * 64 + n % 8 * 8 + 2 * c + i;
                 if (column < args.dim()) mean[column] = out[n][2 * r + i];
             }
     }

@@ -185,8 +185,9 @@ void load_passes(int device) {
         load(find_merge(dtype), "merge");
         for (Find find : {portable_kernels(dtype, device), hopper_kernels(dtype, device)}) {
             if (find == nullptr) continue;
-            for (int dim : {64, 128, 256, kMaxTopkDim}) {
-                resident_blocks(find(Selection::kAll, Work::kMine, dim), device);
+            for (int dim : {64, 128, kNarrowDim, kMaxDim, kMaxTopkDim}) {
+                if (dim <= kMaxTopkDim)
+                    resident_blocks(find(Selection::kAll, Work::kMine, dim), device);
                 if (dim > kMaxDim) continue;
                 resident_blocks(find(Selection::kAll, Work::kProducts, dim), device);
                 resident_blocks(find(Selection::kBernoulli, Work::kInTurns, dim), device);

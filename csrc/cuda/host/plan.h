@@ -35,7 +35,8 @@ inline Find hopper_kernels(Dtype dtype, int device) {  // null where there are n
 inline PassKernel choose(const KernelArgs& args, Work work, const Place& place) {
     const Selection selection = args.options.selection;
     Find find = nullptr;
-    if (args.aligned && selection != Selection::kAffine && !place.force_sm80)
+    const bool wide = work != Work::kMine && args.dim() > kNarrowDim;
+    if (args.aligned && !wide && selection != Selection::kAffine && !place.force_sm80)
         find = hopper_kernels(args.bank.dtype, place.device);
     if (find == nullptr) find = portable_kernels(args.bank.dtype, place.device);
     return find(selection, work, args.dim());

@@ -16,6 +16,7 @@ struct Sm80 {  // rows 16 x warps, slots of a tile, stages
     using Dim128 = PassSm80<T, 128, 8, 64, 4>;
     using Dim256 = PassSm80<T, 256, 4, 32, 4>;
     using Dim512 = PassSm80<T, 512, 4, 16, 2>;
+    using Wide = WideSm80<T, 16, 3>;
 };
 // For the 163 KB of sm_80 and 227 KB of sm_90 and 100: a tile of D = 256 serves 128 rows, not 64, and
 // every scheduler has two warps. At smaller D more slots or stages would save no copy and no read.
@@ -31,6 +32,7 @@ struct Sm80<float> {
     using Dim128 = PassFp32<128, 4, 32, 3>;
     using Dim256 = PassFp32<256, 4, 32, 2>;
     using Dim512 = PassFp32<512, 4, 16, 2>;
+    using Wide = PassFp32<kMaxDim, 8, 16, 2, 4>;
 };
 
 template <class Config, Selection kSelection, Work kWork>
@@ -54,7 +56,7 @@ PassKernel find_sm80(Selection selection, Work work, int dim) {
         return dim > 256 ? mines(Type<typename Family::Dim512>{})
                          : visit_width<Family>(dim, mines);
     }
-    return visit_width<Family>(dim, [&](auto config) {
+    const auto passes = [&](auto config) {
         using Config = typename decltype(config)::type;
         if (work == Work::kProducts)
             return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kProducts>,
@@ -66,7 +68,9 @@ PassKernel find_sm80(Selection selection, Work work, int dim) {
             return handle<Config>(bank_pass_sm80<Config, decltype(chosen)::value, Work::kPass>,
                                   "bank_pass (sm_80)");
         });
-    });
+    };
+    return dim > kNarrowDim ? passes(Type<typename Family::Wide>{})
+                            : visit_width<Family>(dim, passes);
 }
 
 }  // namespace psm::cuda

@@ -6,16 +6,20 @@
 
 namespace psm::cuda {
 
-template <int kDim, int kWarps, int kSlots, int kRing>
+// kWarpsToRows warps share 16 rows as in wide_sm80.cuh.
+template <int kDim, int kWarps, int kSlots, int kRing, int kWarpsToRows = 1>
 struct PassFp32 {
     using Element = float;
     static constexpr int kStages = kRing, kRingStart = 0;
     static constexpr int kTileSlots = kSlots;
-    static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
-    static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8;
+    static constexpr int kShares = kWarpsToRows;
+    static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps / kShares;
+    static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8 / kShares;
+    static constexpr int kPanel = kShares > 1 ? 64 : kDim;  // columns
     static constexpr int kPitch = kDim + 4;  // 16 bytes more: slots 2 c fall into different banks
     static constexpr int kStageBytes = kTileSlots * kPitch * 4;
-    static constexpr int kSharedBytes = kStages * kStageBytes;
+    static constexpr int kPairs = 1, kSharesStart = kStages * kStageBytes;
+    static constexpr int kSharedBytes = kSharesStart + (kShares > 1) * kThreads * kPairs * 8;
     static_assert(kTileSlots % 16 == 0 && 64 % kTileSlots == 0);
 
     struct alignas(16) Four {
@@ -29,7 +33,12 @@ struct PassFp32 {
         return four;
     }
 
-    static PSM_DEVICE void load_rows(const KernelArgs&, char*, int64_t, int) {}  // from L1
+    static PSM_DEVICE int share_of(int thread) { return thread / 32 % kShares; }
+
+    struct Query {};  // from L1
+    static PSM_DEVICE Query load_rows(const KernelArgs&, char*, int64_t, const int (&)[2], int) {
+        return {};
+    }
 
     static PSM_DEVICE void load_bank(const KernelArgs& args, char* stage, int64_t first,
                                      int64_t end, int thread) {
@@ -54,9 +63,9 @@ struct PassFp32 {
         }
     }
 
-    // query . M for the thread's two rows
+    // query . M for the thread's two rows, of the warp's columns
     static PSM_DEVICE void similarities(float (&s)[kTiles][4], const KernelArgs& args,
-                                        const int (&row)[2], const char*, const char* stage,
+                                        const int (&row)[2], Query, const char* stage,
                                         int thread) {
         const auto* bank = reinterpret_cast<const float*>(stage);
         const float* from[2];
@@ -67,7 +76,7 @@ struct PassFp32 {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
             for (int i = 0; i < 4; ++i) s[n][i] = 0;
-        for (int column = 0; column < args.dim(); column += 4) {
+        for (int column = share_of(thread) * kPanel; column < args.dim(); column += 4) {
             const Four a[2] = {load_four(from[0], column, args.dim(), args.aligned),
                                load_four(from[1], column, args.dim(), args.aligned)};
 #pragma unroll
@@ -82,13 +91,15 @@ struct PassFp32 {
                         s[n][2 + i] = fmaf(a[1].x[k], m.x[k], s[n][2 + i]);
                     }
                 }
+            if (kShares > 1 && column % kPanel == kPanel - 4) column += (kShares - 1) * kPanel;
         }
     }
 
     // out += P . M; the weights of a slot come from the thread of the quad that owns it
     static PSM_DEVICE void accumulate(float (&out)[kOut][4], const Weights<float, kTiles>& weights,
-                                      const char* stage, int lane) {
-        const auto* bank = reinterpret_cast<const float*>(stage);
+                                      const KernelArgs& args, const char* stage, int thread) {
+        const int lane = thread % 32, start = share_of(thread) * kPanel;
+        const auto* bank = reinterpret_cast<const float*>(stage) + start;
         const auto& p = weights.p;
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
@@ -101,10 +112,13 @@ struct PassFp32 {
                     const float* m = bank + (8 * n + 2 * owner + i) * kPitch + 2 * (lane % 4);
 #pragma unroll
                     for (int d = 0; d < kOut; ++d) {
-                        out[d][0] = fmaf(p0, m[8 * d], out[d][0]);
-                        out[d][1] = fmaf(p0, m[8 * d + 1], out[d][1]);
-                        out[d][2] = fmaf(p1, m[8 * d], out[d][2]);
-                        out[d][3] = fmaf(p1, m[8 * d + 1], out[d][3]);
+                        const int column = 8 * d / kPanel * kShares * kPanel + 8 * d % kPanel;
+                        if (kShares > 1 && 8 * d % kPanel == 0 && start + column >= args.dim())
+                            break;
+                        out[d][0] = fmaf(p0, m[column], out[d][0]);
+                        out[d][1] = fmaf(p0, m[column + 1], out[d][1]);
+                        out[d][2] = fmaf(p1, m[column], out[d][2]);
+                        out[d][3] = fmaf(p1, m[column + 1], out[d][3]);
                     }
                 }
     }

@@ -11,17 +11,19 @@ template <class T, int kDim, int kWarps, int kSlots, int kRing>
 struct PassSm80 {
     using Element = T;
     static constexpr int kTileSlots = kSlots, kStages = kRing;
-    static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
+    static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps, kShares = 1;
     static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8, kSteps = kDim / 16;
     static constexpr int kRowTileBytes = kRows * kDim * 2, kStageBytes = kTileSlots * kDim * 2;
     static constexpr int kRingStart = kRowTileBytes;
     static constexpr int kSharedBytes = kRingStart + kStages * kStageBytes;
     static_assert(kTileSlots % 16 == 0 && 64 % kTileSlots == 0);
 
-    static PSM_DEVICE void load_rows(const KernelArgs& args, char* shared, int64_t first,
-                                     int thread) {
+    using Query = const char*;  // a tile in shared memory
+    static PSM_DEVICE Query load_rows(const KernelArgs& args, char* shared, int64_t first,
+                                      const int (&)[2], int thread) {
         load_tile<kRows, kDim>(shared_address(shared), args.query, first, 0, args.rows(),
                                args.dim(), args.aligned, thread, kThreads);
+        return shared;
     }
     static PSM_DEVICE void load_bank(const KernelArgs& args, char* stage, int64_t first,
                                      int64_t end, int thread) {
@@ -31,8 +33,8 @@ struct PassSm80 {
 
     // s = query . M over one bank tile
     static PSM_DEVICE void similarities(float (&s)[kTiles][4], const KernelArgs&, const int (&)[2],
-                                        const char* shared, const char* stage, int thread) {
-        const uint32_t query = shared_address(shared), bank = shared_address(stage);
+                                        Query rows, const char* stage, int thread) {
+        const uint32_t query = shared_address(rows), bank = shared_address(stage);
         const int warp = thread / 32, lane = thread % 32;
         // A fragments: row l % 16, chunk l / 16; B: slots 0-7, 8-15 by chunks 0, 1
         const int a_start = chunk_offset<kRows>(16 * warp + lane % 16, lane / 16);
@@ -57,7 +59,8 @@ struct PassSm80 {
 
     // out += P . M
     static PSM_DEVICE void accumulate(float (&out)[kOut][4], const Weights<T, kTiles>& weights,
-                                      const char* stage, int lane) {
+                                      const KernelArgs&, const char* stage, int thread) {
+        const int lane = thread % 32;
         const uint32_t start =
             shared_address(stage) + chunk_offset<kTileSlots>(lane % 16, lane / 16);
 #pragma unroll

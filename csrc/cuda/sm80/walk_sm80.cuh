@@ -1,19 +1,21 @@
-// The bank pass for sm_80 and newer around the products of pass_sm80.cuh or pass_fp32.cuh. A CTA
-// owns 16 rows per warp and walks the tiles of its split; all threads copy, some tiles ahead:
+// The bank pass for sm_80 and newer around the products of pass_sm80.cuh, wide_sm80.cuh or
+// pass_fp32.cuh. A CTA owns 16 rows per warp, or per kShares warps, and walks the tiles of its split;
+// all threads copy, some tiles ahead:
 //
 //     tile t is there (wait, barrier) -> copy t + kStages - 1 into the stage that t - 1 leaves
-//     -> query . M -> what is hidden becomes -inf -> cell maxima, or weights -> P . M
+//     -> query . M (of the columns of a share, then of all) -> what is hidden becomes -inf -> cell maxima, or weights -> P . M
 #pragma once
 
 #include "../common/cells.cuh"
 #include "../common/epilogue.cuh"
+#include "wide_sm80.cuh"
 
 namespace psm::cuda {
 
 template <class Pass, Selection kSelection, Work kWork>
 PSM_DEVICE void walk_bank(const KernelArgs& args, char* shared, int block, int split) {
-    const int thread = thread_index(), lane = thread % 32;
-    const int first_row = block * Pass::kRows + thread / 32 * 16 + lane / 4;
+    const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
+    const int first_row = block * Pass::kRows + warp / Pass::kShares * 16 + lane / 4;
     const int row[2] = {first_row, first_row + 8};
     const Walk walk = walk_of(args, Pass::kTileSlots, split);
     const auto stage = [&](int tile) {
@@ -25,7 +27,7 @@ PSM_DEVICE void walk_bank(const KernelArgs& args, char* shared, int block, int s
                             thread);
         copy_commit();
     };
-    Pass::load_rows(args, shared, int64_t(block) * Pass::kRows, thread);
+    const auto query = Pass::load_rows(args, shared, int64_t(block) * Pass::kRows, row, thread);
     for (int tile = 0; tile < Pass::kStages - 1; ++tile) load(tile);
 
     Rows rows;
@@ -41,7 +43,10 @@ PSM_DEVICE void walk_bank(const KernelArgs& args, char* shared, int block, int s
         block_sync();  // the tile is there for all, and all are done with the one before
         load(tile + Pass::kStages - 1);
         float s[Pass::kTiles][4];
-        Pass::similarities(s, args, row, shared, stage(tile), thread);
+        Pass::similarities(s, args, row, query, stage(tile), thread);
+        if constexpr (Pass::kShares > 1)
+            add_shares<Pass::kShares, Pass::kPairs>(
+                s, shared + Pass::kSharesStart, thread);
         if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
         if constexpr (kWork == Work::kMine) {
             best.take(s);
@@ -49,14 +54,15 @@ PSM_DEVICE void walk_bank(const KernelArgs& args, char* shared, int block, int s
             Weights<typename Pass::Element, Pass::kTiles> weights;
             epilogue<kSelection, kWork>(s, out, args, rows, noise,
                                         column + uint32_t(walk.start(tile) / 4), weights);
-            Pass::accumulate(out, weights, stage(tile), lane);
+            Pass::accumulate(out, weights, args, stage(tile), thread);
         }
     }
     copy_wait<0>();
     if constexpr (kWork == Work::kMine)
         best.close();
     else
-        write_partial<kSelection>(args, rows, gone, out, row, split);
+        write_partial<kSelection, Pass::kShares>(args, rows, gone, out, row, split,
+                                                 warp % Pass::kShares);
 }
 
 }  // namespace psm::cuda
