@@ -32,7 +32,7 @@ KERNELS = {  # name -> architecture, function
         f"sm90-{dim}": ("90a", PASS.format(90, f"Sm90<BFloat16>::Dim{dim}"))
         for dim in (64, 128, 256)
     },
-    "sm90-topk": ("90a", "bank_topk_sm90<MineSm90<BFloat16>>"),
+    "sm90-topk": ("90a", "bank_topk_sm90<MineSm90<BFloat16, false>>"),
 }
 
 

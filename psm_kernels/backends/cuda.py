@@ -67,7 +67,7 @@ class Cuda(Compiled):
     what = "CUDA C++ kernels, sm_80 and newer; not in auto: no measured results yet"
     devices = ("cuda",)
     max_dim = 256
-    max_topk_dim = 512
+    max_topk_dim = 4096
     max_step_topk = 64
 
     def __init__(self, **flags: bool | int):
