@@ -18,11 +18,6 @@ from ptx import runtime
 from psm_kernels.backends.base import Exclude
 from psm_kernels.backends.cuda import Cuda
 
-pytestmark = pytest.mark.skipif(
-    runtime.unavailable() is not None, reason=str(runtime.unavailable())
-)
-
-
 CELLS = 244  # where KernelArgs has its cells
 
 
@@ -134,11 +129,8 @@ def test_bank_topk_of_text_encoders(gpu, path, dtype, size, dim, k, cut):
     gpu.capability, gpu.multiprocessors = CAPABILITY[path], cut
     _, key, bank, _ = problem(3, size, dim, dtype=dtype)
     bank[size - 10 :] = torch.nan
-    key, count, exclude = (
-        key.to(dtype),
-        torch.tensor(size - 10),
-        Exclude(torch.arange(6).view(3, 2)),
-    )
+    key, count = key.to(dtype), torch.tensor(size - 10)
+    exclude = Exclude(torch.arange(6).view(3, 2))
     sim, index = CUDA.bank_topk(key, bank, k, count, exclude)
     want_sim, want_index = REFERENCE.bank_topk(key.double(), bank.double(), k, count, exclude)
     assert torch.equal(index, want_index)

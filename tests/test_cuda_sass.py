@@ -77,6 +77,7 @@ def folder(tmp_path_factory) -> Path:
 def test_no_spills_and_no_serialized_products(name, folder):
     report = compiled(name, folder).report
     assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", report)
+    assert "warning" not in report.lower()
     assert not CHANGED.search(report)
     registers = int(re.search(r"Used (\d+) registers", report)[1])
     if name.startswith("sm90"):  # as many as 384 threads can have at launch: setmaxnreg deals them
