@@ -8,7 +8,6 @@ from conftest import problem
 
 from psm_kernels import PSMLoss
 from psm_kernels.backends import cuda, registry
-from psm_kernels.backends.base import Backend
 from psm_kernels.backends.reference import Reference
 from psm_kernels.bank import BankView
 from psm_kernels.functional import hcl_loss, psm_loss, unremix_loss
@@ -86,19 +85,3 @@ def test_a_view_has_its_bank_with_it():
             hcl_loss(query, key, view, **more)
     with pytest.raises(ValueError, match=r"^options: got PSMOptions.*, wanted HCLOptions"):
         hcl_loss(query, key, view, options=PSMOptions())
-
-
-def test_what_mines_and_sums_keeps_both_limits():
-    class Some(Backend):
-        name, max_dim, max_topk_dim = "some", 768, 512
-
-    def refusal(dim, topk=0, sums=True):
-        return Some().supports("cpu", torch.float32, dim, topk, sums=sums)
-
-    assert refusal(768) is refusal(512, 5) is refusal(512, 5, sums=False) is None
-    assert refusal(513, 5) == "takes at most 512 columns, not 513"
-    assert refusal(513, 5, sums=False) == "takes at most 512 columns, not 513"
-    assert refusal(769) == "takes at most 768 columns, not 769"
-    Some.max_topk_dim = 4096
-    assert refusal(768, 5) is refusal(4096, 5, sums=False) is None
-    assert refusal(769, 5) == "takes at most 768 columns, not 769"

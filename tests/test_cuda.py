@@ -4,7 +4,6 @@
 has no such name, run those of sm_80, so that a hang of one leaves the results of the other."""
 
 import functools
-import itertools
 
 import cold
 import pytest
@@ -77,9 +76,8 @@ def rows_of_sure_samples(args) -> torch.Tensor:
 @each_path
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("selection", ["bernoulli", "expected", "all"])
-@pytest.mark.parametrize(
-    ("dim", "topk"), [*itertools.product([20, 64, 128, 200, 256, 500], [0, 5]), (768, 0)]
-)
+@pytest.mark.parametrize("topk", [0, 5])
+@pytest.mark.parametrize("dim", [20, 64, 128, 200, 256, 500, 768])
 @pytest.mark.parametrize(("batch", "size"), [(1, 1), (3, 63), (257, 1000), (130, 4097)])
 def test_odd_sizes(batch, size, dim, topk, selection, dtype, force_sm80):
     count = max(1, size - size // 3)
@@ -241,7 +239,7 @@ def test_psm_step(topk, soft_weights, selection, dtype, force_sm80):
         "soft_weights": soft_weights, "weight_temperature": 0.7, "hard_weight": 0.6,
     }  # fmt: skip
     args = on_device((query, key, bank, torch.tensor(1900)))
-    rest = (PSMOptions(**settings), NOTHING, STATE.cuda(), 7)
+    rest = (PSMOptions(reduction="none", **settings), NOTHING, STATE.cuda(), 7)
     run_step = functools.partial(Cuda(force_sm80=force_sm80).psm_step, *args, *rest)
     got = run_step()
     want = step_in_float64(query, key, bank, count=1900, row_offset=7, **settings)

@@ -62,7 +62,7 @@ class Backend:
     devices: tuple[str, ...] | None = None  # None: any
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     max_dim: int | None = None  # columns that bank_pass takes
-    max_topk_dim: int | None = None  # and mining
+    max_topk_dim: int | None = None  # and bank_topk
     max_topk: int | None = None  # slots mined per row
     max_step_topk = -1  # and in psm_step; -1: there is none
     differentiable = False  # autograd itself differentiates bank_pass and weighted_pass
@@ -79,8 +79,7 @@ class Backend:
         self, device: str, dtype: torch.dtype, dim: int, topk: int = 0, *, sums: bool = True
     ) -> str | None:
         """None, or why it cannot run on such a bank; `sums`: bank_pass is wanted of it."""
-        limits = [self.max_dim] * sums + [self.max_topk_dim] * (topk > 0 or not sums)
-        most = min((limit for limit in limits if limit is not None), default=None)
+        most = self.max_dim if sums else self.max_topk_dim
         if self.devices is not None and device not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {device}"
         if dtype not in self.dtypes:
@@ -131,21 +130,23 @@ class Backend:
         rng_state: Tensor | None = None,  # (2,) for "bernoulli"
         row_offset: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """PSM in one call: unit rows, mining, sums, the loss of each row (B,) in fp32 and the
-        gradient of their sum by `query` (B, D) in fp32, through the normalization. Attention is the
-        query's own. InfoNCE is topk=0, selection="all", hard_weight=0."""
+        """PSM in one call: unit rows, mining, sums, the loss in fp32, reduced as the options say,
+        and its gradient by `query` (B, D) in fp32, through the normalization; of the rows' losses
+        (B,), "none", that of their sum. Attention is the query's own. InfoNCE is topk=0,
+        selection="all", hard_weight=0."""
         raise NotImplementedError
 
     def enqueue(
         self,
         keys: Tensor,  # (B, D) of any float dtype
         labels: Tensor | None,  # (B,) int64
-        ids: Tensor | None,  # (B,) int64
+        ids: Tensor | None,  # (B,) int64; negative ones are written as -1
         bank: Tensor,  # (K, D)
         bank_labels: Tensor,  # (K,) int64
         bank_ids: Tensor,  # (K,) int64
         ptr: Tensor,  # ()
         count: Tensor,  # ()
+        rng_state: Tensor | None = None,  # (2,)
     ) -> bool:
         """`MemoryBank.enqueue` of a ring in one call: normalize, cast, write, advance. False:
         it has none, and wrote nothing."""

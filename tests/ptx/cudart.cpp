@@ -17,7 +17,8 @@ using Run = const char* (*)(const char* name, int grid, int threads, size_t shar
 
 bool loads = true;  // or as in a capture, which cannot load kernels
 Run run_kernel;
-int major, multiprocessors, block_bytes;  // of shared memory, that a block can have
+int major, multiprocessors, memsets;
+int block_bytes;  // of shared memory, that a block can have
 const char* reason = "";
 std::map<const void*, std::string>& names() {
     static std::map<const void*, std::string> all;
@@ -65,6 +66,7 @@ __attribute__((visibility("default"))) void fake_device(Run run, int capability,
     run_kernel = run, major = capability, multiprocessors = count, block_bytes = shared_bytes;
 }
 __attribute__((visibility("default"))) void fake_loading(bool may) { loads = may; }
+__attribute__((visibility("default"))) int fake_memsets() { return memsets; }
 
 void** __cudaRegisterFatBinary(void*) {
     static void* handle;
@@ -92,6 +94,7 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
     return reason ? cudaErrorLaunchFailure : cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* start, int value, size_t bytes, cudaStream_t) {
+    ++memsets;
     std::memset(start, value, bytes);
     return cudaSuccess;
 }

@@ -31,13 +31,13 @@ PSM_DEVICE Chunk gather_chunk(const uint16_t* row, int column, int dim) {
 }
 
 // Starts copying a chunk of row first + `row`; by an ordinary store where rows are not aligned to 16
-// bytes. Rows outside [begin, end) and columns past `dim` become zero and are never read, whatever
-// memory holds there.
+// bytes. Columns count from `left` on. Rows outside [begin, end) and columns past `dim` become zero
+// and are never read, whatever memory holds there.
 template <int kTileRows>
 PSM_DEVICE void load_chunk(uint32_t tile, const void* matrix, int64_t first, int64_t begin,
-                           int64_t end, int dim, bool aligned, int row, int chunk) {
+                           int64_t end, int dim, bool aligned, int row, int chunk, int left = 0) {
     const auto* source = static_cast<const uint16_t*>(matrix);
-    const int column = chunk * kChunkColumns;
+    const int column = left + chunk * kChunkColumns;
     const uint32_t target = tile + chunk_offset<kTileRows>(row, chunk);
     const bool inside = first + row >= begin && first + row < end && column < dim;
     const uint16_t* from = source + (inside ? (first + row) * dim : 0);
@@ -51,12 +51,13 @@ PSM_DEVICE void load_chunk(uint32_t tile, const void* matrix, int64_t first, int
 // The chunks of kTileRows rows from row `first` on, by `threads` threads.
 template <int kTileRows, int kDim>
 PSM_DEVICE void load_tile(uint32_t tile, const void* matrix, int64_t first, int64_t begin,
-                          int64_t end, int dim, bool aligned, int thread, int threads) {
+                          int64_t end, int dim, bool aligned, int thread, int threads,
+                          int left = 0) {
     constexpr int kRowChunks = kDim / kChunkColumns;
 #pragma unroll 2
     for (int at = thread; at < kTileRows * kRowChunks; at += threads)
         load_chunk<kTileRows>(tile, matrix, first, begin, end, dim, aligned, at / kRowChunks,
-                              at % kRowChunks);
+                              at % kRowChunks, left);
 }
 
 // Rows from `from` on become zero, by the lanes of a warp.

@@ -2,8 +2,6 @@
 // caller that knows torch.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-
 #include "../../check.h"
 #include "launch.h"
 
@@ -16,18 +14,14 @@ namespace {
 Limits limits(int dim, int topk) {
     return {(1 << 30) - 1, (int64_t(1) << 31) - 4096, dim, topk};
 }
-int most_columns(bool sums, bool mines) {
-    return std::min(sums ? kMaxDim : INT32_MAX, mines ? kMaxTopkDim : INT32_MAX);
-}
 void check_here(const PassArgs& args) {
-    const bool sums = args.query != nullptr, mines = !sums || args.options.topk > 0;
-    check(args, limits(most_columns(sums, mines), 1 << 30));
+    check(args, limits(args.query != nullptr ? kMaxDim : kMaxTopkDim, 1 << 30));
     check_size("slots", args.bank.slots, 1, args.bank.slots);
     if (args.options.selection == Selection::kAffine)  // its kernels do not mine
         check_size("topk", args.options.topk, 0, 0);
 }
 void check_here(const StepArgs& args) {
-    check(args, limits(most_columns(true, args.pass.options.topk > 0), kMaxStepTopk));
+    check(args, limits(kMaxDim, kMaxStepTopk));
     check_size("slots", args.pass.bank.slots, 1, args.pass.bank.slots);
 }
 void check_here(const EnqueueArgs& args) { check(args, limits(INT32_MAX, 0)); }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../common/kernels.h"
+#include "mine_sm80.cuh"
 #include "pass_fp32.cuh"
 #include "pass_sm80.cuh"
 #include "walk_sm80.cuh"
@@ -17,6 +18,7 @@ struct Sm80 {  // rows 16 x warps, slots of a tile, stages
     using Dim256 = PassSm80<T, 256, 4, 32, 4>;
     using Dim512 = PassSm80<T, 512, 4, 16, 2>;
     using Wide = WideSm80<T, 16, 3>;
+    using WideMine = MineSm80<PassSm80<T, 64, 8, 64, 4>>;
 };
 // For the 163 KB of sm_80 and 227 KB of sm_90 and 100: a tile of D = 256 serves 128 rows, not 64, and
 // every scheduler has two warps. At smaller D more slots or stages would save no copy and no read.
@@ -33,6 +35,7 @@ struct Sm80<float> {
     using Dim256 = PassFp32<256, 4, 32, 2>;
     using Dim512 = PassFp32<512, 4, 16, 2>;
     using Wide = PassFp32<kMaxDim, 8, 16, 2, 4>;
+    using WideMine = MineSm80<PassFp32<64, 4, 32, 3>>;
 };
 
 template <class Config, Selection kSelection, Work kWork>
@@ -45,6 +48,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
 }
 
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    bank_topk_sm80(const __grid_constant__ KernelArgs args) {
+    for (int item = block_index(); item < args.row_blocks * args.splits; item += grid_size()) {
+        Config::run(args, dynamic_shared, item % args.row_blocks, item / args.row_blocks);
+        block_sync();
+    }
+}
+
 template <class Family>
 PassKernel find_sm80(Selection selection, Work work, int dim) {
     if (work == Work::kMine) {
@@ -53,6 +65,10 @@ PassKernel find_sm80(Selection selection, Work work, int dim) {
             return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kMine>,
                                   "bank_topk (sm_80)");
         };
+        if (dim > 512) {
+            using Config = typename Family::WideMine;
+            return handle<Config>(bank_topk_sm80<Config>, "bank_topk (sm_80, wide)");
+        }
         return dim > 256 ? mines(Type<typename Family::Dim512>{})
                          : visit_width<Family>(dim, mines);
     }

@@ -3,7 +3,8 @@
 // all threads copy, some tiles ahead:
 //
 //     tile t is there (wait, barrier) -> copy t + kStages - 1 into the stage that t - 1 leaves
-//     -> query . M (of the columns of a share, then of all) -> what is hidden becomes -inf -> cell maxima, or weights -> P . M
+//     -> query . M (of the columns of a share, then of all) -> what is hidden becomes -inf
+//     -> cell maxima, or weights -> P . M
 #pragma once
 
 #include "../common/cells.cuh"
@@ -42,11 +43,10 @@ PSM_DEVICE void walk_bank(const KernelArgs& args, char* shared, int block, int s
         copy_wait<Pass::kStages - 2>();
         block_sync();  // the tile is there for all, and all are done with the one before
         load(tile + Pass::kStages - 1);
-        float s[Pass::kTiles][4];
-        Pass::similarities(s, args, row, query, stage(tile), thread);
+        float s[Pass::kTiles][4] = {};
+        Pass::add_products(s, args, row, query, stage(tile), thread);
         if constexpr (Pass::kShares > 1)
-            add_shares<Pass::kShares, Pass::kPairs>(
-                s, shared + Pass::kSharesStart, thread);
+            add_shares<Pass::kShares, Pass::kPairs>(s, shared + Pass::kSharesStart, thread);
         if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
         if constexpr (kWork == Work::kMine) {
             best.take(s);

@@ -102,17 +102,13 @@ struct WideSm80 {
         }
     }
 
-    // s = query . M over one bank tile, of the warp's columns
-    static PSM_DEVICE void similarities(float (&s)[kTiles][4], const KernelArgs& args,
+    // s += query . M over one bank tile, of the warp's columns
+    static PSM_DEVICE void add_products(float (&s)[kTiles][4], const KernelArgs& args,
                                         const int (&)[2], const Query& query, const char* stage,
                                         int thread) {
         const int lane = thread % 32, share = share_of(thread), panels = panels_of(args);
         const uint32_t start = shared_address(stage) + share * kPanelBytes +
                                chunk_offset<kTileSlots>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[n][i] = 0;
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
             if (panel > 0 && panel * kShares + share >= panels) break;
