@@ -64,6 +64,7 @@ class NoCuda(Exception):
 
 OLDEST_CUDA = (12, 5)  # the first with cudaGetDriverEntryPointByVersion
 OLDEST_ARCH = 80  # cp.async, and mma on bf16
+EARLY_ARCH = 90  # a kernel may start before the one ahead of it has ended
 ARCHS = "80,86,89,90a,100,120"
 
 
@@ -84,11 +85,16 @@ class Cuda(NamedTuple):
         define += ["-DPSM_CUDA_TRAP"] * (os.environ.get("PSM_CUDA_TRAP") == "1")
         if source.parent.name == "sm90":
             return ["-gencode=arch=compute_90a,code=sm_90a", *define]
-        # One run of the front end serves all: PTX of the oldest becomes machine code for each, and
-        # is kept for chips that are not named.
+        # One run of the front end serves many: PTX of the oldest becomes machine code for each, and
+        # is kept for chips that are not named. What goes around a pass has a second one, of code
+        # that can start early.
         real = sorted({int(arch.rstrip("af")) for arch in self.archs})
-        code = ",".join([*(f"sm_{arch}" for arch in real), f"compute_{real[0]}"])
-        return [f"-gencode=arch=compute_{real[0]},code=[{code}]", *define]
+        early = [arch for arch in real if arch >= EARLY_ARCH and source.parent.name == "host"]
+        late = [arch for arch in real if arch not in early]
+        code = [[f"sm_{arch}" for arch in group] for group in (late, early) if group]
+        code[0].append(code[0][0].replace("sm", "compute"))
+        runs = [(names[0].replace("sm", "compute"), ",".join(names)) for names in code]
+        return [*(f"-gencode=arch={front},code=[{names}]" for front, names in runs), *define]
 
     def libraries(self) -> list[str]:
         places = [self.home / "lib64", *self.home.glob("targets/*/lib"), self.home / "lib"]

@@ -80,6 +80,9 @@ def test_a_found_toolkit_is_used(machine):
     assert machine.info() == {}
     commands = machine.nvcc_commands()
     assert "compute_80,code=[sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,compute_80]" in commands
+    host = [line for line in commands.splitlines() if "csrc/cuda/host/" in line]
+    assert all("compute_80,code=[sm_80,sm_86,sm_89,compute_80]" in line for line in host)
+    assert all("compute_90,code=[sm_90,sm_100,sm_120]" in line for line in host)
     assert commands.count("code=sm_90a") == 2
     assert commands.count("\n") == len(list(ROOT.glob("csrc/cuda/*/*.cu")))
 

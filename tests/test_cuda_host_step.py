@@ -199,6 +199,8 @@ def test_launches_of_a_training_step(gpu, ids):
     assert len(gpu.launches) == len(stages)
     assert all(name in launch for name, launch in zip(stages, gpu.launches, strict=True))
     assert memsets() == before
+    # Each may start before the one ahead has ended, but the first of a call.
+    assert gpu.followers[-len(stages) :] == [s not in ("unit", "enqueue") for s in stages]
     assert torchs.names == ["threshold"] * ids + ["ones_like", "mul"]
 
 

@@ -73,6 +73,26 @@ def test_the_machine_sees_turns_that_are_not_passed_on(gpu):
         Cuda(ping_pong=True).bank_pass(*args)
 
 
+@pytest.mark.parametrize("change", ["", "ld.global.u8 %rs0, [%rd1]; griddepcontrol.wait;"])
+def test_a_kernel_that_starts_early_waits_before_it_touches_memory(gpu, change):
+    broken, found = re.subn(r"griddepcontrol\.wait;", change, runtime.texts()["launch"])
+    assert found
+    gpu.replaced = {runtime.plain(k): v for k, v in text.read(broken).items()}
+    with pytest.raises(RuntimeError, match="does not wait"):
+        both(gpu, problem(3, 100, 64, dtype=torch.bfloat16), "sm90", topk=0)
+
+
+def test_every_kernel_waits_for_the_launch_ahead():
+    seen = 0
+    for source in (runtime.ROOT / "csrc/cuda").rglob("*.cu*"):
+        bodies = re.findall(r"__global__.*?\) \{\n(.*?)^\}", source.read_text(), re.M | re.S)
+        for body in bodies:
+            first = next(line for line in body.splitlines() if "__shared__" not in line)
+            assert first.strip() == "follow_previous();", (source, first)
+            seen += 1
+    assert seen == 10
+
+
 def test_a_debug_build_says_which_barrier_it_waits_for(gpu):
     """Where nothing is missing it does what the other does; where an arrival is, it ends itself."""
     source = runtime.ROOT / "csrc/cuda/sm90/sm90_bfloat16.cu"

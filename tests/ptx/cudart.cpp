@@ -13,7 +13,7 @@ namespace {
 
 // Null, or why the launch failed
 using Run = const char* (*)(const char* name, int grid, int threads, size_t shared_bytes,
-                            void** arguments);
+                            void** arguments, int early);
 
 bool loads = true;  // or as in a capture, which cannot load kernels
 Run run_kernel;
@@ -84,13 +84,16 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStr
     return cudaErrorUnknown;
 }
 
-cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
-                             size_t shared_bytes, cudaStream_t) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
+                                void** arguments) {
     const auto found = names().find(function);
     reason = "no kernel of this module";
     if (found == names().end() || run_kernel == nullptr) return cudaErrorInvalidDeviceFunction;
     if (!loaded().count(function)) return refuse_loading();
-    reason = run_kernel(found->second.c_str(), int(grid.x), int(block.x), shared_bytes, arguments);
+    const bool early = config->numAttrs == 1 &&
+                       config->attrs->id == cudaLaunchAttributeProgrammaticStreamSerialization;
+    reason = run_kernel(found->second.c_str(), int(config->gridDim.x), int(config->blockDim.x),
+                        config->dynamicSmemBytes, arguments, early);
     return reason ? cudaErrorLaunchFailure : cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* start, int value, size_t bytes, cudaStream_t) {
@@ -101,9 +104,11 @@ cudaError_t cudaMemsetAsync(void* start, int value, size_t bytes, cudaStream_t) 
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
     return value <= block_bytes ? cudaSuccess : cudaErrorInvalidValue;
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* function) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
     if (!loads && !loaded().count(function)) return refuse_loading();
     loaded().insert(function);
+    // As on Hopper: the passes for sm_80 have one run of the front end.
+    attributes->ptxVersion = names()[function].find("_sm80") == std::string::npos ? 90 : 80;
     return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, const void*, int, size_t) {

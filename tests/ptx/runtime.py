@@ -69,7 +69,7 @@ def module() -> ModuleType:
 
 
 def ptx(source: Path, *options: str) -> str:
-    arch = "90a" if source.parent.name == "sm90" else "80"
+    arch = {"sm90": "90a", "host": "90", "sm80": "80"}[source.parent.name]
     command = [NVCC, "-std=c++17", "-O3", "-DPSM_CUDA_SM90A", f"-arch=compute_{arch}", "-ptx"]
     sources = [source, *sorted((ROOT / "csrc").glob("**/*.*h"))]
     name = "".join([source.stem, *options, ".ptx"])
@@ -110,10 +110,10 @@ class Gpu:
         self.tensors: list[weakref.ref] = []  # whose addresses kernels were given
         self.launches: list[str] = []
         self.grids: list[int] = []
-        kinds = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_size_t)
-        self.callback = ctypes.CFUNCTYPE(ctypes.c_void_p, *kinds, ctypes.POINTER(ctypes.c_void_p))(
-            self.launch
-        )
+        self.followers: list[bool] = []  # launches that may start before the one ahead has ended
+        number, text, size = ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t
+        kinds = (text, number, number, size, ctypes.POINTER(ctypes.c_void_p), number)
+        self.callback = ctypes.CFUNCTYPE(ctypes.c_void_p, *kinds)(self.launch)
         monkeypatch.setattr(psm_kernels, "_C", module())
         # Cached structs are of this module's classes
         for name in ("pass_struct", "_bank_struct", "_mining_struct", "_affine_struct"):
@@ -141,10 +141,12 @@ class Gpu:
             raise RuntimeError(reason)
         return {"device": 0, "stream": 0}
 
-    def launch(self, name, grid, threads, shared_bytes, arguments) -> int | None:
+    def launch(self, name, grid, threads, shared_bytes, arguments, early) -> int | None:
         """Null, or what went wrong."""
         try:
             machine = self.machine(plain(name.decode()))
+            if early and not machine.kernel.waits_first():
+                raise Fault("starts early, and does not wait before it touches memory")
             alive = [tensor for ref in self.tensors if (tensor := ref()) is not None]
             self.tensors = [weakref.ref(tensor) for tensor in alive]
             regions = [(at := self.address(t), at + t.nbytes) for t in alive if t.nbytes]
@@ -164,6 +166,7 @@ class Gpu:
             return ctypes.addressof(self.message)
         self.launches.append(machine.kernel.name)
         self.grids.append(grid)
+        self.followers.append(bool(early))
         return None
 
     def machine(self, name: str) -> Machine:

@@ -41,6 +41,18 @@ class Kernel:
     shared: dict[str, tuple[int, int]] = field(default_factory=dict)  # alignment, bytes
     local: dict[str, int] = field(default_factory=dict)
 
+    def waits_first(self) -> bool:
+        """For the launch ahead, before any thread can branch or touch memory."""
+        for at, statement in enumerate(self.statements):
+            name, *kind = statement.opcode
+            if name == "griddepcontrol":
+                return kind == ["wait"] and statement.guard is None
+            if at in self.labels.values() or name in ("bra", "ret", "atom", "cp", "red", "st"):
+                return False
+            if name == "ld" and kind[0] != "param":
+                return False
+        return False
+
 
 def read(text: str) -> dict[str, Callable[[], Kernel]]:
     """The kernels of a PTX file by name, each read when it is asked for."""

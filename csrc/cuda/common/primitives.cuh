@@ -127,6 +127,14 @@ PSM_DEVICE void end_with_error(void* place, Chunk what) {
     __threadfence_system();
     __trap();
 }
+// First thing in every kernel: may start before the launch ahead of it has ended (call.h), and waits
+// here until it has, and what it wrote can be seen. From here on the next launch may do the same.
+PSM_DEVICE void follow_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 PSM_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 PSM_DEVICE int atomic_exchange(int* address, int value) { return atomicExch(address, value); }
 // How many were counted before the caller, who sees what they stored before.

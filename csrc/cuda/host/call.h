@@ -33,19 +33,29 @@ class Call {
     void release_to(size_t used) { used_ = used; }  // what was taken since may be taken again
     size_t bytes() const { return bytes_; }
 
-    template <class... Argument>  // nothing here waits for the device
+    // Nothing here waits for the device. From the second on a launch need not wait for the one before:
+    // the kernel does, so that its blocks are there when that ends.
+    template <class... Argument>
     void launch(const void* function, const char* name, int64_t grid, int threads,
-                int shared_bytes, Argument&... argument) const {
+                int shared_bytes, Argument&... argument) {
         if (measures) return;
         void* arguments[] = {&argument...};
-        const auto stream = static_cast<cudaStream_t>(place.stream);
-        check(cudaLaunchKernel(function, dim3(unsigned(grid)), dim3(threads), arguments,
-                               shared_bytes, stream),
-              name);
-        check_trap(stream, name);
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(threads);
+        config.dynamicSmemBytes = size_t(shared_bytes);
+        config.stream = static_cast<cudaStream_t>(place.stream);
+        cudaLaunchAttribute early = {};
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        config.attrs = &early;
+        config.numAttrs = after_launch_ && follows_previous(function, name, place.device);
+        check(cudaLaunchKernelExC(&config, function, arguments), name);
+        after_launch_ = true;
+        check_trap(config.stream, name);
     }
-    void clear(void* array, size_t bytes) const {
+    void clear(void* array, size_t bytes) {
         if (measures) return;
+        after_launch_ = false;
         check(cudaMemsetAsync(array, 0, bytes, static_cast<cudaStream_t>(place.stream)),
               "cudaMemsetAsync");
     }
@@ -62,6 +72,7 @@ class Call {
     const DeviceGuard guard_;
     const uintptr_t start_;
     size_t used_ = 0, bytes_ = 0;
+    bool after_launch_ = false;  // of this call
 };
 
 // The parts of a pass, for psm_step, whose kernels do the rest: clear the flags before it, and merge

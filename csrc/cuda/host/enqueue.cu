@@ -9,6 +9,7 @@ namespace {
 template <class Key, class Row>
 __global__ void __launch_bounds__(kWarpRowThreads)
     enqueue_kernel(const __grid_constant__ EnqueueArgs args) {
+    follow_previous();
     enqueue_rows<Key, Row>(args);
 }
 
@@ -32,7 +33,7 @@ void load_enqueues() {
 void enqueue(const EnqueueArgs& given, const Place& place) {
     if (given.batch == 0) return;
     EnqueueArgs args = given;
-    const Call call(place);
+    Call call(place);
     call.launch(find_enqueue(args.key_dtype, args.bank.dtype), "enqueue",
                 warp_row_grid(args.batch), kWarpRowThreads, 0, args);
 }

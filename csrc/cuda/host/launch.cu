@@ -14,6 +14,7 @@ namespace {
 __global__ void __launch_bounds__(kMarkThreads)
     mark_kernel(const __grid_constant__ KernelArgs args) {
     __shared__ MarkShared shared;
+    follow_previous();
     mark_lists(args);
     if (args.exclude.ids != nullptr) mark_ids(args, shared);
 }
@@ -22,6 +23,7 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads)
     mined_kernel(const __grid_constant__ MinedArgs args) {
     __shared__ MinedShared shared;
+    follow_previous();
     mine_rows<T>(args, shared);
 }
 
@@ -29,6 +31,7 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads)
     merge_kernel(const __grid_constant__ KernelArgs args) {
     __shared__ MergeShared shared;
+    follow_previous();
     merge_rows<T>(args, shared);
 }
 

@@ -43,19 +43,6 @@ inline PassKernel choose(const KernelArgs& args, Work work, const Place& place) 
     return find(selection, work, args.dim());
 }
 
-// What `make` gives for a key, made once: each call of a backend asks the same twice.
-template <class Key, class Make>
-int remembered(const Key& key, Make make) {
-    static std::mutex mutex;
-    static std::map<Key, int> known;
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = known.find(key);
-    if (found != known.end()) return found->second;
-    const int value = make();
-    if (known.size() > 4096) known.clear();  // batches of ever new sizes
-    return known[key] = value;
-}
-
 // CTAs of a kernel that a multiprocessor of the current device holds at once.
 inline int ask_occupancy(const PassKernel& kernel) {
     load(kernel.function, kernel.name);
@@ -119,7 +106,7 @@ class Plan {
         args.splits = choose_splits(args.row_blocks, resident_, grains, grain_tiles,
                                     kernel.tile_slots, partials_);
     }
-    void start(KernelArgs& args, const Call& call) const {
+    void start(KernelArgs& args, Call& call) const {
         const int grid = std::min(resident_, args.row_blocks * args.splits);
         const auto launch = [&](auto&... argument) {
             call.launch(kernel.function, kernel.name, grid, kernel.threads, kernel.shared_bytes,

@@ -3,9 +3,12 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../common/pass.cuh"
 
@@ -65,6 +68,19 @@ class DeviceGuard {
     int device_, before_ = 0;
 };
 
+// What `make` gives for a key, made once: each call of a backend asks the same twice.
+template <class Key, class Make>
+int remembered(const Key& key, Make make) {
+    static std::mutex mutex;
+    static std::map<Key, int> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(key);
+    if (found != known.end()) return found->second;
+    const int value = make();
+    if (known.size() > 4096) known.clear();  // batches of ever new sizes
+    return known[key] = value;
+}
+
 // The driver loads a kernel when it is first asked for, which a graph capture does not allow.
 inline void load(const void* function, const char* name) {
     cudaFuncAttributes attributes;
@@ -75,6 +91,16 @@ inline int attribute(cudaDeviceAttr which, int device) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
     return value;
+}
+
+// Whether the kernel's code for this device waits for the launch before it (follow_previous): that
+// made from PTX of sm_80, for older chips or for those that the build did not name, cannot.
+inline bool follows_previous(const void* function, const char* name, int device) {
+    return remembered(std::pair(function, device), [&] {
+        cudaFuncAttributes attributes;
+        check(cudaFuncGetAttributes(&attributes, function), name);
+        return int(attributes.ptxVersion >= 90);
+    });
 }
 
 }  // namespace psm::cuda

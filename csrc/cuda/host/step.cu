@@ -12,6 +12,7 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kWarpRowThreads)
     unit_kernel(const __grid_constant__ StepKernelArgs args) {
+    follow_previous();
     unit_rows<T>(args);
 }
 
@@ -21,6 +22,7 @@ __global__ void __launch_bounds__(kRowThreads, kLossCtas)
     loss_kernel(const __grid_constant__ StepKernelArgs args,
                 const __grid_constant__ KernelArgs pass) {
     __shared__ StepShared shared;
+    follow_previous();
     losses<T>(args, pass, shared);
 }
 

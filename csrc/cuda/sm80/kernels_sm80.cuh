@@ -41,6 +41,7 @@ struct Sm80<float> {
 template <class Config, Selection kSelection, Work kWork>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     bank_pass_sm80(const __grid_constant__ KernelArgs args) {
+    follow_previous();
     for (int item = block_index(); item < args.row_blocks * args.splits; item += grid_size()) {
         walk_bank<Config, kSelection, kWork>(args, dynamic_shared, item % args.row_blocks,
                                              item / args.row_blocks);
@@ -51,6 +52,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     bank_topk_sm80(const __grid_constant__ KernelArgs args) {
+    follow_previous();
     for (int item = block_index(); item < args.row_blocks * args.splits; item += grid_size()) {
         Config::run(args, dynamic_shared, item % args.row_blocks, item / args.row_blocks);
         block_sync();

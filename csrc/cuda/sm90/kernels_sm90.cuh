@@ -19,6 +19,7 @@ template <class Config, Selection kSelection, Work kWork>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     bank_pass_sm90(const __grid_constant__ KernelArgs args,
                    const __grid_constant__ TensorMaps maps) {
+    follow_previous();
     Config::template run<kSelection, kWork>(args, maps, dynamic_shared);
 }
 
@@ -26,6 +27,7 @@ template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     bank_topk_sm90(const __grid_constant__ KernelArgs args,
                    const __grid_constant__ TensorMaps maps) {
+    follow_previous();
     Config::run(args, maps, dynamic_shared);
 }
 
