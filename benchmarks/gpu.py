@@ -54,6 +54,7 @@ GROUPS = ("cuda", "triton", "eager", "compile", "slab")
 VARIANTS = {  # of the cuda backend's pass; those of sm_90a stand last
     "null epilogue": {"null_epilogue": True},
     "sm_80 kernels": {"force_sm80": True},
+    "ping-pong": {"ping_pong": True},
 }
 HOPPER = 9
 DEVICE = "cuda"
@@ -242,11 +243,7 @@ def start_group(group: str, seconds: float) -> tuple[list[dict], str | None]:
     """Rows of a group, measured in a process that is stopped when it takes GRACE too long."""
     measured = str(max(seconds - START, 5))
     command = [sys.executable, __file__, "--group", group, "--seconds", measured]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     limit, failed = seconds + GRACE, None
     try:
         output, _ = child.communicate(timeout=limit)

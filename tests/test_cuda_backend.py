@@ -85,7 +85,7 @@ def test_wrong_arguments_are_refused_before_the_runtime():
         with pytest.raises(ValueError, match=message):
             _C.cuda.workspace_bytes(args, device=0, cell_log2=cell_log2)
 
-    refuses("^dim: got 513", dim=513)
+    refuses("^dim: got 4097", dim=4097)
     refuses("^slots: got 0", slots=0)
     refuses("^bank: got a null pointer", rows=0)
     refuses("^bank: got address 4098", rows=4098)
@@ -118,6 +118,7 @@ def test_what_a_call_makes_lives_until_the_launch(name, monkeypatch):
     structs = {name: getattr(_C, name) for name in dir(_C) if name[0].isupper()}
     monkeypatch.setattr("psm_kernels._C", SimpleNamespace(cuda=kernels, **structs))
     monkeypatch.setattr(cuda, "_place", lambda bank: {"device": 0, "stream": 0})
+    monkeypatch.setattr(cuda, "_load", lambda device: None)
     monkeypatch.setattr(torch.Tensor, "data_ptr", data_ptr)
     calls(Cuda())[name]()
     assert given

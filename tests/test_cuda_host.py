@@ -24,15 +24,11 @@ from cuda_cases import (
     hidden,
     step,
 )
-from ptx import runtime
 
 from psm_kernels import noise
 from psm_kernels.backends.base import EMPTY, NOTHING, Exclude
+from psm_kernels.backends.cuda import Cuda
 from psm_kernels.weighted import weighted_pass
-
-pytestmark = pytest.mark.skipif(
-    runtime.unavailable() is not None, reason=str(runtime.unavailable())
-)
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)
@@ -325,3 +321,20 @@ def test_the_fewest_splits_that_end_as_early(gpu, batch, size, dim, items):
     query, bank = (torch.zeros(n, dim, dtype=torch.bfloat16) for n in (batch, size))
     CUDA.bank_pass(*arguments(query, query, bank, torch.zeros(batch), topk=0))
     assert gpu.grids[0] == items
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "count", "cut"),
+    [(130, 1700, 64, 1700, 1), (3, 100, 128, 90, 1), (20, 900, 256, 850, 3), (3, 300, 64, 0, 1)],
+)
+@pytest.mark.parametrize("warps", [1, 4])
+def test_warpgroups_that_take_turns_sum_the_same(gpu, warps, batch, size, dim, count, cut):
+    """Odd numbers of tiles, one tile, none, and blocks of rows that one block takes in turn."""
+    gpu.warps, gpu.multiprocessors = warps, cut
+    args = arguments(*problem(batch, size, dim, dtype=torch.bfloat16), topk=0, count=count)
+    want = Cuda().bank_pass(*args)
+    assert "WorkE3" not in gpu.launches[0]
+    gpu.launches.clear()
+    got = Cuda(ping_pong=True).bank_pass(*args)
+    assert "WorkE3" in gpu.launches[0]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -7,14 +7,13 @@ import pytest
 import torch
 from conftest import problem
 from cuda_cases import (
+    arguments,
     assert_agree,
     both,
 )
 from ptx import machine, runtime, text
 
-pytestmark = pytest.mark.skipif(
-    runtime.unavailable() is not None, reason=str(runtime.unavailable())
-)
+from psm_kernels.backends.cuda import Cuda
 
 
 @pytest.mark.parametrize(
@@ -63,6 +62,15 @@ def test_the_machine_sees_operands_of_products_change(gpu, before, message):
     gpu.replaced = {runtime.plain(k): v for k, v in text.read(broken).items()}
     with pytest.raises(RuntimeError, match=message):
         both(gpu, problem(3, 300, 64, dtype=torch.bfloat16), "sm90", topk=0)
+
+
+def test_the_machine_sees_turns_that_are_not_passed_on(gpu):
+    broken, found = re.subn(r"bar\.arrive[^;]*;", "", runtime.texts()["sm90_bfloat16"])
+    assert found
+    gpu.replaced = {runtime.plain(k): v for k, v in text.read(broken).items()}
+    args = arguments(*problem(3, 700, 128, dtype=torch.bfloat16), topk=0)
+    with pytest.raises(RuntimeError, match="every thread waits"):
+        Cuda(ping_pong=True).bank_pass(*args)
 
 
 def test_a_debug_build_says_which_barrier_it_waits_for(gpu):

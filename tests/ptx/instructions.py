@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ptx import arithmetic, memory, products
-from ptx.operands import BARRIER, LEAVE, TOGETHER, Operands
+from ptx.operands import AGAIN, BARRIER, LEAVE, TOGETHER, Operands
 from ptx.text import TYPES, Fault, Statement
 
 if TYPE_CHECKING:
@@ -117,9 +117,34 @@ def bar(take: Operands, machine: Machine, s: Statement):
     if s.opcode[1] == "warp":
         member = take.value(s.operands[0], TYPES["u32"])
         return lambda w, m: None if w.together(m, member(w.registers)) else TOGETHER
-    if s.operands != ["0"]:
-        raise Fault("only barrier 0 of the whole block")
-    return lambda w, m: BARRIER
+    if s.operands == ["0"]:
+        return lambda w, m: BARRIER
+    name, count = (take.value(n, TYPES["u32"]) for n in s.operands)
+
+    def of_some(w, lanes):
+        """Of so many threads of the block, some of which may only arrive."""
+        if lanes is not None:
+            return TOGETHER
+        which, wanted = int(name(w.registers)[0]), int(count(w.registers)[0])
+        come = w.block.named.setdefault(which, [0, 0])  # threads, how often all have come
+        if which in w.expects:
+            if come[1] == w.expects[which]:
+                return AGAIN
+            del w.expects[which]
+            w.advanced = True
+            return None
+        come[0] += w.machine.width
+        if come[0] > wanted:
+            raise Fault("more threads than a named barrier waits for")
+        w.advanced = True
+        if come[0] == wanted:
+            w.block.named[which] = [0, come[1] + 1]
+        elif s.opcode[1] == "sync":
+            w.expects[which] = come[1]
+            return AGAIN
+        return None
+
+    return of_some
 
 
 def setmaxnreg(take: Operands, machine: Machine, s: Statement):

@@ -19,7 +19,7 @@ import numpy as np
 
 from ptx.instructions import compile_statement
 from ptx.memory import Barrier
-from ptx.operands import BARRIER, LEAVE, PAUSE
+from ptx.operands import AGAIN, BARRIER, LEAVE, PAUSE
 from ptx.text import Fault, Kernel
 
 WARP = 32
@@ -71,6 +71,7 @@ class Block:
         # By byte, 1 + the warp whose write TMA and wgmma do not see yet
         self.unfenced = np.zeros(size, np.uint8)
         self.barriers: dict[int, Barrier] = {}
+        self.named: dict[int, list[int]] = {}  # barriers of some warps, see instructions.bar
         self.flying: list[Callable[[], None]] = []  # copies by TMA that were asked for
         self.teams = [Team(self, i) for i in range(0, machine.threads, machine.width)]
 
@@ -130,6 +131,7 @@ class Team:
         # True where it waits for other lanes, PAUSE where for other teams]
         self.paths = [[0, None, False]]
         self.waits = self.advanced = False
+        self.expects: dict[int, int] = {}  # named barriers at which it waits
         self.copies: list[list[Callable[[], None]]] = [[]]  # groups of cp.async, the last one open
         self.products: list[list[Callable[[], None]]] = [[]]  # of wgmma
         self.fenced: list[np.ndarray] = []  # the registers at the last wgmma.fence
@@ -188,6 +190,9 @@ class Team:
             asked, lanes = self.follow(path)
             if asked is not None and (asked >= 0 or asked == LEAVE):
                 self.part(path, lanes, asked)
+            elif asked == AGAIN:
+                path[0] -= 1
+                return
             elif asked in (PAUSE, BARRIER) and len(self.paths) == 1:
                 self.waits = asked == BARRIER
                 self.advanced |= self.waits

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 BITS = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 # What an instruction may ask for; else it gives nothing, or the statement to go on with.
-LEAVE, PAUSE, BARRIER, TOGETHER = range(-4, 0)
+# PAUSE goes on behind it when other teams have run, AGAIN asks it once more.
+LEAVE, PAUSE, AGAIN, BARRIER, TOGETHER = range(-5, 0)
 
 
 class Operands:

@@ -14,6 +14,7 @@ enum class Work : int {
     kPass,      // sums over query . M
     kProducts,  // the same products with a null epilogue: the floor of a kernel
     kMine,      // cell maxima of query . M
+    kInTurns,   // kPass of kBernoulli on sm_90a, whose warpgroups take turns
 };
 
 constexpr int kCellLog2 = 6;      // smallest cell, whose best similarity is kept for mining
@@ -36,8 +37,8 @@ struct Hidden {
 };
 
 // Where a debug build says which barrier is waited for in vain (pipeline_sm90.cuh).
-enum class Waits : int { kNone, kFull, kEmpty, kRowsFull, kRowsEmpty };
-struct Trapped {
+enum class Waits : int { kNone, kFull, kEmpty, kRowsFull, kRowsEmpty, kCopied };
+struct alignas(16) Trapped {
     Waits what;
     int stage, block, warp;
 };
@@ -81,8 +82,8 @@ PSM_HD int room_for_cells(int64_t slots, int tile_slots, const KernelArgs& args)
 // Slot `i` of a cell, counted with `lead`. Cells follow each other, or each of the four threads of
 // an accumulator's quad has its own: slots 2 c and 2 c + 1 of every 8 in the group.
 PSM_HD int cell_slot(int cell, int i, const KernelArgs& args) {
-    const int first = cell / args.cell_group * group_slots(args);
-    return args.cell_group == 1 ? first + i : first + i / 2 * 8 + cell % 4 * 2 + i % 2;
+    if (args.cell_group == 1) return (cell << args.cell_log2) + i;
+    return cell / 4 * group_slots(args) + i / 2 * 8 + cell % 4 * 2 + i % 2;
 }
 PSM_HD int split_begin(int cells, int split, int splits) {
     return int(int64_t(cells) * split / splits);

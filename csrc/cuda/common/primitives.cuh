@@ -111,12 +111,31 @@ PSM_DEVICE bool warp_any(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 PSM_DEVICE uint32_t warp_ballot(bool x) { return __ballot_sync(0xFFFFFFFFu, x); }
 PSM_DEVICE void warp_sync() { __syncwarp(); }
 PSM_DEVICE void block_sync() { __syncthreads(); }
-PSM_DEVICE void end_with_error() {  // what was stored before reaches the host
+// A barrier for some of the block's warps: who syncs waits until `threads` have come, who arrives
+// goes on at once.
+PSM_DEVICE void named_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+PSM_DEVICE void named_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// Ends the kernel. The host finds `what` at `place`, all of one thread: many may end at once.
+PSM_DEVICE void end_with_error(void* place, Chunk what) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(place), "r"(what.word[0]),
+                 "r"(what.word[1]), "r"(what.word[2]), "r"(what.word[3])
+                 : "memory");
     __threadfence_system();
     __trap();
 }
 PSM_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 PSM_DEVICE int atomic_exchange(int* address, int value) { return atomicExch(address, value); }
+// How many were counted before the caller, who sees what they stored before.
+PSM_DEVICE int count_in(int* counter) {
+    __threadfence();
+    const int before = atomicAdd(counter, 1);
+    __threadfence();
+    return before;
+}
 PSM_DEVICE void atomic_or(uint32_t* address, uint32_t value) { atomicOr(address, value); }
 
 // --- shared memory and asynchronous copies of sm_80 ---

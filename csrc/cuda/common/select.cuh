@@ -1,6 +1,7 @@
 // Exact selection by one CTA: the k largest of n distinct 64-bit keys, in order.
 #pragma once
 
+#include "reduce.cuh"
 #include "pass.cuh"
 
 namespace psm::cuda {
@@ -22,7 +23,44 @@ PSM_HD uint32_t key_position(uint64_t key) { return 0xFFFFFFFFu - uint32_t(key);
 struct SelectScratch {
     int histogram[256];
     int digit, left, count;
+    uint64_t of_warp[2][kRowThreads / 32];
 };
+
+// A radix pass takes some thousand cycles where keys share digits, as maxima do, and two to five
+// are needed; one round of select_few() takes about 250.
+constexpr int kFew = 24;
+
+// keys[0 .. k) = the k largest, in descending order, 0 where there are fewer: each thread offers
+// the best of its own, and whose was taken looks for its next.
+template <class KeyAt>
+PSM_DEVICE void select_few(int n, int k, KeyAt key_at, uint64_t* keys, SelectScratch& scratch) {
+    const int thread = thread_index();
+    const auto best_below = [&](uint64_t limit) {
+        uint64_t best = 0;
+#pragma unroll 8
+        for (int i = thread; i < n; i += kRowThreads) {
+            const uint64_t key = key_at(i);
+            if (key < limit && key > best) best = key;
+        }
+        return best;
+    };
+    uint64_t own = best_below(~uint64_t(0));
+    for (int round = 0; round < k; ++round) {
+        uint64_t top = own;
+        for (int mask = 16; mask > 0; mask /= 2) {
+            const uint64_t other = shuffle_xor(top, mask);
+            if (other > top) top = other;
+        }
+        uint64_t* of_warp = scratch.of_warp[round % 2];  // the other may still be read
+        if (thread % 32 == 0) of_warp[thread / 32] = top;
+        block_sync();
+        for (int warp = 0; warp < kRowThreads / 32; ++warp)
+            if (of_warp[warp] > top) top = of_warp[warp];
+        if (thread == 0) keys[round] = top;
+        if (own == top && top != 0) own = best_below(top);  // keys are distinct
+    }
+    block_sync();
+}
 
 // The smallest key of the k largest, 1 if fewer than k are above 0. Radix passes of 8 bits.
 template <class KeyAt>

@@ -22,8 +22,7 @@ PSM_HD uint32_t step_chunks(uint32_t start, int chunks) {
 }
 
 // Eight elements from `column` on; columns past `dim` are zero.
-PSM_DEVICE Chunk gather_chunk(const uint16_t* row, int column, int dim, bool aligned) {
-    if (aligned) return *reinterpret_cast<const Chunk*>(row + column);
+PSM_DEVICE Chunk gather_chunk(const uint16_t* row, int column, int dim) {
     uint16_t x[8];
     for (int i = 0; i < 8; ++i) x[i] = column + i < dim ? row[column + i] : 0;
     Chunk chunk;
@@ -31,26 +30,36 @@ PSM_DEVICE Chunk gather_chunk(const uint16_t* row, int column, int dim, bool ali
     return chunk;
 }
 
-// Starts copying kTileRows rows from row `first` on, with `threads` threads; ordinary stores unless
-// kAsync and rows are aligned to 16 bytes. Rows outside [begin, end) and columns past `dim` become
-// zero and are never read, whatever memory holds there.
-template <int kTileRows, int kDim, bool kAsync = true>
+// Starts copying kTileRows rows from row `first` on, with `threads` threads; by ordinary stores
+// where rows are not aligned to 16 bytes. Columns count from `left` on. Rows outside [begin, end)
+// and columns past `dim` become zero and are never read, whatever memory holds there.
+template <int kTileRows, int kDim>
 PSM_DEVICE void load_tile(uint32_t tile, const void* matrix, int64_t first, int64_t begin,
-                          int64_t end, int dim, bool aligned, int thread, int threads) {
+                          int64_t end, int dim, bool aligned, int thread, int threads,
+                          int left = 0) {
     constexpr int kRowChunks = kDim / kChunkColumns;
     const auto* source = static_cast<const uint16_t*>(matrix);
-#pragma unroll(kAsync ? 2 : 1)
+#pragma unroll 2
     for (int at = thread; at < kTileRows * kRowChunks; at += threads) {
-        const int row = at / kRowChunks, chunk = at % kRowChunks, column = chunk * kChunkColumns;
+        const int row = at / kRowChunks, chunk = at % kRowChunks;
+        const int column = left + chunk * kChunkColumns;
         const uint32_t target = tile + chunk_offset<kTileRows>(row, chunk);
         const bool inside = first + row >= begin && first + row < end && column < dim;
         const uint16_t* from = source + (inside ? (first + row) * dim : 0);
-        if (aligned && kAsync) {
+        if (aligned) {
             copy_async(target, inside ? from + column : source, inside ? 16 : 0);
         } else {
-            store_shared(target, inside ? gather_chunk(from, column, dim, aligned) : Chunk{});
+            store_shared(target, inside ? gather_chunk(from, column, dim) : Chunk{});
         }
     }
+}
+
+// Rows from `from` on become zero, by the lanes of a warp.
+template <int kTileRows, int kPanels>
+PSM_DEVICE void clear_rows(uint32_t tile, int from, int lane) {
+    for (int at = from * kRowBytes + lane * 16; at < kTileRows * kRowBytes; at += 32 * 16)
+        for (int panel = 0; panel < kPanels; ++panel)
+            store_shared(tile + panel * kTileRows * kRowBytes + at, Chunk{});
 }
 
 }  // namespace psm::cuda

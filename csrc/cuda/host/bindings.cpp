@@ -33,15 +33,16 @@ void bind_call(py::module_& m, const char* name, Result (*run)(const Args&, cons
     m.def(
         name,
         [run](const Args& args, int device, uintptr_t stream, uintptr_t workspace,
-              bool null_epilogue, bool force_sm80, int cell_log2) {
+              bool null_epilogue, bool force_sm80, bool ping_pong, int cell_log2) {
             check_here(args);
             check_size("cell_log2", cell_log2, 0, 20);
             const auto address = [](uintptr_t at) { return reinterpret_cast<void*>(at); };
             return run(args, {device, address(stream), address(workspace), null_epilogue,
-                              force_sm80, cell_log2});
+                              force_sm80, ping_pong, cell_log2});
         },
         arg("args"), arg("device"), arg("stream") = 0, arg("workspace") = 0, py::kw_only(),
-        arg("null_epilogue") = false, arg("force_sm80") = false, arg("cell_log2") = 0);
+        arg("null_epilogue") = false, arg("force_sm80") = false, arg("ping_pong") = false,
+        arg("cell_log2") = 0);
 }
 
 }  // namespace

@@ -52,9 +52,9 @@ class Call {
     int multiprocessors() const {
         return attribute(cudaDevAttrMultiProcessorCount, place.device);
     }
-    // CTAs of a kernel that takes some of `pieces` at a time.
-    int64_t small_grid(int64_t pieces) const {
-        return std::min<int64_t>(pieces, 4 * multiprocessors());
+    // CTAs of a kernel that takes `pieces`, so many to a multiprocessor at once.
+    int64_t small_grid(int64_t pieces, int to_each = 4) const {
+        return std::min<int64_t>(pieces, to_each * multiprocessors());
     }
 
    private:
@@ -64,7 +64,10 @@ class Call {
     size_t used_ = 0, bytes_ = 0;
 };
 
-void bank_pass(const PassArgs& args, Call& call);
+// The parts of a pass, for psm_step, whose kernels do the rest: clear the flags before it, and merge
+// what it gives.
+Hidden room_for_hidden(const PassArgs& args, Call& call);
+KernelArgs run_pass(const PassArgs& args, Hidden hidden, Call& call);
 
 // Every kernel of the file, for the current device.
 void load_passes(int device);

@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kMarkThreads)
 template <class T>
 __global__ void __launch_bounds__(kRowThreads)
     mined_kernel(const __grid_constant__ MinedArgs args) {
-    __shared__ SelectScratch scratch;
-    mine_rows<T>(args, scratch);
+    __shared__ MinedShared shared;
+    mine_rows<T>(args, shared);
 }
 
 template <class T>
@@ -56,23 +56,16 @@ float sharpness_of(double a) {
 
 bool hides(const Exclude& exclude) { return exclude.listed > 0 || exclude.ids != nullptr; }
 
-// Clears the flags and marks what the caller hides; `room`: slots per row that mining names later.
-Hidden mark(KernelArgs args, int64_t room, Call& call) {
-    const int64_t slots = args.bank.slots + lead_slots(args.options.col_offset);
-    Hidden& hidden = args.hidden;
-    hidden.listed = int(args.exclude.listed + room);
-    hidden.words = int((slots + 32 * kFlagSlots - 1) / (32 * kFlagSlots));
-    const int64_t whole_blocks = (args.batch + 127) / 128 * (128 / kFlagRows);
-    const int64_t words = whole_blocks * hidden.words;
-    hidden.flags = call.take<uint32_t>(words);
-    hidden.list = call.take<int>(args.batch * hidden.listed);
-    call.clear(hidden.flags, words * sizeof(uint32_t));
-    if (hides(args.exclude)) {
-        const int64_t work = std::max(args.bank.slots, args.batch * hidden.listed);
-        call.launch(reinterpret_cast<const void*>(mark_kernel), "mark",
-                    call.small_grid(work / kMarkThreads + 1), kMarkThreads, 0, args);
-    }
-    return hidden;
+bool wants_sums(const PassArgs& args) { return args.query != nullptr; }
+bool hides_mined(const PassArgs& args) {
+    return wants_sums(args) && args.options.topk > 0 && args.options.exclude_mined;
+}
+
+// Marks what the caller hides.
+void mark(KernelArgs& args, Call& call) {
+    const int64_t work = std::max(args.bank.slots, args.batch * args.hidden.listed);
+    call.launch(reinterpret_cast<const void*>(mark_kernel), "mark",
+                call.small_grid(work / kMarkThreads + 1), kMarkThreads, 0, args);
 }
 
 // The same for rows from `row` on.
@@ -110,52 +103,76 @@ void mine(const KernelArgs& args, const Hidden& next, Call& call) {
         skip_rows(pass, first);
         pass.batch = std::min(step, args.batch - first);
         plan.cut(pass);
-        const int64_t grid = call.small_grid(pass.batch);
+        const bool few = few_mined(pass);
+        const int64_t grid = call.small_grid(pass.batch, few ? 16 : 4);
         call.release_to(start);
         pass.cell_max = call.take<float>((pass.batch + 1) * pass.cells);
-        mined.cell_keys = call.take<uint64_t>(grid * power_of_two(chosen));
-        mined.slot_keys = call.take<uint64_t>(grid * power_of_two(int(topk)));
-        mined.scores = call.take<float>(grid * chosen << pass.cell_log2);
+        if (!few) {
+            mined.cell_keys = call.take<uint64_t>(grid * power_of_two(chosen));
+            mined.slot_keys = call.take<uint64_t>(grid * power_of_two(int(topk)));
+            mined.scores = call.take<float>(grid * chosen << pass.cell_log2);
+        }
         plan.start(pass, call);
         call.launch(find_mined(args.bank.dtype), "mined", grid, kRowThreads, 0, mined);
     }
 }
 
-void sum(KernelArgs args, Call& call) {
-    const Plan plan(args, call.place.null_epilogue ? Work::kProducts : Work::kPass, call);
+// Partial sums of the splits.
+void sum(KernelArgs& args, Call& call) {
+    const bool in_turns = call.place.ping_pong && args.options.selection == Selection::kBernoulli;
+    const Work work = call.place.null_epilogue ? Work::kProducts
+                      : in_turns               ? Work::kInTurns
+                                               : Work::kPass;
+    const Plan plan(args, work, call);
     plan.cut(args);
     args.sums = call.take<RowSums>(args.splits * args.batch);
     args.means = call.take<float>(args.splits * args.batch * args.bank.dim);
     plan.start(args, call);
-    call.launch(find_merge(args.bank.dtype), "merge", call.small_grid(args.batch), kRowThreads, 0,
-                args);
+}
+
+void bank_pass(const PassArgs& given, Call& call) {
+    if (given.batch == 0) return;
+    const Hidden hidden = room_for_hidden(given, call);
+    if (hidden.flags != nullptr)
+        call.clear(hidden.flags, flag_words(hidden, given.batch) * sizeof(uint32_t));
+    KernelArgs args = run_pass(given, hidden, call);
+    if (wants_sums(given))
+        call.launch(find_merge(args.bank.dtype), "merge", row_grid(args.batch), kRowThreads, 0,
+                    args);
 }
 
 }  // namespace
 
-void bank_pass(const PassArgs& given, Call& call) {
-    if (given.batch == 0) return;
-    const bool sums = given.query != nullptr, mines = given.options.topk > 0;
-    const bool hides_mined = sums && mines && given.options.exclude_mined;
+Hidden room_for_hidden(const PassArgs& args, Call& call) {
+    Hidden hidden = {};
+    if (!hides(args.exclude) && !hides_mined(args)) return hidden;
+    const int64_t slots = args.bank.slots + lead_slots(args.options.col_offset);
+    hidden.listed = int(args.exclude.listed + hides_mined(args) * args.options.topk);
+    hidden.words = int((slots + 32 * kFlagSlots - 1) / (32 * kFlagSlots));
+    hidden.flags = call.take<uint32_t>(flag_words(hidden, args.batch));
+    hidden.list = call.take<int>(args.batch * hidden.listed);
+    return hidden;
+}
+
+KernelArgs run_pass(const PassArgs& given, Hidden hidden, Call& call) {
     KernelArgs args = {given};
     args.aligned = rows_aligned(given);
     args.scale = float(1.4426950408889634 / given.options.temperature);
     args.sharpness = sharpness_of(given.options.a);
     args.trapped = call.measures ? nullptr : trapped();
 
-    Hidden hidden = {};
-    if (hides(given.exclude) || hides_mined)
-        hidden = mark(args, hides_mined ? given.options.topk : 0, call);
+    args.hidden = hidden;
+    if (hides(given.exclude)) mark(args, call);
     const size_t start = call.used();
-    if (mines) {
+    if (given.options.topk > 0) {
         KernelArgs keys = args;
         keys.query = args.key;
-        if (hides(given.exclude)) keys.hidden = hidden;
-        mine(keys, hides_mined ? hidden : Hidden{}, call);
+        if (!hides(given.exclude)) keys.hidden = {};
+        mine(keys, hides_mined(given) ? hidden : Hidden{}, call);
     }
     call.release_to(start);  // mining is done before the sums begin: they have the same memory
-    args.hidden = hidden;
-    if (sums) sum(args, call);
+    if (wants_sums(given)) sum(args, call);
+    return args;
 }
 
 size_t workspace_bytes(const PassArgs& args, const Place& place) {
@@ -178,10 +195,11 @@ void load_passes(int device) {
         load(find_merge(dtype), "merge");
         for (Find find : {portable_kernels(dtype), hopper_kernels(dtype, device)}) {
             if (find == nullptr) continue;
-            for (int dim : {64, 128, 256, kMaxTopkDim}) {
+            for (int dim : {64, 128, 256, 512, kMaxTopkDim}) {
                 resident_blocks(find(Selection::kAll, Work::kMine, dim), device);
                 if (dim > kMaxDim) continue;
                 resident_blocks(find(Selection::kAll, Work::kProducts, dim), device);
+                resident_blocks(find(Selection::kBernoulli, Work::kInTurns, dim), device);
                 for (Selection selection : kSelections)
                     resident_blocks(find(selection, Work::kPass, dim), device);
             }

@@ -15,6 +15,7 @@ struct Place {
     // For benchmarks and tests:
     bool null_epilogue = false;  // products alone, whose results mean nothing
     bool force_sm80 = false;     // the kernels of sm_80 on a Hopper GPU
+    bool ping_pong = false;      // of kBernoulli on sm_90a: see Turns
     int cell_log2 = 0;           // mining's cells are at least so large, see KernelArgs
 };
 

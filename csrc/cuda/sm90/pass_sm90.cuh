@@ -6,8 +6,8 @@
 //     B             | epilogue of t-1     | start P(t-1) | wait: `full` of t ...                |
 //     tensor cores  | P(t-1), Q(t) of A   | P(t-1), Q(t) of B             | P(t), Q(t+1) of A   |
 //
-// Nothing but the waits puts B half a tile behind A: who finds the tensor cores busy comes later.
-// So one group's epilogue runs while the other's products do.
+// Nothing but the waits, or with kInTurns their turns, puts B half a tile behind A: who finds the
+// tensor cores busy comes later. So one group's epilogue runs while the other's products do.
 #pragma once
 
 #include "../common/epilogue.cuh"
@@ -38,7 +38,7 @@ struct PassSm90 {
         const int lane = thread_index() % 32, items = args.row_blocks * args.splits;
         Ring<kStages> ring(barriers);
         const uint32_t first_stage = base + kRowTileBytes - barriers.start * (kStageBytes / 8);
-        uint32_t rows_phase = 0;
+        uint32_t rows_phase = 0, copied_phase = 0;
         for (int item = block_index(); item < items; item += grid_size()) {
             const int first_row = item % args.row_blocks * kRows;
             const Walk walk = walk_of(args, kTileSlots, item / args.row_blocks);
@@ -50,17 +50,19 @@ struct PassSm90 {
             }
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 const uint32_t target = first_stage + ring.full * (kStageBytes / 8);
-                const int first = walk.start(tile) - walk.lead;
+                const int first = walk.start(tile) - walk.lead, left = walk.end - walk.start(tile);
+                // Behind the last valid slot there may be NaN, which the consumers must not meet.
+                const bool clears = left < kTileSlots;
+                const uint32_t there = clears ? barriers.copied() : ring.full;
                 barriers.wait(ring.empty(), ring.phase ^ 1, Waits::kEmpty);
-                if (walk.whole(tile)) {
-                    if (lane == 0) {
-                        mbarrier_arrive_expect(ring.full, kStageBytes);
-                        load_panels<kTileSlots>(target, maps.bank, ring.full, first);
-                    }
-                } else {  // what lies behind the last valid slot may be NaN: written as zero
-                    load_tile<kTileSlots, kDim, false>(target, args.bank.rows, first, 0,
-                                                       walk.end - walk.lead, args.dim(), true, lane,
-                                                       32);
+                if (lane == 0) {
+                    mbarrier_arrive_expect(there, kStageBytes);
+                    load_panels<kTileSlots>(target, maps.bank, there, first);
+                }
+                if (clears) {
+                    barriers.wait(there, copied_phase, Waits::kCopied);
+                    copied_phase ^= 1;
+                    clear_rows<kTileSlots, kPanels>(target, left, lane);
                     fence_proxy_async();
                     warp_sync();
                     if (lane == 0) mbarrier_arrive(ring.full);
@@ -79,7 +81,9 @@ struct PassSm90 {
                      row);
     }
 
-    static PSM_DEVICE void similarities(float (&s)[kTiles][4], Descriptor rows, Descriptor slots) {
+    template <class Turn>
+    static PSM_DEVICE void similarities(float (&s)[kTiles][4], Descriptor rows, Descriptor slots,
+                                        const Turn& turns) {
         hide(rows), hide(slots);
         hold_accumulators(s);
         wgmma_fence();
@@ -90,6 +94,7 @@ struct PassSm90 {
                      slots.at(panel * kTileSlots * kRowBytes + within), step > 0);
         }
         wgmma_commit();
+        turns.pass();
         wgmma_wait<0>();
         hold_accumulators(s);
     }
@@ -121,6 +126,7 @@ struct PassSm90 {
         const Descriptor columns =
             keep_uniform(descriptor(first_stage, leading, stride).moved(back), 3);
         Ring<kStages> ring(barriers);
+        const Turns<kWork == Work::kInTurns> turns;
         uint32_t rows_phase = 0;
         for (int item = block_index(); item < items; item += grid_size()) {
             const int split = item / args.row_blocks;
@@ -145,27 +151,31 @@ struct PassSm90 {
 
             barriers.wait(barriers.rows_full(), rows_phase, Waits::kRowsFull);
             rows_phase ^= 1;
+            if (walk.tiles > 0) turns.take();
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 const uint32_t stage = ring.full * units;
                 float s[kTiles][4];
                 barriers.wait(ring.full, ring.phase, Waits::kFull);
-                similarities(s, query, slots.moved(stage));
+                similarities(s, query, slots.moved(stage), turns);
                 leave();
                 if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
                 hold_accumulators(out);
                 hold_operands(weights.p);
                 held = ring.empty();
                 epilogue<kSelection, kWork>(s, out, args, rows, noise, column, weights);
+                turns.take();
                 accumulate(out, weights, columns.moved(stage));
                 ring.advance();
                 column += kTileSlots / 4;
             }
+            if (walk.tiles > 0) turns.pass();
             wgmma_wait<0>();
             hold_accumulators(out);
             leave();
             if (lane == 0) mbarrier_arrive(barriers.rows_empty());
             write_partial<kSelection>(args, rows, gone, out, row, split);
         }
+        turns.close();
     }
 };
 

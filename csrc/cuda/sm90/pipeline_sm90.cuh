@@ -27,12 +27,13 @@ constexpr int kGroupRows = 64, kConsumerWarps = 8;
 
 template <int kStages>
 struct Barriers {
-    static constexpr int kBytes = (2 * kStages + 3) * 8;
+    static constexpr int kBytes = (2 * kStages + 4) * 8;
     uint32_t start;  // `full` of each stage, then `empty` of each
     Trapped* trapped;  // see PSM_CUDA_TRAP
     PSM_DEVICE uint32_t rows_full() const { return start + 16 * kStages; }  // the block's rows
     PSM_DEVICE uint32_t rows_empty() const { return start + 16 * kStages + 8; }
     PSM_DEVICE uint32_t nobody() const { return start + 16 * kStages + 16; }  // no one waits for it
+    PSM_DEVICE uint32_t copied() const { return start + 16 * kStages + 24; }  // but not yet `full`
     PSM_DEVICE void init() const {
         if (thread_index() == 0) {
             for (int stage = 0; stage < kStages; ++stage) {
@@ -42,6 +43,7 @@ struct Barriers {
             mbarrier_init(rows_full(), 1);
             mbarrier_init(rows_empty(), kConsumerWarps);
             mbarrier_init(nobody(), kConsumerWarps);
+            mbarrier_init(copied(), 1);
             fence_proxy_async();
         }
         block_sync();
@@ -49,14 +51,15 @@ struct Barriers {
 
     // In a debug build two seconds are enough: the kernel says who waits for what, and ends. By a
     // store, because around a call such as printf the compiler would take the products one by one.
+    // A warp votes, because what follows a loop that its lanes leave one by one is not uniform to
+    // the assembler: the kernels in turns had 328 bytes of stack, and products one by one, too.
     PSM_DEVICE void wait(uint32_t barrier, uint32_t parity, Waits what) const {
 #ifdef PSM_CUDA_TRAP
-        const uint64_t begin = nanoseconds();
-        while (!mbarrier_done(barrier, parity)) {
-            if (nanoseconds() - begin < 2000000000) continue;
-            const int stage = int(barrier - start) / 8 % kStages;
-            *trapped = {what, stage, block_index(), thread_index() / 32};
-            end_with_error();
+        const uint32_t begin = nanoseconds();
+        while (warp_any(!mbarrier_done(barrier, parity))) {
+            if (nanoseconds() - begin < 2000000000u) continue;
+            const uint32_t stage = (barrier - start) / 8 % kStages, warp = thread_index() / 32;
+            end_with_error(trapped, {uint32_t(what), stage, uint32_t(block_index()), warp});
         }
 #else
         mbarrier_wait(barrier, parity);
@@ -77,6 +80,27 @@ struct Ring {
         const uint32_t wraps = full == last;
         full += 8 - 8 * kStages * wraps;
         phase ^= wraps;
+    }
+};
+
+// The consuming groups start products in turns, in kernels that are made so: else whose epilogue is
+// ready first decides, and both may wait for the tensor cores, then both compute (FlashAttention-3,
+// arXiv 2407.08608, 3.1). A turn ends when products are started, not when they are done.
+template <bool kOn>
+struct Turns {
+    const int group = int(warp_uniform(thread_index() / 128)) - 1;  // 0, which begins, or 1
+
+    PSM_DEVICE Turns() {
+        if (group == 1) pass();
+    }
+    PSM_DEVICE void take() const {
+        if constexpr (kOn) named_sync(1 + group, 2 * 128);
+    }
+    PSM_DEVICE void pass() const {
+        if constexpr (kOn) named_arrive(2 - group, 2 * 128);
+    }
+    PSM_DEVICE void close() const {  // takes the turn that the other group has passed last
+        if (group == 0) take();
     }
 };
 
