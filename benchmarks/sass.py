@@ -21,19 +21,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from psm_kernels.backends.triton.config import tile
+from psm_kernels.backends.triton.config import CELL, tile
+from psm_kernels.backends.triton.many import cells_kernel, order_kernel
 from psm_kernels.backends.triton.mine import mine_kernel
 from psm_kernels.backends.triton.sums import sum_kernel
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+MAX_DIM = 512  # of the sums
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARGUMENTS = {
     "count": "*i64", "s_pos": "*fp32", "rng_state": "*i64", "cell_max": "*fp32",
     "parts": "*fp32", "scale": "fp32", "sharpness": "fp32", "b": "fp32",
     "row_offset": "i64", "col_offset": "i64", "slots": "*i64", "ids": "*i64", "bank_ids": "*i64",
+    "scratch": "*i64", "chosen": "*i32", "entries": "*i64", "topk_sim": "*fp32",
+    "topk_index": "*i64",
 }  # fmt: skip
-INTEGERS = ("B", "K", "D", "cells", "splits", "length")
-ALIGNED = ("query", "key", "bank", "cell_max", "parts", "D")  # by 16: what a launch relies on
+INTEGERS = ("B", "K", "D", "cells", "splits", "length", "wanted", "n", "k")
+ALIGNED = (  # by 16: what a launch relies on
+    "query", "key", "bank", "cell_max", "parts", "D",
+    "scratch", "chosen", "entries", "topk_sim", "topk_index",
+)  # fmt: skip
 
 
 class Report(NamedTuple):
@@ -59,6 +66,7 @@ def compile_pass(
     selection: str = "bernoulli",
     lists: bool | None = None,
     ids: bool = False,
+    cell: int = CELL,
 ):
     """The compiled kernel of one launch, mining or sums, as the backend makes it. `lists`: rows
     have listed slots to leave out of the sums, by default the mined ones."""
@@ -71,11 +79,27 @@ def compile_pass(
     if sums:
         values |= {"SELECTION": selection, "FAST": dtype is not torch.float16}
         values |= {} if lists is None or lists else {"slots": None}
+    else:
+        values["CELL"] = cell
     if arch == "sm_90" and dim <= 256:
         types["bank_tiles"] = f"tensordesc<{name}[{block.cols}, {dim}]>"
     else:
         values["bank_tiles"] = None
     values |= {} if ids else {"ids": None, "bank_ids": None}
+    return _compile(arch, kernel, types, values, block.warps), block
+
+
+def compile_many(arch: str, chunk: int) -> list:
+    """The two kernels that put the best of many in order: cells, and their slots."""
+    types = ARGUMENTS | dict.fromkeys(INTEGERS, "i32")
+    warps = min(16, chunk // 256)
+    return [
+        _compile(arch, kernel, types, {"CHUNK": chunk} | cell, warps)
+        for kernel, cell in ((cells_kernel, {"CELL": 16}), (order_kernel, {}))
+    ]
+
+
+def _compile(arch: str, kernel, types: dict[str, str], values: dict, warps: int):
     names = kernel.arg_names
     signature = {n: "constexpr" if n in values else types[n] for n in names}
     aligned = [["tt.divisibility", 16]]
@@ -90,17 +114,13 @@ def compile_pass(
         if arch.startswith("gfx")
         else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     )
-    options = {"num_warps": block.warps, "enable_fp_fusion": True}
-    return triton.compile(source, target=target, options=options), block
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
 
 
 def nvidia_report(kernel, block) -> Report:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", cubin)
-        sass = _tool("nvdisasm", "-c", cubin)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    registers, stack = usage(kernel)
+    sass = _tool(kernel, "nvdisasm", "-c")
     loop, rare = _inner_loop(sass)
     elements = block.rows * block.cols / (32 * block.warps)
     kinds = collections.Counter(".".join(op.split(".")[: 2 if "WIDE" in op else 1]) for op in loop)
@@ -125,10 +145,19 @@ def amd_report(kernel) -> dict[str, int]:
     return {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in fields}
 
 
-def _tool(name: str, *arguments) -> str:
-    return subprocess.run(
-        [TOOLS / name, *arguments], capture_output=True, text=True, check=True
-    ).stdout
+def usage(kernel) -> tuple[int, int]:
+    """Registers of a thread and bytes of its stack."""
+    text = _tool(kernel, "cuobjdump", "-res-usage")
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups()))
+
+
+def _tool(kernel, name: str, *arguments: str) -> str:
+    """What a tool says of the kernel's machine code."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [TOOLS / name, *arguments, cubin]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _inner_loop(sass: str) -> tuple[list[str], list[str]]:
@@ -166,8 +195,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     for arch in arguments.arch:
-        for dim in (64, 128, 256):
-            for sums in (False, True):
+        for dim in (64, 128, 256, 1024):
+            for sums in (False, True)[: 1 if dim > MAX_DIM else 2]:
                 kernel, block = compile_pass(arch, torch.bfloat16, dim, sums)
                 title = f"{arch} bf16 D={dim} {'sums' if sums else 'mining'} {tuple(block[:4])}"
                 if arch.startswith("gfx"):

@@ -197,7 +197,7 @@ def test_scratch_that_holds_nan_leaks_nowhere(device, monkeypatch):
 
     def poisoned(*args, **kwargs):
         out = empty(*args, **kwargs)
-        return out.fill_(torch.nan if out.is_floating_point() else 2**62)
+        return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
     monkeypatch.setattr(torch, "empty", poisoned)
     got = both(*tensors, count=70)[0]
@@ -339,14 +339,88 @@ def test_inputs_are_not_written(device):
     assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
 
 
-@pytest.mark.parametrize(("k", "size", "count"), [(1, 70, None), (20, 500, 431), (200, 300, 280)])
+# k = 9: the fewest that are not taken one by one; 300 of 1,100: more than lie in one chunk
+@pytest.mark.parametrize(
+    ("k", "size", "dim", "count"),
+    [
+        (1, 70, 20, None),
+        (9, 300, 384, 299),
+        (20, 500, 20, 431),
+        (200, 300, 20, 280),
+        (300, 1100, 20, None),
+        (5, 90, 4096, 80),
+        (30, 150, 1000, 140),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bank_topk(device, k, size, count, dtype):
-    query, _, bank, _ = problem(device, 2, size, 20, dtype)
+def test_bank_topk(device, k, size, dim, count, dtype):
+    query, _, bank, _ = problem(device, 2, size, dim, dtype)
     got = ops.bank_topk(query, bank, k, count=count, backend="triton")
     want = ops.bank_topk(query, bank, k, count=count, backend="reference")
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
     assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("period", [1, 7, 1024])
+@pytest.mark.parametrize("k", [9, 300, 2048])
+def test_many_that_tie_or_share_a_lane(device, k, period):
+    """More than a chunk reach the bound: all 3,000 tie, most do, or the best are 1,024 apart."""
+    query, _, bank, _ = problem(device, 2, 3000, 16, exact=True)
+    bank[:] = bank[torch.arange(3000) % period]
+    got = ops.bank_topk(query, bank, k, count=2990, backend="triton")
+    want = ops.bank_topk(query, bank, k, count=2990, backend="reference")
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("k", [5, 40])
+def test_similarities_that_are_not_numbers(device, k):
+    """NaN counts as the largest value; of equal ones, infinities too, the smaller slot is first."""
+    query, _, bank, _ = problem(device, 2, 300, 16, exact=True)
+    query[:, 0], bank[:, 0] = 1.0, 0.0
+    bank[torch.arange(7, 300, 30), 0] = torch.inf
+    bank[torch.arange(9, 300, 25), 0] = -torch.inf
+    bank[torch.arange(3, 300, 50), 0] = torch.nan
+    sim, index = ops.bank_topk(query, bank, k, backend="triton")
+    value = query @ bank.T
+    rank = torch.where(value.isnan(), torch.inf, value).double()
+    rank = torch.where(value.isnan(), 2.0, torch.where(rank.isinf(), rank.sign(), rank / 1e3))
+    want = rank.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(index, want)
+    torch.testing.assert_close(sim, value.gather(1, want), equal_nan=True)
+
+
+@pytest.mark.parametrize(("k", "which"), [(5, ""), (40, "ids, lists")])
+def test_rows_take_turns_where_scratch_would_be_large(device, k, which, monkeypatch):
+    monkeypatch.setattr(config, "tile", lambda *args: config.Tile(16, 64, 4, 1, 1, 32))
+    query, _, bank, _ = problem(device, 18, 400, 20)
+    settings = {"count": 390, "backend": "triton"} | hidden(device, query, bank, which)
+    largest, new = [0], config.new
+
+    def measured(like, *shape, **kwargs):
+        out = new(like, *shape, **kwargs)
+        if shape[1] != k:  # scratch, not the result
+            largest[0] = max(largest[0], out.nbytes)
+        return out
+
+    monkeypatch.setattr(config, "new", measured)
+    want, whole = ops.bank_topk(query, bank, k, **settings), largest[0]
+    monkeypatch.setattr(config, "TURN", whole * 8 // 9)
+    largest[0] = 0
+    got = ops.bank_topk(query, bank, k, **settings)
+    assert 0 < largest[0] <= whole * 8 // 9
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+def test_splits():
+    """The fewest that end as early: one wave where the blocks divide it, several where they do
+    not; and never more than there are tiles."""
+    assert config.splits(8, 1024, 132, 2.4 / 64) == 16  # 1,024 x 65,536 x 256
+    assert config.splits(32, 2048, 132, 0.0) == 4
+    assert config.splits(100, 512, 132, 0.0) == 5  # 1 would leave 32 of 132 idle
+    assert config.splits(1, 10, 132, 0.0) == 10
+    assert config.splits(1000, 1, 132, 0.0) == 1
 
 
 def hidden(device, key, bank, which, seed=3):
@@ -441,11 +515,14 @@ def test_bank_topk_does_not_find_what_is_hidden(device, which, dtype):
 
 
 def test_limits_are_said(device):
-    bank = torch.zeros(4, 513, device=device)
-    with pytest.raises(ValueError, match=r"512.*513"):
+    bank = torch.zeros(4, 4097, device=device)
+    with pytest.raises(ValueError, match=r"4096.*4097"):
         ops.bank_topk(bank, bank, 1, backend="triton")
-    with pytest.raises(ValueError, match=r"1025.*reference"):
-        ops.bank_topk(bank[:, :8], bank[:, :8].contiguous(), 1025, backend="triton")
+    bank = bank[:, :513].contiguous()
+    with pytest.raises(ValueError, match=r"512.*513"):
+        ops.bank_pass(bank, bank, bank, None, bank[:, 0], temperature=0.1, backend="triton")
+    with pytest.raises(ValueError, match=r"2049.*reference"):
+        ops.bank_topk(bank[:, :8], bank[:, :8].contiguous(), 2049, backend="triton")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a chip has its own")

@@ -37,7 +37,7 @@ _spec.loader.exec_module(sass)
         ("sm_90", 256, 34),
         ("sm_80", 64, 36),
         ("sm_80", 128, 41),
-        ("sm_80", 256, 72),
+        ("sm_80", 256, 73),
     ],
 )
 def test_nvidia(arch, dim, limit):
@@ -81,6 +81,26 @@ def test_fp32_products_are_fp32(sums):
     assert "tf32" not in kernel.asm["ptx"]
     assert "fma.rn.f32" in kernel.asm["ptx"]
     assert sass.nvidia_report(kernel, block).stack == 0
+
+
+# The room of a block: 99 KB of shared memory on the smallest chips of sm_80's kind, 227 on Hopper
+@pytest.mark.parametrize(("arch", "room"), [("sm_90", 227 << 10), ("sm_80", 99 << 10)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("cell", [16, 64])
+def test_mining_of_wide_rows(arch, room, dtype, cell):
+    kernel, block = sass.compile_pass(arch, dtype, 4096, False, cell=cell)
+    report = sass.nvidia_report(kernel, block)
+    assert report.stack == report.spills == report.serial == 0
+    assert report.shared <= room
+    assert report.registers * 32 * block.warps * block.resident <= 65_536
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("chunk", [1024, 4096])
+def test_the_best_of_many(arch, chunk):
+    for kernel in sass.compile_many(arch, chunk):
+        assert sass.usage(kernel)[1] == 0
+        assert kernel.metadata.shared <= 48 << 10
 
 
 class _NoDriver:
@@ -135,20 +155,24 @@ def test_sizes_and_settings_do_not_compile_again(compilations, dim):
         backend.psm_step(query, query, bank, count, options, NOTHING, state, row_offset)
         backend.weighted_pass(query, bank, count, 1.0, torch.zeros(5, batch), torch.zeros(size))
     counts = {name: len(keys) for name, keys in compilations.items()}
-    # mining: with and without ids; selection: plain, by a list of up to 16 cells, by ids; sums:
-    # over all, without listed slots, and without ids too
+    # mining: with and without ids, and of small cells where lists are long; selection of a few:
+    # plain, by ids; of many: by lists; sums: over all, without listed slots, and without ids too
     assert counts == {
-        "mine_kernel": 2, "select_kernel": 3, "sum_kernel": 3, "merge_kernel": 1,
-        "loss_kernel": 1, "weighted_kernel": 1,
+        "mine_kernel": 3, "select_kernel": 2, "cells_kernel": 1, "rescan_kernel": 1,
+        "order_kernel": 1, "sum_kernel": 3, "merge_kernel": 1, "loss_kernel": 1,
+        "weighted_kernel": 1,
     }  # fmt: skip
 
 
 def test_a_launch_looks_no_global_up():
-    from psm_kernels.backends.triton import loss, merge, mine, sums, weighted
+    from psm_kernels.backends.triton import few, loss, many, merge, mine, sums, weighted
 
     for kernel in (
         mine.mine_kernel,
-        mine.select_kernel,
+        few.select_kernel,
+        many.cells_kernel,
+        many.rescan_kernel,
+        many.order_kernel,
         sums.sum_kernel,
         merge.merge_kernel,
         weighted.weighted_kernel,

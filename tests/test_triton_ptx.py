@@ -72,13 +72,34 @@ def test_exact_products_give_the_same_masks_and_indices(gpu):
     assert torch.equal(got.topk_index, want.topk_index)
 
 
-def test_bank_topk(gpu):
-    _, key, bank, _ = problem(5, 600, 128, dtype=BF16)
-    key, count = key.to(BF16), torch.tensor(590)
-    sim, index = TRITON.bank_topk(key, bank, 40, count)
-    want = REFERENCE.bank_topk(key.double(), bank.double(), 40, count)
+@pytest.mark.parametrize(
+    ("k", "dim", "dtype"),
+    [(7, 128, BF16), (40, 64, BF16), (9, 384, BF16), (9, 64, torch.float32)],
+)
+def test_bank_topk(gpu, k, dim, dtype):
+    _, key, bank, _ = problem(3, 300, dim, dtype=dtype)
+    bank[290:] = torch.nan
+    key, count = key.to(dtype), torch.tensor(290)
+    sim, index = TRITON.bank_topk(key, bank, k, count)
+    want = REFERENCE.bank_topk(key.double(), bank.double(), k, count)
     torch.testing.assert_close(sim.double(), want[0], atol=1e-6, rtol=1e-5)
     assert (index == want[1]).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_the_best_of_many(gpu, ids):
+    """1,300 slots of which most tie, more than one chunk takes; some are hidden."""
+    _, key, bank, _ = problem(2, 1300, 64, dtype=BF16, few_bits=True)
+    bank[:] = bank[torch.arange(1300) % 7]
+    key, count = key.to(BF16), torch.tensor(1290)
+    exclude = Exclude(torch.tensor([[3, 1288, -1], [7, 7, 2000]]))
+    if ids:
+        names = torch.arange(1300) % 50 - 2
+        exclude = Exclude(exclude.slots, torch.tensor([5, -2]), names)
+    sim, index = TRITON.bank_topk(key, bank, 300, count, exclude)
+    want = REFERENCE.bank_topk(key.double(), bank.double(), 300, count, exclude)
+    assert torch.equal(sim.double(), want[0])
+    assert torch.equal(index, want[1])
 
 
 def test_weighted_pass(gpu):

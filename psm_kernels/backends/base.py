@@ -39,6 +39,11 @@ class Exclude(NamedTuple):
         named = slots if self.slots is None else torch.cat((self.slots, slots), 1)
         return self._replace(slots=named)
 
+    def of(self, rows: slice) -> Exclude:
+        """For some of the rows alone."""
+        slots, ids = (None if x is None else x[rows] for x in (self.slots, self.ids))
+        return Exclude(slots, ids, self.bank_ids)
+
     def seen(self, slots: Tensor, count: Tensor) -> Tensor:
         """(B, S) bool, or (1, S) where rows do not differ: which of the slots (S,) a row sees."""
         seen = (slots < count)[None, :]

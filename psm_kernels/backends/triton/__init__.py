@@ -22,9 +22,9 @@ class Triton(Backend):
     name = "triton"
     what = "Triton kernels (cpu: interpreter only)"
     devices = ("cuda", "xpu", "cpu")
-    max_dim = 512
-    max_topk_dim = 512
-    max_topk = 1024
+    max_dim = 512  # a block's sums of that many columns fill the registers
+    max_topk_dim = 4096
+    max_topk = 2048  # rows of 4,096 entries are sorted in shared memory
     max_step_topk = 32  # one program of the loss holds the (topk, D) mined rows in registers
 
     @functools.cache  # noqa: B019, there is one instance

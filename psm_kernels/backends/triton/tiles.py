@@ -59,6 +59,25 @@ else:
 
 
 @triton.jit
+def products(
+    block, bank, start, slot_valid, D,
+    BM: tl.constexpr, BN: tl.constexpr, DBLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of the block with the slots from `start` on (BM, BN), in blocks of columns."""
+    rows, row_valid, x, _ = block
+    local = tl.arange(0, BN)
+    tile_rows = bank + start.to(tl.int64) * D
+    s = tl.zeros((BM, BN), tl.float32)
+    for first in tl.range(0, D, DBLOCK, num_stages=STAGES):
+        c = first + tl.arange(0, DBLOCK)[None, :]
+        x_valid, m_valid = row_valid[:, None] & (c < D), slot_valid[:, None] & (c < D)
+        x_block = tl.load(x + rows[:, None] * D + c, mask=x_valid, other=0.0)
+        m_block = tl.load(tile_rows + local[:, None] * D + c, mask=m_valid, other=0.0)
+        s = dot(x_block, tl.trans(m_block), s)
+    return s
+
+
+@triton.jit
 def scores(
     block, bank, bank_tiles, start, slot_valid, D,
     GENERAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DPAD: tl.constexpr,
@@ -66,7 +85,7 @@ def scores(
 ):  # fmt: skip
     """The bank's tile from slot `start` on (BN, DPAD), and its products with the block (BM, BN).
     Without GENERAL all of its slots (BN,) are valid."""
-    rows, row_valid, x, whole = block
+    whole = block[3]
     local = tl.arange(0, BN)
     d = tl.arange(0, DPAD)
     tile_rows = bank + start.to(tl.int64) * D
@@ -81,13 +100,7 @@ def scores(
     if DBLOCK == DPAD:
         s = dot(whole, tl.trans(m))
     else:  # both would not fit beside each other (wide rows), or unroll into too many FMAs (fp32)
-        s = tl.zeros((BM, BN), tl.float32)
-        for first in tl.range(0, D, DBLOCK, num_stages=1):
-            c = first + tl.arange(0, DBLOCK)[None, :]
-            x_valid, m_valid = row_valid[:, None] & (c < D), slot_valid[:, None] & (c < D)
-            x_block = tl.load(x + rows[:, None] * D + c, mask=x_valid, other=0.0)
-            m_block = tl.load(tile_rows + local[:, None] * D + c, mask=m_valid, other=0.0)
-            s = dot(x_block, tl.trans(m_block), s)
+        s = products(block, bank, start, slot_valid, D, BM, BN, DBLOCK, 1)
     return m, s
 
 
