@@ -102,6 +102,7 @@ class Backend:
         options: PassOptions,
         exclude: Exclude = NOTHING,
         rng_state: Tensor | None = None,  # (2,) for "bernoulli"
+        slot_bias: Tensor | None = None,  # (K,) as s_pos; for "all" alone
     ) -> BankPass:
         """See `psm_kernels.ops.bank_pass`."""
         raise NotImplementedError
