@@ -31,6 +31,7 @@ ARGUMENTS = {
     "count": "*i64", "s_pos": "*fp32", "rng_state": "*i64", "cell_max": "*fp32",
     "parts": "*fp32", "scale": "fp32", "sharpness": "fp32", "b": "fp32",
     "row_offset": "i64", "col_offset": "i64", "slots": "*i64", "ids": "*i64", "bank_ids": "*i64",
+    "slot_bias": "*fp32",
 }  # fmt: skip
 INTEGERS = ("B", "K", "D", "cells", "splits", "length")
 ALIGNED = ("query", "key", "bank", "cell_max", "parts", "D")  # by 16: what a launch relies on
@@ -59,6 +60,7 @@ def compile_pass(
     selection: str = "bernoulli",
     lists: bool | None = None,
     ids: bool = False,
+    bias: bool = False,
 ):
     """The compiled kernel of one launch, mining or sums, as the backend makes it. `lists`: rows
     have listed slots to leave out of the sums, by default the mined ones."""
@@ -71,6 +73,7 @@ def compile_pass(
     if sums:
         values |= {"SELECTION": selection, "FAST": dtype is not torch.float16}
         values |= {} if lists is None or lists else {"slots": None}
+        values |= {} if bias else {"slot_bias": None}
     if arch == "sm_90" and dim <= 256:
         types["bank_tiles"] = f"tensordesc<{name}[{block.cols}, {dim}]>"
     else:
