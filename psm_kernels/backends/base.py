@@ -15,12 +15,12 @@ EMPTY = -2  # in `bank_ids`: the slot holds nothing, no row sees it
 
 
 class BankPass(NamedTuple):
-    """What a pass over the bank gives, per query. Only `neg_lse` carries a gradient, to `query`:
-    once, or in eager mode on backend "reference" as often as one likes."""
+    """What a pass over the bank gives, per query. Only `neg_lse` carries a gradient, to `query` and
+    `bank`: once, or in eager mode on backend "reference" as often as one likes."""
 
-    neg_lse: Tensor  # (B,) log sum_j keep exp(s/tau), -inf when nothing is kept
+    neg_lse: Tensor  # (B,) log sum_j keep exp(s/tau + bias), -inf when nothing is kept
     neg_mean: Tensor  # (B, D) softmax-weighted mean of the kept rows, 0 when none
-    neg_sq_lse: Tensor  # (B,) log sum_j keep exp(2 s/tau)
+    neg_sq_lse: Tensor  # (B,) log sum_j keep exp(2 (s/tau + bias))
     neg_count: Tensor  # (B,) sum_j keep
     topk_sim: Tensor  # (B, k) similarity to `key`, descending; missing: -inf
     topk_index: Tensor  # (B, k) int64 slots; missing: -1
@@ -38,6 +38,19 @@ class Exclude(NamedTuple):
         """The same with further slots (B, n) named."""
         named = slots if self.slots is None else torch.cat((self.slots, slots), 1)
         return self._replace(slots=named)
+
+    def exchanged(self, order: Tensor, lists: Tensor | None) -> Exclude:
+        """The same where queries and bank have changed places, the queries sorted by order (B,).
+        `lists`: (K, E) int64, the queries that must not see a slot, counted before they are sorted.
+        """
+        if lists is not None:
+            place = torch.full((len(order) + 1,), -1, device=order.device)  # the last: of no query
+            place[order] = torch.arange(len(order), device=order.device)
+            lists = place[torch.where((lists < 0) | (lists > len(order)), -1, lists)]
+        if self.bank_ids is None:
+            return Exclude(lists)
+        unknown = torch.where(self.bank_ids < 0, EMPTY, self.bank_ids)
+        return Exclude(lists, unknown, torch.where(self.ids == EMPTY, -1, self.ids)[order])
 
     def seen(self, slots: Tensor, count: Tensor) -> Tensor:
         """(B, S) bool, or (1, S) where rows do not differ: which of the slots (S,) a row sees."""
