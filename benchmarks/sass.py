@@ -35,6 +35,7 @@ ARGUMENTS = {
     "row_offset": "i64", "col_offset": "i64", "slots": "*i64", "ids": "*i64", "bank_ids": "*i64",
     "scratch": "*i64", "chosen": "*i32", "entries": "*i64", "topk_sim": "*fp32",
     "topk_index": "*i64",
+    "slot_bias": "*fp32",
 }  # fmt: skip
 INTEGERS = ("B", "K", "D", "cells", "splits", "length", "wanted", "n", "k")
 ALIGNED = (  # by 16: what a launch relies on
@@ -67,6 +68,7 @@ def compile_pass(
     lists: bool | None = None,
     ids: bool = False,
     cell: int = CELL,
+    bias: bool = False,
 ):
     """The compiled kernel of one launch, mining or sums, as the backend makes it. `lists`: rows
     have listed slots to leave out of the sums, by default the mined ones."""
@@ -79,6 +81,7 @@ def compile_pass(
     if sums:
         values |= {"SELECTION": selection, "FAST": dtype is not torch.float16}
         values |= {} if lists is None or lists else {"slots": None}
+        values |= {} if bias else {"slot_bias": None}
     else:
         values["CELL"] = cell
     if arch == "sm_90" and dim <= 256:

@@ -53,6 +53,8 @@ struct PassArgs {
     // Of kAffine alone: w = max(alpha + beta s + gamma min(e, cap) + rho, 0), e = exp((s - top)/tau).
     const float* affine = nullptr;  // (5, B): alpha, beta, gamma, top, cap
     const float* rho = nullptr;     // (K,)
+    // Of kAll alone, or null: added to the logits s / tau; -inf leaves the slot out, uncounted.
+    const float* slot_bias = nullptr;  // (K,)
 
     float* neg_lse = nullptr;       // (B,)
     float* neg_mean = nullptr;      // (B, D), or null: not wanted, which saves the second product

@@ -126,6 +126,7 @@ void bind_structs(py::module_& m) {
         .field("rng_state", &PassArgs::rng_state)
         .field("affine", &PassArgs::affine)
         .field("rho", &PassArgs::rho)
+        .field("slot_bias", &PassArgs::slot_bias)
         .field("neg_lse", &PassArgs::neg_lse)
         .field("neg_mean", &PassArgs::neg_mean)
         .field("neg_sq_lse", &PassArgs::neg_sq_lse)

@@ -83,6 +83,9 @@ void check(const PassArgs& args, const Limits& most) {
     const bool weighs = args.options.selection == Selection::kAffine;
     check_pointer("affine", args.affine, weighs ? batch : 0);
     check_pointer("rho", args.rho, weighs ? args.bank.slots : 0);
+    check_alignment("slot_bias", args.slot_bias, sizeof(float));
+    if (args.slot_bias != nullptr && sums && args.options.selection != Selection::kAll)
+        refuse("slot_bias", "an address", "a null pointer, or the selection that takes all");
     check_pointer("neg_lse", args.neg_lse, summed);
     check_alignment("neg_mean", args.neg_mean, sizeof(float));
     check_pointer("neg_sq_lse", args.neg_sq_lse, summed);

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -28,21 +31,35 @@ _AGAIN = (
 )
 
 
-def with_gradient(value: Tensor, slope: Tensor, query: Tensor, divisor: float = 1) -> Tensor:
+class BankSide(NamedTuple):
+    """The gradient by a pass's bank, which takes a pass of its own in the backward."""
+
+    run: Callable[..., Tensor]  # (gradient by the rows (B,), *read) -> (K, D)
+    read: tuple[Tensor | None, ...]  # query, bank, and what else the first pass read or gave
+
+
+def wants_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def with_gradient(
+    value: Tensor, slope: Tensor, query: Tensor, divisor: float = 1, other: BankSide | None = None
+) -> Tensor:
     """`value`, (B,) or () of all rows, as a function of `query`, whose gradient slope / divisor,
-    (B, D), came with it."""
-    if not (query.requires_grad and torch.is_grad_enabled()):
+    (B, D), came with it; with `other` of its bank as well."""
+    if other is None and not wants_gradient(query):
         return value
-    return _Known.apply(query, (value, slope), divisor)
+    bank = None if other is None else other.read[1]
+    return _Known.apply(query, None, bank, (value, slope), divisor, other)
 
 
 class _Known(torch.autograd.Function):
     """Eager path: the dispatcher of a registered op costs more than a small pass."""
 
     @staticmethod
-    def forward(ctx, query, found, divisor):
+    def forward(ctx, query, key, bank, found, divisor, other):
         value, slope = found  # in a tuple: of an input that is returned autograd makes a view
-        remember(ctx, query, slope, divisor, inputs=3)
+        remember(ctx, query, slope, divisor, inputs=6, other=other)
         return value
 
     @staticmethod
@@ -50,30 +67,41 @@ class _Known(torch.autograd.Function):
         return backward(ctx, grad)
 
 
-def remember(ctx, query: Tensor, slope: Tensor, divisor: float, *, inputs: int) -> None:
+def remember(
+    ctx, query: Tensor, slope: Tensor, divisor: float, *, inputs: int, other: BankSide | None = None
+) -> None:
     """What `backward` needs: of an eager Function, and of an operator that torch registers."""
-    ctx.save_for_backward(slope)
+    ctx.other, read = (None, ()) if other is None else other
+    ctx.save_for_backward(slope, *read)
     ctx.query, ctx.divisor = query, divisor  # its values are not needed: not saved
     ctx.inputs = inputs
 
 
 def backward(ctx, grad: Tensor, *unused) -> tuple[Tensor | None, ...]:
-    """The gradient by `query`, the first of the inputs; multiplied in fp32 before any cast."""
-    slope = once(*ctx.saved_tensors, ctx.query)
-    grad = grad if ctx.divisor == 1 else grad / ctx.divisor
-    gradient = (grad[:, None] if grad.ndim else grad) * slope
-    return gradient.to(ctx.query.dtype), *[None] * (ctx.inputs - 1)
+    """The gradient by `query`, the first of the inputs, multiplied in fp32 before any cast, and by
+    the bank, the third, where it is wanted."""
+    gradients = [None] * ctx.inputs
+    slope, *read = ctx.saved_tensors
+    if ctx.needs_input_grad[0]:
+        of_rows = grad if ctx.divisor == 1 else grad / ctx.divisor
+        of_query = (of_rows[:, None] if grad.ndim else of_rows) * once(slope, ctx.query)
+        gradients[0] = of_query.to(ctx.query.dtype)
+    if ctx.other is not None and ctx.needs_input_grad[2]:
+        with torch.no_grad():
+            of_bank = ctx.other(grad, *read)
+        gradients[2] = once(of_bank, grad, *read[:2])
+    return tuple(gradients)
 
 
-def once(gradient: Tensor, query: Tensor) -> Tensor:
-    """For a backward: a gradient that depends on `query` in a way that autograd does not know.
-    Whoever differentiates it by `query` gets an error; making a graph of it is no mistake yet."""
-    return _Once.apply(gradient, query) if torch.is_grad_enabled() else gradient
+def once(gradient: Tensor, *of: Tensor) -> Tensor:
+    """For a backward: a gradient that depends on tensors in a way that autograd does not know.
+    Whoever differentiates it by them gets an error; making a graph of it is no mistake yet."""
+    return _Once.apply(gradient, *of) if torch.is_grad_enabled() else gradient
 
 
 class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient, query):
+    def forward(ctx, gradient, *of):
         return gradient.view_as(gradient)
 
     @staticmethod

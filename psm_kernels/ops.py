@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
 
 from psm_kernels import checks
-from psm_kernels._autograd import backward, refuse_transforms, remember, with_gradient
+from psm_kernels._autograd import (
+    BankSide,
+    backward,
+    refuse_transforms,
+    remember,
+    wants_gradient,
+    with_gradient,
+)
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import EMPTY, NOTHING, BankPass, Exclude
 from psm_kernels.options import PassOptions, PSMOptions, takes
@@ -25,7 +33,9 @@ def bank_pass(
     count: Tensor | int | None,
     s_pos: Tensor,
     *,
+    slot_bias: Tensor | None = None,
     exclude: Tensor | Exclude | None = None,
+    exclude_transposed: Tensor | None = None,
     ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
     rng_state: Tensor | None = None,
@@ -39,10 +49,16 @@ def bank_pass(
     "expected": p_ij; "all": 1. What is excluded is left out before anything is summed: nothing is
     ever subtracted from a sum that it may dominate.
 
+    With selection="all" a `bank` that requires a gradient gets one, as `query` does, and neither
+    takes a (B, K) matrix: with g_i the gradient by neg_lse_i it is
+    sum_i g_i exp(s_ij / tau + bias_j - neg_lse_i) query_i / tau, a pass in the backward whose
+    queries are the bank's rows. Slots from `count` on get 0.
+
     Args:
         query: (B, D) unit rows; rounded to the bank's dtype inside, its gradient is not.
         key: (B, D) unit rows that mine the top-k, or None when `topk` is 0.
-        bank: (K, D) unit rows, contiguous; fp32, bf16, fp16, or fp64 on "reference".
+        bank: (K, D) unit rows, contiguous; fp32, bf16, fp16, or fp64 on "reference". Its gradient
+            is summed in fp32 and has its dtype.
         count: number of valid slots: 0-d int64 tensor on the bank's device, int, or None for K.
         s_pos: (B,) similarity of each query to its positive.
         temperature: tau > 0.
@@ -52,6 +68,12 @@ def bank_pass(
         exclude: (B, E) int64, E <= 64: slots that a row must not see, neither mined nor summed;
             -1 for none, in any order, twice or once.
         exclude_mined: do not sum over the mined slots either. Without it they are summed.
+        slot_bias: (K,) constants that are added to a slot's logits s_ij / tau, in fp32, of "all"
+            alone: log-q of sampled softmax, with its sign. -inf leaves the slot out of sums and
+            count; +inf or NaN in a slot that a row sees spoils the row. Mining does not see it.
+        exclude_transposed: (K, E) int64, `exclude` seen from the slots: the rows that must not see
+            a slot, -1 for none. Needed where `bank` wants a gradient and there are lists; where
+            queries and bank are the same rows, which exclude each other, it is `exclude` itself.
         ids: (B,) int64 names of the samples; a slot that holds a row's own id is excluded as well,
             however many copies there are. Negative: unknown, matches nothing.
         bank_ids: (K,) int64, what the slots hold: -1 unknown, -2 nothing, which no row sees.
@@ -70,7 +92,7 @@ def bank_pass(
         RuntimeError: under torch.jit.trace, torch.func or forward-mode AD.
     """
     options = PassOptions(**settings)
-    refuse_transforms(query, key, bank, s_pos)
+    refuse_transforms(query, key, bank, s_pos, slot_bias)
     checks.check_bank(bank)
     check_queries("query", query, bank)
     if options.topk:
@@ -84,7 +106,22 @@ def bank_pass(
         checks.check_rng_state(rng_state, bank.device)
     count = checks.as_count(count, bank)
     exclude = excluded(exclude, ids, bank_ids, bank, len(query))
-    return run_pass(query, key, bank, count, s_pos, options, exclude, rng_state, backend)
+    if slot_bias is not None:
+        checks.check_vector("slot_bias", slot_bias, len(bank))
+        checks.check_device("slot_bias", slot_bias, bank.device)
+        if options.selection != "all":
+            raise ValueError(
+                f"slot_bias: got a tensor with selection={options.selection!r}, wanted 'all'"
+            )
+        if wants_gradient(slot_bias):
+            raise ValueError("slot_bias: got one that requires a gradient, wanted a constant")
+    if exclude_transposed is not None:
+        checks.check_slots("exclude_transposed", exclude_transposed, len(bank), MAX_EXCLUDE)
+        checks.check_device("exclude_transposed", exclude_transposed, bank.device)
+    if wants_gradient(bank):
+        check_differentiable_bank(options.selection, options.topk, exclude, exclude_transposed)
+    rest = (options, exclude, rng_state, backend, slot_bias, exclude_transposed)
+    return run_pass(query, key, bank, count, s_pos, *rest)
 
 
 def bank_topk(
@@ -138,22 +175,49 @@ def run_pass(
     exclude: Exclude = NOTHING,
     rng_state: Tensor | None = None,
     backend: str = "auto",
+    slot_bias: Tensor | None = None,
+    exclude_transposed: Tensor | None = None,
 ) -> BankPass:
-    refuse_transforms(query, key, bank, s_pos)
+    """See `bank_pass`. A bank whose gradient is not wanted comes detached."""
+    refuse_transforms(query, key, bank, s_pos, slot_bias)
     key = key.detach() if options.topk else None
     rng_state = rng_state if options.selection == "bernoulli" else None
-    tensors = (query, key, bank.detach(), count, s_pos.detach())
+    tensors = (query, key, bank, count, s_pos.detach())
     if torch.compiler.is_compiling():
         named = {"exclude": exclude.slots, "ids": exclude.ids, "bank_ids": exclude.bank_ids}
+        named |= {"slot_bias": slot_bias, "exclude_transposed": exclude_transposed}
         neg_lse, *rest = torch.ops.psm_kernels.bank_pass(
             *tensors, **vars(options), **named, rng_state=rng_state, backend=backend
         )
         return BankPass(neg_lse, *(t.detach() for t in rest))
-    result = _run_pass(*tensors, options, exclude, rng_state, backend)
+    result = _run_pass(*tensors, options, exclude, rng_state, backend, slot_bias)
     if result.neg_lse.requires_grad:  # by autograd itself
         return result
-    lse = with_gradient(result.neg_lse, result.neg_mean, query, options.temperature)
+    other = None
+    if wants_gradient(bank):
+        read = (query, bank, count, result.neg_lse, slot_bias, exclude_transposed, *exclude[1:])
+        run = functools.partial(_bank_gradient, options.temperature, backend)
+        other = BankSide(run, read)
+    tau = options.temperature
+    lse = with_gradient(result.neg_lse, result.neg_mean, query, tau, other=other)
     return result._replace(neg_lse=lse)
+
+
+def check_differentiable_bank(
+    selection: str, topk: int, exclude: Exclude, transposed: Tensor | None
+) -> None:
+    """Raise the ValueError of a pass that cannot be differentiated by its bank."""
+    if selection != "all" or topk:
+        raise ValueError(
+            f"bank: got one that requires a gradient with selection={selection!r}, topk={topk}, "
+            "wanted selection='all' and topk=0, or bank.detach()"
+        )
+    if (exclude.slots is None) != (transposed is None):
+        got = "None with" if transposed is None else "lists without"
+        raise ValueError(
+            f"exclude_transposed: got {got} `exclude` and a bank that requires a gradient, wanted "
+            "the lists of both sides, or of neither, or bank.detach()"
+        )
 
 
 def run_topk(
@@ -202,7 +266,7 @@ def seen_query(query: Tensor, bank: Tensor, differentiable: bool) -> Tensor:
     """`query` as a pass reads it: rounded to the bank's dtype, contiguous, and without a gradient
     unless autograd differentiates the pass."""
     rounded = query.detach().to(bank.dtype).contiguous()
-    if not (query.requires_grad and torch.is_grad_enabled() and differentiable):
+    if not (wants_gradient(query) and differentiable):
         return rounded
     return rounded.to(wide(bank)) + (query - query.detach())  # zero, whose gradient is not rounded
 
@@ -269,14 +333,62 @@ def check_queries(name: str, query: Tensor, bank: Tensor) -> None:
 # --- implementation and registration -------------------------------------------------------------
 
 
-def _run_pass(query, key, bank, count, s_pos, options, exclude, rng_state, backend) -> BankPass:
+def _run_pass(
+    query, key, bank, count, s_pos, options, exclude, rng_state, backend, slot_bias=None
+) -> BankPass:
     chosen = registry.choose(backend, bank, options.topk)
     with without_autocast(bank.device.type):
+        bank = bank if chosen.differentiable else bank.detach()
         query = seen_query(query, bank, chosen.differentiable)
         key = None if key is None else key.to(bank.dtype).contiguous()
         s_pos = s_pos.to(wide(bank)).contiguous()
+        slot_bias = None if slot_bias is None else slot_bias.detach().to(s_pos.dtype).contiguous()
         exclude, (rng_state,) = Exclude(*contiguous(*exclude)), contiguous(rng_state)
-        return chosen.bank_pass(query, key, bank, count, s_pos, options, exclude, rng_state)
+        rest = (options, exclude, rng_state, slot_bias)
+        return chosen.bank_pass(query, key, bank, count, s_pos, *rest)
+
+
+def _bank_gradient(
+    temperature: float,
+    backend: str,
+    grad: Tensor,
+    query: Tensor,
+    bank: Tensor,
+    count: Tensor,
+    neg_lse: Tensor,
+    slot_bias: Tensor | None = None,
+    exclude_transposed: Tensor | None = None,
+    ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
+) -> Tensor:
+    """(K, D): the gradient of sum_i grad_i neg_lse_i by the bank, whose rows are the queries of a
+    pass over the queries: their bias is log |grad_i| - neg_lse_i.
+
+    A pass has no negative weights. So there are two, one for each sign of `grad`; each has its
+    queries in front and reads no others, so that both together have the products of one, and nobody
+    has to ask the device about signs.
+    """
+    query = seen_query(query, bank, differentiable=False)
+    options = PassOptions(temperature)
+    bias = torch.where(neg_lse == -torch.inf, -torch.inf, grad.abs().log() - neg_lse)
+    exclude = Exclude(None, ids, bank_ids)
+    hidden = torch.arange(len(bank), device=bank.device) >= count
+    if bank_ids is not None:
+        hidden = hidden | (bank_ids == EMPTY)
+    shift = 0.0 if slot_bias is None else slot_bias.to(bias.dtype)
+    gradient = bias.new_zeros(bank.shape)
+    for sign in (1.0, -1.0):
+        idle = (sign * grad <= 0) | (bias == -torch.inf)  # NaN is in both
+        if bank.device.type == "cpu" and idle.all():
+            continue
+        order = idle.argsort(stable=True)
+        result = _run_pass(
+            bank, None, query[order], (~idle).sum(), bias.new_zeros(len(bank)), options,
+            exclude.exchanged(order, exclude_transposed), None, backend, bias[order],
+        )  # fmt: skip
+        scale = torch.exp(result.neg_lse + shift) * (sign / temperature)
+        gradient.addcmul_(scale[:, None], result.neg_mean)
+    return gradient.masked_fill_(hidden[:, None], 0.0).to(bank.dtype)
 
 
 def _run_topk(
@@ -331,14 +443,19 @@ def _bank_pass(
     ids: Tensor | None = None,
     bank_ids: Tensor | None = None,
     exclude_mined: bool = False,
+    slot_bias: Tensor | None = None,
+    exclude_transposed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`run_pass` as torch registers it: a schema has no objects."""
     options = PassOptions(temperature, selection, a, b, topk, exclude_mined, row_offset, col_offset)
-    exclude = Exclude(exclude, ids, bank_ids)
-    return tuple(_run_pass(query, key, bank, count, s_pos, options, exclude, rng_state, backend))
+    rest = (options, Exclude(exclude, ids, bank_ids), rng_state, backend, slot_bias)
+    return tuple(_run_pass(query, key, bank, count, s_pos, *rest))
 
 
 _bank_pass_op = torch.library.custom_op("psm_kernels::bank_pass", _bank_pass, mutates_args=())
+_bank_gradient_op = torch.library.custom_op(
+    "psm_kernels::bank_gradient", _bank_gradient, mutates_args=()
+)
 _bank_topk_op = torch.library.custom_op("psm_kernels::bank_topk", _run_topk, mutates_args=())
 _bank_rows_op = torch.library.custom_op("psm_kernels::bank_rows", _bank_rows, mutates_args=())
 _snapshot_op = torch.library.custom_op(
@@ -358,6 +475,11 @@ def _(query, bank, k, *unused):
     return query.new_empty(shape, dtype=wide(bank)), query.new_empty(shape, dtype=torch.int64)
 
 
+@_bank_gradient_op.register_fake
+def _(temperature, backend, grad, query, bank, *unused):
+    return torch.empty_like(bank)
+
+
 @_bank_pass_op.register_fake
 def _(query, key, bank, count, s_pos, temperature, selection, a, b, topk, *unused):
     (batch, dim), sums = query.shape, wide(bank)
@@ -367,9 +489,16 @@ def _(query, key, bank, count, s_pos, temperature, selection, a, b, topk, *unuse
 
 
 def _setup_context(ctx, inputs, output):
-    query, _, _, _, _, temperature, *others = inputs
-    _, neg_mean, *_ = output
-    remember(ctx, query, neg_mean, temperature, inputs=6 + len(others))
+    query, _, bank, count, _, temperature, selection, _, _, topk, *_ = inputs
+    backend, slots, ids, bank_ids, _, slot_bias, transposed = inputs[13:]
+    neg_lse, neg_mean, *_ = output
+    other = None
+    if ctx.needs_input_grad[2]:
+        check_differentiable_bank(selection, topk, Exclude(slots), transposed)
+        run = functools.partial(torch.ops.psm_kernels.bank_gradient, temperature, backend)
+        read = (query, bank, count, neg_lse, slot_bias, transposed, ids, bank_ids)
+        other = BankSide(run, read)
+    remember(ctx, query, neg_mean, temperature, inputs=len(inputs), other=other)
 
 
 _bank_pass_op.register_autograd(backward, setup_context=_setup_context)

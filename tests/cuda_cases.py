@@ -28,13 +28,21 @@ STATE = torch.tensor([SEED, OFFSET])
 CUDA, REFERENCE = Cuda(), Reference()
 
 
-def arguments(query, key, bank, s_pos, count=None, exclude=NOTHING, **settings):
+def arguments(query, key, bank, s_pos, count=None, exclude=NOTHING, slot_bias=None, **settings):
     options = PassOptions(
         **{"temperature": 0.2, "selection": "bernoulli", "a": 2.0, "b": -0.1, "topk": 5, **settings}
     )
     count = torch.tensor(len(bank) if count is None else count)
     key = key.to(bank.dtype) if options.topk else None
-    return query.to(bank.dtype), key, bank, count, s_pos, options, exclude, STATE
+    return query.to(bank.dtype), key, bank, count, s_pos, options, exclude, STATE, slot_bias
+
+
+def biases(size: int, count: int) -> torch.Tensor:
+    """Some that leave their slot out, alone and in whole tiles; NaN behind `count`."""
+    bias = 4 * torch.randn(size, generator=torch.Generator().manual_seed(size))
+    bias[::9] = bias[70:330] = -torch.inf
+    bias[count:] = torch.nan
+    return bias
 
 
 def widened(args) -> list:

@@ -682,6 +682,8 @@ def test_extra_memory_does_not_grow_with_the_bank():
         ({"options.selection": 4}, "selection: got 4"),
         ({"options.selection": 3, "rho": 0}, "rho: got a null pointer"),
         ({"options.selection": 3, "affine": 0}, "affine: got a null pointer"),
+        ({"slot_bias": 4098}, "slot_bias: got address 4098, wanted a multiple of 4"),
+        ({"slot_bias": 4096}, "slot_bias: got an address, wanted a null pointer"),
         ({"exclude.slots": 0}, "exclude: got a null pointer"),
         ({"exclude.slots": 4100}, "exclude: got address 4100, wanted a multiple of 8"),
         ({"exclude.listed": -1}, "listed: got -1"),

@@ -15,6 +15,7 @@ from cuda_cases import (
     STATE,
     arguments,
     assert_agree,
+    biases,
     exact_rows,
     hidden,
     step_in_float64,
@@ -89,6 +90,15 @@ def test_odd_sizes(batch, size, dim, topk, selection, dtype, force_sm80):
     assert_agree(*(BankPass(*(x[sure] for x in out)) for out in (got, truth(args))), dtype)
     again = run(args, force_sm80=force_sm80)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@each_path
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 200])
+def test_a_bias_of_the_slots(dim, dtype, force_sm80):
+    settings = {"selection": "all", "count": 4000, "slot_bias": biases(4097, 4000)}
+    args = arguments(*problem(257, 4097, dim, dtype=dtype), col_offset=7, **settings)
+    assert_agree(run(args, force_sm80=force_sm80), truth(args), dtype)
 
 
 @each_path

@@ -20,6 +20,7 @@ from cuda_cases import (
     STATE,
     arguments,
     assert_agree,
+    biases,
     both,
     hidden,
     step,
@@ -221,6 +222,37 @@ def test_hidden_slots_at_every_width(gpu, dtype, dim, path):
     got, want = both(gpu, problem(70, 300, dim, dtype=dtype), path, **settings)
     assert_agree(got, want, dtype)
     assert (got.topk_index == want.topk_index).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("settings", [{}, {"topk": 0, "col_offset": 7}, {"exclude_mined": True}])
+@pytest.mark.parametrize("temperature", [0.5, 0.02])
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+def test_a_bias_of_the_slots(gpu, path, dtype, temperature, settings):
+    """What is excluded is not counted twice, and its bias may be anything."""
+    rows, bias, exclude = problem(19, 700, 64, dtype=dtype), biases(700, 650), hidden(19, 700, 650)
+    bias[exclude.bank_ids == EMPTY] = torch.nan
+    got, want = both(
+        gpu, rows, path, cut=2, selection="all", temperature=temperature, count=650,
+        exclude=exclude, slot_bias=bias, **settings,
+    )  # fmt: skip
+    assert_agree(got, want, dtype)
+    assert torch.equal(got.neg_count, want.neg_count.float())
+    assert torch.equal(got.topk_index, want.topk_index)
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+def test_a_bias_that_is_no_number_spoils_the_rows_that_see_it(gpu, path, dtype):
+    rows, bias = problem(3, 300, 64, dtype=dtype), biases(300, 300)
+    seen = Exclude(torch.tensor([[33], [-1], [33]]))
+    for bad in (torch.nan, torch.inf):
+        bias[33] = bad
+        got, _ = both(gpu, rows, path, selection="all", exclude=seen, slot_bias=bias)
+        assert got.neg_lse.isfinite().tolist() == [True, False, True]
+        assert got.neg_mean.isfinite().all(1).tolist() == [True, False, True]
+    got, _ = both(gpu, rows, path, selection="all", slot_bias=torch.full((300,), -torch.inf))
+    assert (got.neg_lse == -torch.inf).all()
+    assert (got.neg_count == 0).all()
+    assert (got.neg_mean == 0).all()
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)

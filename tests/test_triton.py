@@ -18,6 +18,7 @@ import torch
 from psm_kernels import ops
 from psm_kernels.backends.triton import config
 from psm_kernels.options import PSMOptions
+from psm_kernels.rows import wide
 from psm_kernels.weighted import weighted_pass
 
 pytest.importorskip("triton")
@@ -48,8 +49,8 @@ def test_everything_below_passes_in_the_interpreter():
 @pytest.mark.skipif(INTERPRETED, reason="starts that process")
 def test_cold_temperatures_and_ids_in_the_interpreter():
     """Of those files what an interpreter does in a minute; all of them take it ten."""
-    selected = "triton and (0.02 and nearer or copies or lists)"
-    done = interpreted(selected, "test_cold.py", "test_ids.py")
+    selected = "triton and (0.02 and nearer or copies or lists or spoils)"
+    done = interpreted(selected, "test_cold.py", "test_ids.py", "test_bank_gradient.py")
     if UNFIT in done.stdout:
         pytest.skip(f"this Triton's interpreter does not know this NumPy: {UNFIT}")
     assert done.returncode == 0, done.stdout[-4000:]
@@ -114,6 +115,30 @@ def check(got, want, dtype=torch.float32, exact=False):
         assert torch.equal(got.topk_sim, want.topk_sim)
         assert torch.equal(got.neg_count, want.neg_count)
     assert torch.equal(got.topk_index, want.topk_index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("temperature", [0.5, 0.07, 0.02])
+def test_slot_bias_and_both_gradients(device, dtype, temperature):
+    query, _, bank, s_pos = problem(device, 9, 200, 48, dtype=dtype)
+    query = query.to(dtype).float()
+    bias = 3 * torch.randn(200, generator=torch.Generator().manual_seed(2)).to(device)
+    bias[::7] = -torch.inf
+    bias[190:] = torch.nan  # not looked at
+    weight = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, -0.1, 1.0, 1.0, -1.0], device=device)
+    results = []
+    for name, rows in (("triton", bank), ("reference", bank.double())):
+        q, m = query.to(wide(rows)).requires_grad_(), rows.detach().requires_grad_()
+        settings = {"temperature": temperature, "slot_bias": bias, "backend": name}
+        got = ops.bank_pass(q, None, m, 190, s_pos, **settings)
+        results.append((got, *torch.autograd.grad((got.neg_lse * weight).sum(), (q, m))))
+    (got, *gradients), (want, *exact) = results
+    torch.testing.assert_close(got.neg_lse.double(), want.neg_lse, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(got.neg_sq_lse.double(), want.neg_sq_lse, rtol=1e-5, atol=4e-5)
+    assert torch.equal(got.neg_count.double(), want.neg_count)
+    tolerance = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    for a, b in zip(gradients, exact, strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)

@@ -67,6 +67,18 @@ def test_ids_cost_a_few_instructions(arch, dim, sums):
     assert 1 < with_ids.per_element - plain.per_element < 8
 
 
+@pytest.mark.parametrize(("arch", "dim"), [("sm_90", 64), ("sm_90", 128), ("sm_80", 64)])
+def test_a_bias_costs_a_few_instructions(arch, dim):
+    with_bias, plain = (
+        sass.nvidia_report(
+            *sass.compile_pass(arch, torch.bfloat16, dim, True, "all", lists=False, bias=bias)
+        )
+        for bias in (True, False)
+    )
+    assert with_bias.spills == with_bias.serial == 0
+    assert 1 < with_bias.per_element - plain.per_element < 8
+
+
 @pytest.mark.parametrize("dim", [128, 256])
 @pytest.mark.parametrize("sums", [False, True])
 def test_amd(dim, sums):
@@ -150,16 +162,19 @@ def test_sizes_and_settings_do_not_compile_again(compilations, dim):
                 1.0, "bernoulli", 1.0, 0.0, k, i > 0, row_offset=row_offset, col_offset=col_offset
             )
             backend.bank_pass(query, query, bank, count, s_pos, options, exclude, state)
+        options, bias = PassOptions(1.0), torch.zeros(size + 1)[1:]
+        backend.bank_pass(query, None, bank, count, s_pos, options, NOTHING, None, bias)
         backend.bank_topk(query, bank, k, count)
         options = PSMOptions(1, topk=k, weight_temperature=1, hard_weight=0)
         backend.psm_step(query, query, bank, count, options, NOTHING, state, row_offset)
         backend.weighted_pass(query, bank, count, 1.0, torch.zeros(5, batch), torch.zeros(size))
     counts = {name: len(keys) for name, keys in compilations.items()}
     # mining: with and without ids, and of small cells where lists are long; selection of a few:
-    # plain, by ids; of many: by lists; sums: over all, without listed slots, and without ids too
+    # plain, by ids; of many: by lists; sums: over all, without listed slots, and without ids too;
+    # "all" with a bias
     assert counts == {
         "mine_kernel": 3, "select_kernel": 2, "cells_kernel": 1, "rescan_kernel": 1,
-        "order_kernel": 1, "sum_kernel": 3, "merge_kernel": 1, "loss_kernel": 1,
+        "order_kernel": 1, "sum_kernel": 4, "merge_kernel": 1, "loss_kernel": 1,
         "weighted_kernel": 1,
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ import cold
 import pytest
 import torch
 from conftest import problem
-from cuda_cases import MEAN_ATOL, arguments, assert_agree, widened
+from cuda_cases import MEAN_ATOL, arguments, assert_agree, biases, widened
 
 from psm_kernels.backends.base import BankPass, Exclude
 from psm_kernels.backends.reference import Reference
@@ -56,6 +56,23 @@ def test_bank_pass(gpu, dim, dtype, selection, topk):
     )
     assert_agree(got, want, dtype)
     assert torch.equal(got.topk_index, want.topk_index)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(64, BF16), (128, BF16), (128, torch.float16), (256, BF16), (64, torch.float32)],
+)
+def test_a_bias_of_the_slots(gpu, dim, dtype):
+    rows, bias = problem(3, 500, dim, dtype=dtype), biases(500, 490)
+    bias[5] = torch.nan
+    exclude = Exclude(torch.tensor([[5, 40, -1], [5, 5, 99], [-1, 480, 5]]))
+    for temperature in (0.2, 0.02):
+        got, want = both(
+            *rows, count=490, topk=3, selection="all", col_offset=7, temperature=temperature,
+            exclude=exclude, slot_bias=bias,
+        )  # fmt: skip
+        assert_agree(got, want, dtype)
+        assert torch.equal(got.neg_count, want.neg_count.float())
 
 
 def test_it_does_not_matter_when_asynchronous_work_is_done(monkeypatch):

@@ -15,12 +15,12 @@ EMPTY = -2  # in `bank_ids`: the slot holds nothing, no row sees it
 
 
 class BankPass(NamedTuple):
-    """What a pass over the bank gives, per query. Only `neg_lse` carries a gradient, to `query`:
-    once, or in eager mode on backend "reference" as often as one likes."""
+    """What a pass over the bank gives, per query. Only `neg_lse` carries a gradient, to `query` and
+    `bank`: once, or in eager mode on backend "reference" as often as one likes."""
 
-    neg_lse: Tensor  # (B,) log sum_j keep exp(s/tau), -inf when nothing is kept
+    neg_lse: Tensor  # (B,) log sum_j keep exp(s/tau + bias), -inf when nothing is kept
     neg_mean: Tensor  # (B, D) softmax-weighted mean of the kept rows, 0 when none
-    neg_sq_lse: Tensor  # (B,) log sum_j keep exp(2 s/tau)
+    neg_sq_lse: Tensor  # (B,) log sum_j keep exp(2 (s/tau + bias))
     neg_count: Tensor  # (B,) sum_j keep
     topk_sim: Tensor  # (B, k) similarity to `key`, descending; missing: -inf
     topk_index: Tensor  # (B, k) int64 slots; missing: -1
@@ -43,6 +43,19 @@ class Exclude(NamedTuple):
         """For some of the rows alone."""
         slots, ids = (None if x is None else x[rows] for x in (self.slots, self.ids))
         return Exclude(slots, ids, self.bank_ids)
+
+    def exchanged(self, order: Tensor, lists: Tensor | None) -> Exclude:
+        """The same where queries and bank have changed places, the queries sorted by order (B,).
+        `lists`: (K, E) int64, the queries that must not see a slot, counted before they are sorted.
+        """
+        if lists is not None:
+            place = torch.full((len(order) + 1,), -1, device=order.device)  # the last: of no query
+            place[order] = torch.arange(len(order), device=order.device)
+            lists = place[torch.where((lists < 0) | (lists > len(order)), -1, lists)]
+        if self.bank_ids is None:
+            return Exclude(lists)
+        unknown = torch.where(self.bank_ids < 0, EMPTY, self.bank_ids)
+        return Exclude(lists, unknown, torch.where(self.ids == EMPTY, -1, self.ids)[order])
 
     def seen(self, slots: Tensor, count: Tensor) -> Tensor:
         """(B, S) bool, or (1, S) where rows do not differ: which of the slots (S,) a row sees."""
@@ -107,6 +120,7 @@ class Backend:
         options: PassOptions,
         exclude: Exclude = NOTHING,
         rng_state: Tensor | None = None,  # (2,) for "bernoulli"
+        slot_bias: Tensor | None = None,  # (K,) as s_pos; for "all" alone
     ) -> BankPass:
         """See `psm_kernels.ops.bank_pass`."""
         raise NotImplementedError

@@ -57,10 +57,11 @@ class Compiled(Backend):
     def bank_pass(
         self, query: Tensor, key: Tensor | None, bank: Tensor, count: Tensor, s_pos: Tensor,
         options: PassOptions, exclude: Exclude = NOTHING, rng_state: Tensor | None = None,
+        slot_bias: Tensor | None = None,
     ) -> BankPass:  # fmt: skip
         return self._pass(
             pass_struct(options), query, key, bank, count, exclude,
-            s_pos=address(s_pos), rng_state=address(rng_state),
+            s_pos=address(s_pos), rng_state=address(rng_state), slot_bias=address(slot_bias),
         )  # fmt: skip
 
     def bank_topk(

@@ -20,6 +20,7 @@ class Reference(Backend):
     def bank_pass(
         self, query: Tensor, key: Tensor | None, bank: Tensor, count: Tensor, s_pos: Tensor,
         options: PassOptions, exclude: Exclude = NOTHING, rng_state: Tensor | None = None,
+        slot_bias: Tensor | None = None,
     ) -> BankPass:  # fmt: skip
         tau, o = options.temperature, options
         rows = _valid_rows(bank, count)
@@ -35,18 +36,23 @@ class Reference(Backend):
             words = noise.philox_block(o.row_offset, *given.shape, o.col_offset, rng_state)
         weight = noise.keep_weight(given, s_pos[:, None], words, o.selection, o.a, o.b) * seen
 
-        bad = seen & similarity.isnan()
+        logits = similarity / tau
+        if slot_bias is not None:
+            logits = logits + slot_bias
+            weight = weight * (slot_bias != -torch.inf)
+
+        bad = seen & logits.isnan()
         kept = (weight > 0) | bad  # what is not a number stays one, in the gradient too
         log_weight = torch.where(bad, 0.0, weight).log()
-        logits = torch.where(kept, similarity / tau + log_weight, -torch.inf)
+        log_terms = torch.where(kept, logits + log_weight, -torch.inf)
         empty = ~kept.any(1)
         # The inner zeros: all of a row at -inf would have NaN for a second derivative.
-        neg_lse = torch.logsumexp(torch.where(empty[:, None], 0.0, logits), 1)
+        neg_lse = torch.logsumexp(torch.where(empty[:, None], 0.0, log_terms), 1)
         neg_lse = torch.where(empty, -torch.inf, neg_lse)
         with torch.no_grad():
-            softmax = torch.exp(logits - torch.where(empty, 0.0, neg_lse)[:, None])  # (B, K)
+            softmax = torch.exp(log_terms - torch.where(empty, 0.0, neg_lse)[:, None])  # (B, K)
             neg_mean = softmax @ rows
-            neg_sq_lse = torch.logsumexp(logits + similarity / tau, 1)
+            neg_sq_lse = torch.logsumexp(torch.where(kept, log_terms + logits, -torch.inf), 1)
         return BankPass(neg_lse, neg_mean, neg_sq_lse, weight.sum(1), topk_sim, topk_index)
 
     def bank_topk(

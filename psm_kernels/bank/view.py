@@ -89,7 +89,7 @@ class BankView:
     ) -> BankPass:
         """See `psm_kernels.ops.bank_pass`."""
         rest = (options, exclude, rng_state, self.backend)
-        return ops.run_pass(query, key, self.bank, self.count, s_pos, *rest)
+        return ops.run_pass(query, key, self.bank.detach(), self.count, s_pos, *rest)
 
     def topk(self, query: Tensor, k: int, exclude: Exclude = NOTHING) -> tuple[Tensor, Tensor]:
         """See `psm_kernels.ops.bank_topk`."""

@@ -45,6 +45,7 @@ Task summing_task(const PassArgs& args) {
         t.seed = uint64_t(args.rng_state[0]), t.offset = uint64_t(args.rng_state[1]);
     t.row_offset = o.row_offset, t.col_offset = o.col_offset;
     t.affine = args.affine, t.rho = args.rho;
+    t.slot_bias = args.slot_bias, t.temperature = o.temperature;
     t.most_hidden = args.exclude.listed + (o.exclude_mined ? o.topk : 0) + 1;
     return t;
 }

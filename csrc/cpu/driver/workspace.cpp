@@ -85,7 +85,7 @@ void lay_out(Worker& w, const Task& t, size_t index, Arena& arena) {
         arena.take(w.scratch, 2 * kTile);
         arena.take(w.words, kTile);
         arena.take(w.kept, kGang * kBlock * kTile / kSub);
-        arena.take(w.rho, kTile);
+        arena.take(w.added, kTile);
         arena.take(w.hidden, kTile / kSub);
         arena.take(w.columns, 4 * kBatches);
         arena.take(w.sums, t.group_blocks * kBlock);

@@ -33,6 +33,13 @@ void mark_slots(const Task& t, Worker& w, Tile& tile) {
                 seen &= ~(uint64_t(id == kEmpty) << n);
                 w.ids[j + n] = id;
             }
+        if (t.slot_bias)
+            for (int n = 0; n < kSub; ++n) {
+                const bool valid = seen >> n & 1;
+                const float bias = valid ? t.slot_bias[tile.slot + j + n] : 0.0f;
+                seen &= ~(uint64_t(bias == -kInfinity) << n);
+                w.added[j + n] = t.temperature * bias;
+            }
         tile.seen[j / kSub] = seen;
         unseen |= ~seen;
     }
@@ -153,7 +160,7 @@ Tile pack_tile(const Task& t, Worker& w, int64_t index) {
     mark_slots(t, w, tile);
     if (t.sums && t.selection == Selection::kAffine)
         for (int j = 0; j < tile.width; ++j)
-            w.rho[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
+            w.added[j] = j < tile.low || j >= tile.high ? 0.0f : t.rho[tile.slot + j];
     if (t.direct) return tile;
     const int64_t ld = t.padded;
 #if QUADS

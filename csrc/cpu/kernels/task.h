@@ -26,12 +26,12 @@ struct Task {
     const void *query, *bank;
     const float* unit;  // (B, padded), or null: queries to be rounded to the dtype, before `query`
     const float* s_pos;
-    const float *affine, *rho;
+    const float *affine, *rho, *slot_bias;
     int64_t rows, count, dim, padded;  // B, valid slots, D, D rounded up to kPad
     Dtype dtype;
     Selection selection;
     bool sums, mean;  // without sums: mining; without mean: no second product
-    float scale, slope, b;  // log2(e) / tau, -a log2(e), b
+    float temperature, scale, slope, b;  // tau, log2(e) / tau, -a log2(e), b
     int64_t topk;  // 0 where it sums
     Exclude exclude;
     uint64_t seed, offset;
@@ -82,7 +82,7 @@ struct Worker {
     uint32_t* weight_pairs;  // (kBlock, kTile / 2)
     uint32_t* words;         // (kTile,)
     uint64_t* kept;          // (kGang * kBlock, kTile / kSub) a bit per slot
-    float* rho;              // (kTile,)
+    float* added;            // (kTile,) by slot: rho, or tau times its bias
     int64_t* ids;            // (kTile,) of the slots
     uint64_t* hidden;        // (kTile / kSub,) a bit per slot that a row must not see
     uint64_t* columns;       // (4, kBatches) what Philox knows of a column before it sees a row

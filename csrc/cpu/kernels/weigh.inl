@@ -108,6 +108,9 @@ void weigh(const Task& t, const Worker& w, const Tile& tile, int64_t i, RowSums&
             kept += __builtin_popcountll(mask);
         }
     } else {
+        if (t.slot_bias)
+            for (int j = 0; j < tile.width; j += kWidth)
+                store(scores + j, add(load(scores + j), load(w.added + j)));
         if (hides) kept -= each_hidden(w, tile, [&](int j) { scores[j] = -kInfinity; });
         for (int j = 0; j < tile.width; j += kWidth) top = max(top, load(scores + j));
     }
@@ -192,7 +195,7 @@ void weigh<Selection::kAffine>(const Task& t, const Worker& w, const Tile& tile,
         const V s = load(scores + j);
         V e[1] = {fma(s, scale, shift)};
         exp2<0>(e);
-        const V line = fma(beta, s, add(alpha, load(w.rho + j)));
+        const V line = fma(beta, s, add(alpha, load(w.added + j)));
         const V weight = max(zero, fma(gamma, min(cap, e[0]), line));  // NaN stays NaN
         store(weights + j, weight);
         store(scores + j, mul(weight, e[0]));

@@ -40,6 +40,12 @@ PSM_DEVICE void start_rows(const KernelArgs& args, const int (&row)[2], Rows& ro
     }
 }
 
+// The thread's first slot of a tile whose `column` is slot / 4 + lane % 4, counted from slot 0.
+PSM_DEVICE int own_slot(const KernelArgs& args, uint32_t column) {
+    const int lead = lead_slots(args.options.col_offset);
+    return int(4 * column) - 2 * (thread_index() % 4) - lead;
+}
+
 // Similarities in, weights of P out, sums and `out` kept up to date.
 template <Selection kSelection, Work kWork, class T, int kTiles, int kOut>
 PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const KernelArgs& args,
@@ -53,11 +59,10 @@ PSM_DEVICE void epilogue(float (&s)[kTiles][4], float (&out)[kOut][4], const Ker
                 weights.set(n, row, s[n][2 * row], s[n][2 * row + 1]);
     } else if constexpr (kSelection == Selection::kExpected) {
         weigh_expected(s, out, rows, weights);
-    } else if constexpr (kSelection == Selection::kAffine) {  // column is slot / 4 + lane % 4
-        const int lead = lead_slots(args.options.col_offset);
-        const int slot = int(4 * column) - 2 * (thread_index() % 4) - lead;
-        weigh_affine(s, args, rows, slot, weights);
+    } else if constexpr (kSelection == Selection::kAffine) {
+        weigh_affine(s, args, rows, own_slot(args, column), weights);
     } else {
+        if constexpr (kWork == Work::kBiased) add_bias(s, args, rows, own_slot(args, column));
         weigh<kSelection>(s, out, rows, key, column, weights);
     }
 }

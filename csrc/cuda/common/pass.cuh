@@ -15,6 +15,7 @@ enum class Work : int {
     kProducts,  // the same products with a null epilogue: the floor of a kernel
     kMine,      // cell maxima of query . M
     kInTurns,   // kPass of kBernoulli on sm_90a, whose warpgroups take turns
+    kBiased,    // kPass of kAll with a bias of the slots
 };
 
 constexpr int kCellLog2 = 6;      // smallest cell, whose best similarity is kept for mining

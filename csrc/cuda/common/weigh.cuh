@@ -188,6 +188,27 @@ PSM_DEVICE void weigh_expected(float (&s)[kTiles][4], float (&out)[kOut][4], Row
         }
 }
 
+// Of values (K,) that of a slot, or any where there is no such slot.
+PSM_DEVICE float at_slot(const float* values, const KernelArgs& args, int64_t slot) {
+    return values[slot < 0 ? 0 : slot < args.bank.slots ? slot : args.bank.slots - 1];
+}
+
+// tau times the bias of its slot to each similarity, that of what is hidden stays -inf. -inf hides
+// the slot, and is not counted. `slot` as below.
+template <int kTiles>
+PSM_DEVICE void add_bias(float (&s)[kTiles][4], const KernelArgs& args, Rows& rows, int slot) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float bias = at_slot(args.slot_bias, args, slot + 8 * n + i % 2);
+            float& x = s[n][i];
+            const bool there = x != -INFINITY;
+            rows.count[i / 2] -= float(there && bias == -INFINITY);
+            x = there ? fmaf(args.options.temperature, bias, x) : x;
+        }
+}
+
 // "affine": weight w = max(alpha + beta s + gamma min(e, cap) + rho, 0) of e = 2^(logit - shift),
 // whose shift is given: no e exceeds 1. `slot` is the thread's first one, counted from slot 0.
 template <class T, int kTiles>
@@ -196,10 +217,8 @@ PSM_DEVICE void weigh_affine(const float (&s)[kTiles][4], const KernelArgs& args
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
         float rho[2], p[4];
-        for (int i = 0; i < 2; ++i) {  // slots that are not there: any rho, and no weight below
-            const int64_t at = slot + 8 * n + i;
-            rho[i] = args.rho[at < 0 ? 0 : at < args.bank.slots ? at : args.bank.slots - 1];
-        }
+        for (int i = 0; i < 2; ++i)  // slots that are not there: any rho, and no weight below
+            rho[i] = at_slot(args.rho, args, slot + 8 * n + i);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int r = i / 2;

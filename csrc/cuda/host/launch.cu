@@ -123,9 +123,10 @@ void mine(const KernelArgs& args, const Hidden& next, Call& call) {
 // Partial sums of the splits.
 void sum(KernelArgs& args, Call& call) {
     const bool in_turns = call.place.ping_pong && args.options.selection == Selection::kBernoulli;
-    const Work work = call.place.null_epilogue ? Work::kProducts
-                      : in_turns               ? Work::kInTurns
-                                               : Work::kPass;
+    const Work work = call.place.null_epilogue    ? Work::kProducts
+                      : in_turns                  ? Work::kInTurns
+                      : args.slot_bias != nullptr ? Work::kBiased
+                                                  : Work::kPass;
     const Plan plan(args, work, call);
     plan.cut(args);
     args.sums = call.take<RowSums>(args.splits * args.batch);
@@ -203,6 +204,7 @@ void load_passes(int device) {
                 if (dim > kMaxDim) continue;
                 resident_blocks(find(Selection::kAll, Work::kProducts, dim), device);
                 resident_blocks(find(Selection::kBernoulli, Work::kInTurns, dim), device);
+                resident_blocks(find(Selection::kAll, Work::kBiased, dim), device);
                 for (Selection selection : kSelections)
                     resident_blocks(find(selection, Work::kPass, dim), device);
             }

@@ -79,6 +79,9 @@ PassKernel find_sm80(Selection selection, Work work, int dim) {
         if (work == Work::kProducts)
             return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kProducts>,
                                   "null bank_pass (sm_80)");
+        if (work == Work::kBiased)
+            return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kBiased>,
+                                  "bank_pass with a bias (sm_80)");
         if (selection == Selection::kAffine)
             return handle<Config>(bank_pass_sm80<Config, Selection::kAffine, Work::kPass>,
                                   "weighted_pass");

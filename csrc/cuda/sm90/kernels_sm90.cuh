@@ -54,6 +54,9 @@ PassKernel find_sm90(Selection selection, Work work, int dim) {
         if (work == Work::kProducts)
             return handle_sm90<Config>(bank_pass_sm90<Config, Selection::kAll, Work::kProducts>,
                                        "null bank_pass (sm_90a)");
+        if (work == Work::kBiased)
+            return handle_sm90<Config>(bank_pass_sm90<Config, Selection::kAll, Work::kBiased>,
+                                       "bank_pass with a bias (sm_90a)");
         if (work == Work::kInTurns)
             return handle_sm90<Config>(
                 bank_pass_sm90<Config, Selection::kBernoulli, Work::kInTurns>,

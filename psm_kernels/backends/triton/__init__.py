@@ -46,6 +46,7 @@ class Triton(Backend):
     def bank_pass(
         self, query: Tensor, key: Tensor | None, bank: Tensor, count: Tensor, s_pos: Tensor,
         options: PassOptions, exclude: Exclude = NOTHING, rng_state: Tensor | None = None,
+        slot_bias: Tensor | None = None,
     ) -> BankPass:  # fmt: skip
         """Mined first, so that the sums can leave out what was mined."""
         from psm_kernels.backends.triton.sums import sums
@@ -54,7 +55,7 @@ class Triton(Backend):
         if options.exclude_mined and options.topk:
             exclude = exclude.naming(mined[1])
         with config.current(bank):
-            result = sums(query, bank, count, s_pos, options, exclude, rng_state)
+            result = sums(query, bank, count, s_pos, options, exclude, rng_state, slot_bias)
         return BankPass(*result, *mined)
 
     def bank_topk(

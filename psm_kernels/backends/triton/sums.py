@@ -25,7 +25,7 @@ def _nothing(BM: tl.constexpr, DPAD: tl.constexpr):
 
 @triton.jit
 def _scan(
-    state, block, bank, bank_tiles, lists, length, ids, bank_ids, rule, sample,
+    state, block, bank, bank_tiles, slot_bias, lists, length, ids, bank_ids, rule, sample,
     first, last, size, shift, scale, D,
     SELECTION: tl.constexpr, GENERAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DPAD: tl.constexpr, DBLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -49,6 +49,10 @@ def _scan(
         )
         x = s * scale  # base 2
         p = s
+        if slot_bias is not None:
+            LOG2E: tl.constexpr = 1.4426950408889634
+            x += LOG2E * tl.load(slot_bias + slot, mask=slot_valid, other=0.0)[None, :]
+            p = x
         if SELECTION != "all":
             p = noise.keep_probability(s, center[:, None], sharpness)  # (BM, BN)
         # A branch around s or x would hide from Triton that the first product feeds the second.
@@ -65,7 +69,7 @@ def _scan(
             tile_group = (group + tile * (BN // 16)).to(tl.uint32)
             words = noise.noise_words(tile_group, column, row_words[:, None], seed, offset)
             keep = words < (p * 4294967296.0).to(tl.uint32)
-        elif SELECTION == "expected" or lists is not None or ids is not None:
+        elif SELECTION == "expected" or not (lists is None and ids is None and slot_bias is None):
             keep = p != NEVER
         else:
             keep = tl.full((BM, BN), 1, tl.int1)
@@ -96,7 +100,7 @@ def _scan(
 
 
 @triton.jit(do_not_specialize=[
-    "count", "s_pos", "rng_state", "slots", "ids", "bank_ids",
+    "count", "s_pos", "rng_state", "slot_bias", "slots", "ids", "bank_ids",
     "B", "K", "splits", "length", "row_offset", "col_offset",
 ])  # fmt: skip
 def sum_kernel(
@@ -106,6 +110,7 @@ def sum_kernel(
     count,  # ()
     s_pos,  # (B,)
     rng_state,  # (2,)
+    slot_bias,  # (K,), or None
     slots,  # (B, length), or None
     ids, bank_ids,  # (B,) and (K,), or None
     parts,  # (B, splits, D + 4): mean before division; shift, sum, sum of squares, count
@@ -142,8 +147,8 @@ def sum_kernel(
         # all products of the loop (C7515).
         if full > first:
             state = _scan(
-                state, block, bank, bank_tiles, lists, length, row_ids, bank_ids, rule, sample,
-                first, full, size, shift, scale, D,
+                state, block, bank, bank_tiles, slot_bias, lists, length, row_ids, bank_ids, rule,
+                sample, first, full, size, shift, scale, D,
                 SELECTION, False, BM, BN, DPAD, DBLOCK, STAGES,
             )  # fmt: skip
         first = full
@@ -161,7 +166,7 @@ def sum_kernel(
             first = tiles.tiles_of_split(all_tiles, split, splits, 1)[0]
             state = _nothing(BM, DPAD)
     top, total, squares, kept, mean = _scan(
-        state, block, bank, bank_tiles, lists, length, row_ids, bank_ids, rule, sample,
+        state, block, bank, bank_tiles, slot_bias, lists, length, row_ids, bank_ids, rule, sample,
         first, last, size, shift, scale, D,
         SELECTION, True, BM, BN, DPAD, DBLOCK, 1 if FAST else STAGES,
     )  # fmt: skip
@@ -170,14 +175,14 @@ def sum_kernel(
 
 def sums(
     query: Tensor, bank: Tensor, count: Tensor, s_pos: Tensor, options: PassOptions,
-    exclude: Exclude, rng_state: Tensor | None,
+    exclude: Exclude, rng_state: Tensor | None, slot_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-sum-exp, mean, log-sum of the squares and count of what each row keeps."""
     batch, (size, dim) = query.shape[0], bank.shape
     cut = config.cut(query, bank)
     parts = config.new(bank, batch, cut.splits, dim + 4)
     sum_kernel[cut.grid](
-        query, bank, cut.descriptor, count, s_pos, rng_state,
+        query, bank, cut.descriptor, count, s_pos, rng_state, slot_bias,
         exclude.slots, exclude.ids, exclude.bank_ids, parts,
         batch, size, dim, cut.splits, config.listed(exclude),
         config.LOG2E / options.temperature, sharpness_of(options.a), float(options.b),
