@@ -2,6 +2,7 @@
 
 from psm_kernels.bank import MemoryBank
 from psm_kernels.losses import (
+    CLIPLoss,
     HCLLoss,
     InfoNCELoss,
     MSFLoss,
@@ -16,6 +17,7 @@ from psm_kernels.losses.stats import MiningStats, PSMOutput, rank_gradient_stats
 
 __version__ = "0.1.0"
 __all__ = [
+    "CLIPLoss",
     "HCLLoss",
     "InfoNCELoss",
     "MSFLoss",

@@ -1,5 +1,6 @@
 """Losses without state: one or two passes over the bank, then B numbers in plain torch."""
 
+from psm_kernels.losses.clip import clip_loss
 from psm_kernels.losses.hcl import hcl_loss
 from psm_kernels.losses.info_nce import info_nce_loss
 from psm_kernels.losses.msf import msf_loss
@@ -11,6 +12,7 @@ from psm_kernels.losses.supcon import supcon_loss
 from psm_kernels.losses.unremix import unremix_loss
 
 __all__ = [
+    "clip_loss",
     "hcl_loss",
     "info_nce_loss",
     "msf_loss",

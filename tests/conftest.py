@@ -49,7 +49,7 @@ def golden(request) -> Golden:
     return Golden(request.param)
 
 
-def _able(name: str) -> bool:
+def able(name: str) -> bool:
     try:
         registry.choose(name, torch.zeros(1, 8))
     except ValueError:
@@ -57,7 +57,7 @@ def _able(name: str) -> bool:
     return True
 
 
-@pytest.fixture(params=[name for name in registry.TABLE if _able(name)])
+@pytest.fixture(params=[name for name in registry.TABLE if able(name)])
 def backend(request) -> str:
     return request.param
 

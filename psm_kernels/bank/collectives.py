@@ -42,6 +42,22 @@ def gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     return gather_all((x.detach(),), group)[0]
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return sum(scatter((grad.contiguous(),), ctx.group)[0].unbind()), None
+
+
+def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`gather` with a gradient: what all ranks' losses give this rank's rows, in rank order."""
+    return _GatherRows.apply(x, group)
+
+
 @torch.no_grad()
 def average(*tensors: Tensor, group: dist.ProcessGroup | None = None) -> None:
     """Put the mean over all ranks into each floating tensor, such as running statistics."""

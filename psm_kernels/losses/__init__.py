@@ -1,6 +1,7 @@
 """The losses: one method, one file, function and module side by side."""
 
 from psm_kernels.losses.base import BankLoss
+from psm_kernels.losses.clip import CLIPLoss
 from psm_kernels.losses.hcl import HCLLoss
 from psm_kernels.losses.info_nce import InfoNCELoss
 from psm_kernels.losses.msf import MSFLoss
@@ -13,6 +14,7 @@ from psm_kernels.losses.unremix import UnReMixLoss
 
 __all__ = [
     "BankLoss",
+    "CLIPLoss",
     "HCLLoss",
     "InfoNCELoss",
     "MSFLoss",

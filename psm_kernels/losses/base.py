@@ -331,6 +331,8 @@ class BankLoss(HeldState):
                 memory.check(key, labels, ids, write=update)  # `function` checks query and key
         if self._samples:
             more |= {"rng_state": self.rng_state, "row_offset": rank and rank * len(key)}
+        if bank is None:
+            more["backend"] = self.backend
         result = self.function(query, key, bank, ids=ids, options=self.options, **more)
         # An evaluation leaves the noise as it is, so that it neither changes nor depends on a run.
         if update:

@@ -15,6 +15,7 @@ from psm_kernels import checks
 from psm_kernels._autograd import refuse_tracing
 from psm_kernels.backends.base import NOTHING, Exclude
 from psm_kernels.bank import BankView, Shard, view_of
+from psm_kernels.losses.in_batch import views
 from psm_kernels.options import LossOptions, PSMOptions, with_fields
 from psm_kernels.rows import reduce, unit_rows, wide
 
@@ -79,8 +80,8 @@ def loss_function(
     limit: Callable[[Any], PSMOptions] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Makes a method, rows(query, key, bank, exclude, options) -> losses (B,), a function of the
-    library. The method gets unit rows in fp32 or better whatever autocast says, a BankView or None
-    (within the batch), and what rows must not see of it; checks and the reduction are done here.
+    library. The method gets unit rows in fp32 or better whatever autocast says, a BankView or the
+    batch's own Views, and what rows must not see of it; checks and the reduction are done here.
 
     Args:
         kind: its options.
@@ -123,7 +124,8 @@ def loss_function(
                     return fused
             with torch.autocast(query.device.type, enabled=False):
                 query, key = unit(query, bank), unit(key, bank)
-                found = rows(query, key, bank, exclude, options, **own)
+                others = views(query, key, backend) if bank is None else bank
+                found = rows(query, key, others, exclude, options, **own)
                 return reduce(found, options.reduction)
 
         plain = signature(loss, follow_wrapped=False)

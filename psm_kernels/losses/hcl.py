@@ -16,9 +16,9 @@ from torch import Tensor
 from psm_kernels import checks
 from psm_kernels.backends.base import Exclude
 from psm_kernels.bank import BankView
-from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
 from psm_kernels.losses.common import contrast, loss_function
+from psm_kernels.losses.in_batch import Views
 from psm_kernels.options import ContrastiveOptions, PassOptions
 
 
@@ -39,7 +39,7 @@ class HCLOptions(ContrastiveOptions):
 def hcl_loss(
     query: Tensor,
     key: Tensor,
-    bank: BankView | None,
+    bank: BankView | Views,
     exclude: Exclude,
     options: HCLOptions,
 ) -> Tensor:
@@ -65,9 +65,8 @@ def hcl_loss(
 
     Returns, raises: as `info_nce_loss`.
     """
-    if bank is None:
-        views = in_batch.views(query, key)
-        return views.fold(loss_rows(view_sums(views, options), options))
+    if isinstance(bank, Views):
+        return bank.fold(loss_rows(view_sums(bank, options), options))
     return loss_rows(bank_sums(query, key, bank, exclude, options)[0], options)
 
 
@@ -98,14 +97,11 @@ def bank_sums(
     return Sums(s_pos / tau, result.neg_lse, base, result.neg_count), result.topk_index
 
 
-def view_sums(views: in_batch.Views, options: HCLOptions) -> Sums:
-    logits = views.similarity / options.temperature
-    return Sums(
-        views.positive / options.temperature,
-        in_batch.masked_lse((options.beta + 1) * logits, views.candidate),
-        in_batch.masked_lse(options.beta * logits, views.candidate),
-        logits.new_full((), views.count),
-    )
+def view_sums(views: Views, options: HCLOptions) -> Sums:
+    tau, beta = options.temperature, options.beta
+    count = views.positive.new_full((), views.count)
+    base = views.log_sum(tau / beta) if beta else count.log()
+    return Sums(views.positive / tau, views.log_sum(tau / (beta + 1)), base, count)
 
 
 def loss_rows(sums: Sums, options: HCLOptions) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from psm_kernels.backends.base import Exclude
 from psm_kernels.bank import BankView
-from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
 from psm_kernels.losses.common import contrast, loss_function
+from psm_kernels.losses.in_batch import Views
 from psm_kernels.options import ContrastiveOptions, PassOptions, PSMOptions
 
 
@@ -32,7 +32,7 @@ def _limit(options: InfoNCEOptions) -> PSMOptions:
 def info_nce_loss(
     query: Tensor,
     key: Tensor,
-    bank: BankView | None,
+    bank: BankView | Views,
     exclude: Exclude,
     options: InfoNCEOptions,
 ) -> Tensor:
@@ -40,7 +40,9 @@ def info_nce_loss(
 
     With a bank the negatives are its rows (MoCo, arXiv 1911.05722; solo-learn and lightly agree).
     Without one they are the 2B - 2 views of other samples and both views are anchors (NT-Xent of
-    SimCLR, arXiv 2002.05709); rows are then the mean of a sample's two anchors.
+    SimCLR, arXiv 2002.05709); rows are then the mean of a sample's two anchors. Large batches take
+    passes over their rows, in O(B D) memory (`in_batch.FUSED_ROWS`), which have no second
+    derivative; backend="reference" has the matrix at any size.
 
     Args:
         query: (B, D), carries gradient.
@@ -65,10 +67,8 @@ def info_nce_loss(
         ValueError: an argument is wrong (named in the message), or the backend cannot run here.
     """
     tau = options.temperature
-    if bank is None:
-        views = in_batch.views(query, key)
-        log_neg = in_batch.masked_lse(views.similarity / tau, views.candidate)
-        return views.fold(contrast(views.positive / tau, log_neg))
+    if isinstance(bank, Views):
+        return bank.fold(contrast(bank.positive / tau, bank.log_sum(tau)))
     s_pos = (query * key).sum(1)
     return contrast(s_pos / tau, bank.scan(query, None, s_pos, PassOptions(tau), exclude).neg_lse)
 

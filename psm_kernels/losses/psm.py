@@ -193,11 +193,14 @@ def _against_neighbors(
     s_pos = pos.logits[:, 0] * options.temperature
     neg = sampling.sums(query @ columns.T, there & ~own, s_pos, noise.Stream.SOFT)
 
-    both = views(query, key)
-    sampling = sampling._replace(row_offset=2 * sampling.row_offset)
-    of_views = sampling.sums(both.similarity, both.candidate, both.positive, noise.Stream.HARD)
-    hard = contrast(both.positive / options.temperature, of_views.log_sum)
-    return pos, neg, both.fold(hard)
+    both = views(query, key, bank.backend)
+    if options.selection == "all":
+        log_sum = both.log_sum(options.temperature)
+    else:  # what is kept differs between the two sides: the matrix
+        sampling = sampling._replace(row_offset=2 * sampling.row_offset)
+        pairs = (both.similarity, both.candidate, both.positive)
+        log_sum = sampling.sums(*pairs, noise.Stream.HARD).log_sum
+    return pos, neg, both.fold(contrast(both.positive / options.temperature, log_sum))
 
 
 class PSMLoss(BankLoss):

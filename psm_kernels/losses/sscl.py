@@ -12,10 +12,10 @@ from torch import Tensor
 from psm_kernels import checks, noise
 from psm_kernels.backends.base import Exclude
 from psm_kernels.bank import BankView
-from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
 from psm_kernels.losses.common import log_sum, loss_function, sampling_state
 from psm_kernels.losses.hcl import HCLOptions, Sums, bank_sums, loss_rows, view_sums
+from psm_kernels.losses.in_batch import Views, masked_lse
 from psm_kernels.ops import bank_rows, snapshot
 from psm_kernels.rows import unit_rows
 
@@ -44,7 +44,7 @@ class SSCLOptions(HCLOptions):
 def sscl_loss(
     query: Tensor,
     key: Tensor,
-    bank: BankView | None,
+    bank: BankView | Views,
     exclude: Exclude,
     options: SSCLOptions,
     *,
@@ -79,21 +79,19 @@ def sscl_loss(
     mined = options.num_hard if options.num_synthetic else 0
     if mined:
         rng_state = sampling_state(rng_state, query.device)
-    if bank is not None:
+    if not isinstance(bank, Views):
         sums, index = bank_sums(query, key, bank, exclude, options, mined)
         if mined:
             mixer = _Mixer(options, bank.rows, rng_state, row_offset)
             sums = mixer.extend(sums, query, index)
         return loss_rows(sums, options)
-    views = in_batch.views(query, key)
-    sums = view_sums(views, options)
+    sums = view_sums(bank, options)
     if mined:
-        options.check_size(views.count, "the batch's 2B - 2 negatives")
-        hardest = views.similarity.detach().masked_fill(~views.candidate, -torch.inf)
-        rows = views.rows.detach()
+        options.check_size(bank.count, "the batch's 2B - 2 negatives")
+        rows = bank.rows.detach()
         mixer = _Mixer(options, lambda *args: bank_rows(rows, *args), rng_state, 2 * row_offset)
-        sums = mixer.extend(sums, views.rows, hardest.topk(mined).indices)
-    return views.fold(loss_rows(sums, options))
+        sums = mixer.extend(sums, bank.rows, bank.hardest(mined))
+    return bank.fold(loss_rows(sums, options))
 
 
 class _Mixer(NamedTuple):
@@ -118,8 +116,8 @@ class _Mixer(NamedTuple):
         some = index[:, :1] >= 0
         return Sums(
             sums.log_pos,
-            log_sum(sums.hot, in_batch.masked_lse((beta + 1) * logits, some)),
-            log_sum(sums.base, in_batch.masked_lse(beta * logits, some)),
+            log_sum(sums.hot, masked_lse((beta + 1) * logits, some)),
+            log_sum(sums.base, masked_lse(beta * logits, some)),
             sums.count + self.options.num_synthetic * some[:, 0],
         )
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from psm_kernels import checks
 from psm_kernels.backends.base import EMPTY, Exclude
 from psm_kernels.bank import BankView
-from psm_kernels.losses import in_batch
 from psm_kernels.losses.base import BankLoss
 from psm_kernels.losses.common import contrast, log_sum, loss_function
+from psm_kernels.losses.in_batch import Views
 from psm_kernels.ops import snapshot
 from psm_kernels.options import ContrastiveOptions, PassOptions
 
@@ -41,7 +41,7 @@ class UnReMixOptions(ContrastiveOptions):
 def unremix_loss(
     query: Tensor,
     key: Tensor,
-    bank: BankView | None,
+    bank: BankView | Views,
     exclude: Exclude,
     options: UnReMixOptions,
 ) -> Tensor:
@@ -73,10 +73,9 @@ def unremix_loss(
 
     Returns, raises: as `info_nce_loss`.
     """
-    if bank is None:
-        views = in_batch.views(query, key)
-        log_neg = _view_negatives(views, options)
-        return views.fold(contrast(views.positive / options.temperature, log_neg))
+    if isinstance(bank, Views):
+        log_neg = _view_negatives(bank, options)
+        return bank.fold(contrast(bank.positive / options.temperature, log_neg))
     log_pos = (query * key).sum(1) / options.temperature
     return contrast(log_pos, _bank_negatives(query, log_pos, bank, exclude, options))
 
@@ -102,10 +101,10 @@ class _Range(NamedTuple):
 # --- within the batch ----------------------------------------------------------------------------
 
 
-def _view_negatives(views: in_batch.Views, options: UnReMixOptions) -> Tensor:
+def _view_negatives(views: Views, options: UnReMixOptions) -> Tensor:
     """log R (2B,), the formulas as they stand: the matrix is 2B x 2B."""
-    temperature = options.temperature
-    logits = torch.where(views.candidate, views.similarity / temperature, -torch.inf)
+    temperature, similarity, candidate = options.temperature, views.similarity, views.candidate
+    logits = torch.where(candidate, similarity / temperature, -torch.inf)
     with torch.no_grad():
         # u / pi_top, all in logarithms: at small temperatures every pi but one may underflow.
         top, at = logits.max(1, keepdim=True)  # (2B, 1)
@@ -116,21 +115,21 @@ def _view_negatives(views: in_batch.Views, options: UnReMixOptions) -> Tensor:
         uncertainty = torch.exp((gap - unit).scatter(1, at, rest - unit))
 
         # Negatives of anchor i: all views but itself and its other view, half the rows away.
-        inner = views.similarity
-        others = inner.sum(0) - inner - inner.roll(len(inner) // 2, 0) - inner.diagonal()
+        others = similarity.sum(0) - similarity - similarity.diagonal()
+        others = others - similarity.roll(len(similarity) // 2, 0)
         distance = 1 - others / max(views.count - 1, 1)
 
         blur = max(1.0, _COLD / temperature)
         weight = torch.zeros_like(logits)
         for part, value, size in (
-            (options.similarity_weight, views.similarity, torch.ones_like(top)),
+            (options.similarity_weight, similarity, torch.ones_like(top)),
             (options.uncertainty_weight, uncertainty, blur * uncertainty.amax(1, keepdim=True)),
             (options.representativeness_weight, distance, torch.ones_like(top)),
         ):
-            least = value.masked_fill(~views.candidate, torch.inf).amin(1, keepdim=True)
-            most = value.masked_fill(~views.candidate, -torch.inf).amax(1, keepdim=True)
+            least = value.masked_fill(~candidate, torch.inf).amin(1, keepdim=True)
+            most = value.masked_fill(~candidate, -torch.inf).amax(1, keepdim=True)
             weight = weight + part * _Range.of(least, most, size).scale(value)
-        weight = torch.where(views.candidate, weight, 0.0)
+        weight = torch.where(candidate, weight, 0.0)
         weight = views.count * weight / weight.sum(1, keepdim=True).clamp_min(1e-30)
     return torch.logsumexp(logits + weight.log(), 1)
 
