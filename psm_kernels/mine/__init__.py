@@ -1,7 +1,7 @@
 """Hard negatives for encoders of text and images, from corpora that need not fit into memory.
 
 With sentence-transformers: `pairs` is a list of (question, answer), each answer different, and the
-result is a data set in the columns that its losses read, anchor, positive and negatives in order:
+result is a data set in the columns that its losses read, the anchor, its positive and negatives:
 
     import numpy as np
     from datasets import Dataset
@@ -12,9 +12,10 @@ result is a data set in the columns that its losses read, anchor, positive and n
     model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")
     mined = mine_negatives(
         model.encode(questions), model.encode(answers), k=100,
-        positives=np.arange(len(pairs)), margin=-0.05, sample="simans", num=4,
+        positives=np.arange(len(questions)), margin=-0.05,
+        sample="simans", num=4, a=200,  # of cosines: 0.5 of logits at temperature 0.05
     )
-    found = (mined.index >= 0).all(1).nonzero()[:, 0]  # the margin may leave a query fewer
+    found = (mined.index >= 0).all(1).nonzero()[:, 0]  # the margin may leave a question fewer
     columns = {
         "anchor": [questions[i] for i in found],
         "positive": [answers[i] for i in found],
@@ -23,9 +24,9 @@ result is a data set in the columns that its losses read, anchor, positive and n
         columns[f"negative_{n}"] = [answers[i] for i in rows]
     train_dataset = Dataset.from_dict(columns)  # for SentenceTransformerTrainer
 
-`MultipleNegativesRankingLoss` takes any number of negatives, `TripletLoss` the first alone. More
-passages than those that answer a question go to the end of `answers`. A large corpus is encoded
-once, in parts, into a file:
+`MultipleNegativesRankingLoss` takes any number of negatives, `TripletLoss` one. Passages that
+answer none of the questions go to the end of `answers`. A large corpus is encoded once, in parts,
+into a file:
 
     file = np.lib.format.open_memmap("corpus.npy", "w+", np.float16, (len(answers), 384))
     for i in range(0, len(answers), 10_000):
