@@ -11,7 +11,7 @@ from torch import Tensor
 from psm_kernels import checks
 from psm_kernels.rows import unit_rows_and_norms
 
-_PIECE_BYTES = 16 << 20  # of what is between the source and a chunk
+_PIECE_BYTES = 8 << 20  # of what is between the source and a chunk
 _FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
