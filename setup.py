@@ -206,16 +206,19 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-# What ptxas says, as mere information, of products that do not run as written: setmaxnreg was
-# ignored (C7508), or wgmma waits after every instruction (C7510, C7514).
-SERIALIZED = re.compile(r".*\(C75(?:08|10|14)\).*")
+# What ptxas says, as mere information, of products that do not run as written: each is waited for,
+# a wait or a fence was added, or the registers stay as they were dealt at launch. By words, because
+# it has many codes for it: CUDA 13.0 has C7504 to C7519.
+SERIALIZED = re.compile(
+    r".*(?:wgmma\S* instructions are serialized|warpgroup\.\w+ is injected|'setmaxnreg' ignored).*"
+)
 
 
 def refuse_serialized(output: str, objects: Iterable[Path]) -> None:
     if found := SERIALIZED.search(output):
         for path in objects:  # the next build must see it again
             path.unlink(missing_ok=True)
-        raise NoCuda(f"products would run one by one: {found[0].strip()[:300]}")
+        raise NoCuda(f"products would not run as written: {found[0].strip()[:300]}")
 
 
 def first_error(output: str) -> str:
@@ -233,8 +236,9 @@ class BuildKernels(build_ext):
         self.object_dir = kept if self.inplace else Path(self.build_temp).resolve()
         self.reasons = {}
         self.reason_file().unlink(missing_ok=True)
-        if os.environ.get("PSM_CUDA", "0") not in ("0", "1"):
-            raise SystemExit(f"PSM_CUDA: got {os.environ['PSM_CUDA']!r}, wanted 0 or 1")
+        for name in ("PSM_CUDA", "PSM_CUDA_TRAP"):
+            if os.environ.get(name, "0") not in ("0", "1"):
+                raise SystemExit(f"{name}: got {os.environ[name]!r}, wanted 0 or 1")
         if find_compiler() is None:
             wanted = os.environ.get("CXX", "g++ or clang++")
             self.do_without("MISSING", f"a C++ compiler ({wanted} not found)")
@@ -297,6 +301,7 @@ class BuildKernels(build_ext):
         except subprocess.CalledProcessError as error:
             if cuda is None:
                 raise
+            refuse_serialized(error.stdout, objects)
             line = first_error(error.stdout)
             raise NoCuda(f"the build with {cuda.home} failed: {line}") from error
 

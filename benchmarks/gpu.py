@@ -243,11 +243,7 @@ def start_group(group: str, seconds: float) -> tuple[list[dict], str | None]:
     """Rows of a group, measured in a process that is stopped when it takes GRACE too long."""
     measured = str(max(seconds - START, 5))
     command = [sys.executable, __file__, "--group", group, "--seconds", measured]
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     limit, failed = seconds + GRACE, None
     try:
         output, _ = child.communicate(timeout=limit)

@@ -106,4 +106,6 @@ def gpu(monkeypatch):
     """A GPU that is not there: the cuda backend's launches run on the CPU (tests/ptx)."""
     from ptx import runtime
 
+    if reason := runtime.unavailable():
+        pytest.skip(reason)
     return runtime.Gpu(monkeypatch)

@@ -1,5 +1,5 @@
-"""Calls of the cuda backend and what they should give: for the machine of tests/ptx
-and for a GPU alike."""
+"""Calls of the cuda backend and what they should give, for the machine of tests/ptx and for a GPU
+alike."""
 
 from __future__ import annotations
 

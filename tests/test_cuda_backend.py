@@ -85,7 +85,7 @@ def test_wrong_arguments_are_refused_before_the_runtime():
         with pytest.raises(ValueError, match=message):
             _C.cuda.workspace_bytes(args, device=0, cell_log2=cell_log2)
 
-    refuses("^dim: got 513", dim=513)
+    refuses("^dim: got 4097", dim=4097)
     refuses("^slots: got 0", slots=0)
     refuses("^bank: got a null pointer", rows=0)
     refuses("^bank: got address 4098", rows=4098)

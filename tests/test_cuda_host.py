@@ -24,16 +24,11 @@ from cuda_cases import (
     hidden,
     step,
 )
-from ptx import runtime
 
 from psm_kernels import noise
 from psm_kernels.backends.base import EMPTY, NOTHING, Exclude
 from psm_kernels.backends.cuda import Cuda
 from psm_kernels.weighted import weighted_pass
-
-pytestmark = pytest.mark.skipif(
-    runtime.unavailable() is not None, reason=str(runtime.unavailable())
-)
 
 
 @pytest.mark.parametrize(("path", "dtype"), PATHS)

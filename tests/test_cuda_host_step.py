@@ -15,13 +15,8 @@ from cuda_cases import (
     step,
     step_in_float64,
 )
-from ptx import runtime
 
 from psm_kernels.bank.memory_bank import MemoryBank
-
-pytestmark = pytest.mark.skipif(
-    runtime.unavailable() is not None, reason=str(runtime.unavailable())
-)
 
 
 @pytest.mark.parametrize("key_dtype", LOW, ids=str)

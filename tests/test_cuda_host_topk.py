@@ -15,12 +15,8 @@ from cuda_cases import (
 )
 from ptx import runtime
 
+from psm_kernels.backends.base import Exclude
 from psm_kernels.backends.cuda import Cuda
-
-pytestmark = pytest.mark.skipif(
-    runtime.unavailable() is not None, reason=str(runtime.unavailable())
-)
-
 
 CELLS = 244  # where KernelArgs has its cells
 
@@ -121,3 +117,33 @@ def test_memory_of_many_rows_and_slots_is_bounded(gpu, path, turns):
     largest = max(x.nbytes for x in taken if x.dtype == torch.uint8)
     assert 100 << 20 < largest < 180 << 20
     assert sum("mined_kernel" in name for name in gpu.launches) == 2 * turns
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS)
+@pytest.mark.parametrize(
+    ("size", "dim", "k", "cut"),
+    [(300, 520, 7, 2), (90, 1000, 30, 1), (70, 4096, 5, 1), (90, 1001, 5, 1)],
+)
+def test_bank_topk_of_text_encoders(gpu, path, dtype, size, dim, k, cut):
+    """Rows wider than shared memory holds, of odd widths; what is hidden is not found."""
+    gpu.capability, gpu.multiprocessors = CAPABILITY[path], cut
+    _, key, bank, _ = problem(3, size, dim, dtype=dtype)
+    bank[size - 10 :] = torch.nan
+    key, count = key.to(dtype), torch.tensor(size - 10)
+    exclude = Exclude(torch.arange(6).view(3, 2))
+    sim, index = CUDA.bank_topk(key, bank, k, count, exclude)
+    want_sim, want_index = REFERENCE.bank_topk(key.double(), bank.double(), k, count, exclude)
+    assert torch.equal(index, want_index)
+    torch.testing.assert_close(sim.double(), want_sim, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["sm80", "sm90"])
+@pytest.mark.parametrize(("size", "k"), [(2200, 2048), (2200, 1000), (1500, 2048)])
+def test_bank_topk_of_thousands(gpu, path, size, k):
+    gpu.capability = CAPABILITY[path]
+    _, key, bank, _ = problem(2, size, 16, dtype=torch.bfloat16, few_bits=True)
+    key, count = key.bfloat16(), torch.tensor(size - 40)
+    sim, index = CUDA.bank_topk(key, bank, k, count)
+    want_sim, want_index = REFERENCE.bank_topk(key.double(), bank.double(), k, count)
+    assert torch.equal(index, want_index)
+    assert torch.equal(sim.double(), want_sim)

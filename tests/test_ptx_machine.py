@@ -15,10 +15,6 @@ from ptx import machine, runtime, text
 
 from psm_kernels.backends.cuda import Cuda
 
-pytestmark = pytest.mark.skipif(
-    runtime.unavailable() is not None, reason=str(runtime.unavailable())
-)
-
 
 @pytest.mark.parametrize(
     ("source", "pattern", "message"),

@@ -31,13 +31,17 @@ def unavailable() -> str | None:
         return f"psm_kernels._C was {_missing()}: build it again with nvcc and PSM_CUDA=1"
     if not torch.cuda.is_available():
         return "no CUDA device was found"
-    return _C.cuda.unavailable(torch.cuda.current_device()) or None
+    try:
+        _load(torch.cuda.current_device())
+    except RuntimeError as reason:
+        return str(reason)
+    return None
 
 
 @functools.cache
 def _load(device: int) -> None:
-    """The kernels, which a first call in a graph capture could not load any more. Choosing the
-    backend did it for the device that was current then."""
+    """The kernels, which a first call in a graph capture could not load any more: of the current
+    device when the backend is chosen, of another one before its first call."""
     from psm_kernels import _C
 
     if reason := _C.cuda.unavailable(device):
@@ -67,7 +71,7 @@ class Cuda(Compiled):
     what = "CUDA C++ kernels, sm_80 and newer; not in auto: no measured results yet"
     devices = ("cuda",)
     max_dim = 256
-    max_topk_dim = 512
+    max_topk_dim = 4096
     max_step_topk = 64
 
     def __init__(self, **flags: bool | int):

@@ -20,17 +20,18 @@ struct MinedArgs {
     float* scores;        // (grid, chosen cells << cell_log2)
 };
 
-// Where few slots are mined, what their row needs fits shared memory: 24 cells of 64 slots.
-constexpr int kFewScores = kFew << 6;
-PSM_HD bool few_mined(const KernelArgs& args) {
-    const int64_t most = args.options.topk + args.cell_group - 1;
-    return most <= kFew && most << args.cell_log2 <= kFewScores;
+// So many cells can matter.
+PSM_HD int64_t most_cells(int64_t topk, int cell_group) { return topk + cell_group - 1; }
+PSM_HD int chosen_cells(int64_t topk, int cells, const KernelArgs& args) {
+    const int64_t most = most_cells(topk, args.cell_group);
+    return int(most < cells ? most : cells);
 }
 
-// So many cells can matter.
-PSM_HD int chosen_cells(int64_t topk, int cells, const KernelArgs& args) {
-    const int64_t most = topk + args.cell_group - 1;
-    return int(most < cells ? most : cells);
+// Where few slots are mined, what their row needs fits shared memory: 24 cells of 64 slots.
+constexpr int kFewScores = kFew << kCellLog2;
+PSM_HD bool few_mined(const KernelArgs& args) {
+    const int64_t most = most_cells(args.options.topk, args.cell_group);
+    return most <= kFew && most << args.cell_log2 <= kFewScores;
 }
 
 // Slots of a cell, in base 2. A pass writes one maximum per 64 slots. On Hopper it balances the
@@ -40,8 +41,9 @@ PSM_HD int chosen_cells(int64_t topk, int cells, const KernelArgs& args) {
 PSM_HD int choose_cell_log2(int64_t topk, int64_t dim, int64_t slots, int cell_group) {
     int log2 = kCellLog2;
     if (cell_group > 1) {
-        const int64_t again = (topk + 3 < slots ? topk + 3 : slots) * dim;
-        const int64_t once = topk + 3 <= kFew ? 4 : 10;
+        const int64_t most = most_cells(topk, cell_group);
+        const int64_t again = (most < slots ? most : slots) * dim;
+        const int64_t once = most <= kFew ? 4 : 10;
         for (log2 = 2; again << (2 * log2 + 1) <= once * slots;) ++log2;
     }
     while ((slots - 1) >> log2 >= kMaxCells) ++log2;

@@ -38,7 +38,7 @@ struct Hidden {
 
 // Where a debug build says which barrier is waited for in vain (pipeline_sm90.cuh).
 enum class Waits : int { kNone, kFull, kEmpty, kRowsFull, kRowsEmpty, kCopied };
-struct Trapped {
+struct alignas(16) Trapped {
     Waits what;
     int stage, block, warp;
 };

@@ -119,7 +119,11 @@ PSM_DEVICE void named_sync(int barrier, int threads) {
 PSM_DEVICE void named_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-PSM_DEVICE void end_with_error() {  // what was stored before reaches the host
+// Ends the kernel. The host finds `what` at `place`, all of one thread: many may end at once.
+PSM_DEVICE void end_with_error(void* place, Chunk what) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(place), "r"(what.word[0]),
+                 "r"(what.word[1]), "r"(what.word[2]), "r"(what.word[3])
+                 : "memory");
     __threadfence_system();
     __trap();
 }

@@ -31,16 +31,18 @@ PSM_DEVICE Chunk gather_chunk(const uint16_t* row, int column, int dim) {
 }
 
 // Starts copying kTileRows rows from row `first` on, with `threads` threads; by ordinary stores
-// where rows are not aligned to 16 bytes. Rows outside [begin, end) and columns past `dim` become
-// zero and are never read, whatever memory holds there.
+// where rows are not aligned to 16 bytes. Columns count from `left` on. Rows outside [begin, end)
+// and columns past `dim` become zero and are never read, whatever memory holds there.
 template <int kTileRows, int kDim>
 PSM_DEVICE void load_tile(uint32_t tile, const void* matrix, int64_t first, int64_t begin,
-                          int64_t end, int dim, bool aligned, int thread, int threads) {
+                          int64_t end, int dim, bool aligned, int thread, int threads,
+                          int left = 0) {
     constexpr int kRowChunks = kDim / kChunkColumns;
     const auto* source = static_cast<const uint16_t*>(matrix);
 #pragma unroll 2
     for (int at = thread; at < kTileRows * kRowChunks; at += threads) {
-        const int row = at / kRowChunks, chunk = at % kRowChunks, column = chunk * kChunkColumns;
+        const int row = at / kRowChunks, chunk = at % kRowChunks;
+        const int column = left + chunk * kChunkColumns;
         const uint32_t target = tile + chunk_offset<kTileRows>(row, chunk);
         const bool inside = first + row >= begin && first + row < end && column < dim;
         const uint16_t* from = source + (inside ? (first + row) * dim : 0);

@@ -185,7 +185,7 @@ void load_passes(int device) {
         load(find_merge(dtype), "merge");
         for (Find find : {portable_kernels(dtype), hopper_kernels(dtype, device)}) {
             if (find == nullptr) continue;
-            for (int dim : {64, 128, 256, kMaxTopkDim}) {
+            for (int dim : {64, 128, 256, 512, kMaxTopkDim}) {
                 resident_blocks(find(Selection::kAll, Work::kMine, dim), device);
                 if (dim > kMaxDim) continue;
                 resident_blocks(find(Selection::kAll, Work::kProducts, dim), device);

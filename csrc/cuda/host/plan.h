@@ -40,7 +40,7 @@ inline PassKernel choose(const KernelArgs& args, Work work, const Place& place) 
     return find(selection, work, args.dim());
 }
 
-// CTAs of a kernel that a device holds at once. Asked once per kernel and device: with its
+// CTAs of a kernel that a multiprocessor holds at once. Asked once per kernel and device: with its
 // permission to take more than 48 KB of shared memory the answer takes microseconds.
 inline int resident_blocks(const PassKernel& kernel, int device) {
     static std::mutex mutex;
@@ -60,8 +60,7 @@ inline int resident_blocks(const PassKernel& kernel, int device) {
     if (per_multiprocessor == 0)
         throw std::runtime_error(std::string("psm_kernels: ") + kernel.name +
                                  ": does not fit this GPU's shared memory");
-    const int all = per_multiprocessor * attribute(cudaDevAttrMultiProcessorCount, device);
-    return known[{kernel.function, device}] = all;
+    return known[{kernel.function, device}] = per_multiprocessor;
 }
 
 // The fewest splits of `grains` that end as early as any, to 1 %, in tiles of `tile_slots`: waves
@@ -90,7 +89,7 @@ class Plan {
     Plan(const KernelArgs& args, Work work, const Call& call)
         : kernel(choose(args, work, call.place)),
           partials_(work != Work::kMine),
-          resident_(resident_blocks(kernel, call.place.device)) {}
+          resident_(resident_blocks(kernel, call.place.device) * call.multiprocessors()) {}
 
     void cut(KernelArgs& args) const {
         const int64_t slots = args.bank.slots + lead_slots(args.options.col_offset);

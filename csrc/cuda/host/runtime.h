@@ -38,9 +38,11 @@ inline void check_trap(cudaStream_t stream, const char* name) {
     const Trapped at = *trapped();
     constexpr const char* kNames[] = {"", "full", "empty", "rows full", "rows empty",
                                       "copied"};
+    const bool staged = at.what == Waits::kFull || at.what == Waits::kEmpty;
     const std::string where = at.what == Waits::kNone ? "" :
         ": block " + std::to_string(at.block) + ", warp " + std::to_string(at.warp) +
-        " waits for barrier `" + kNames[int(at.what)] + "` of stage " + std::to_string(at.stage);
+        " waits for barrier `" + kNames[int(at.what)] + "`" +
+        (staged ? " of stage " + std::to_string(at.stage) : "");
     check(error, (name + where).c_str());
 }
 #else

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../common/kernels.h"
+#include "mine_sm80.cuh"
 #include "pass_fp32.cuh"
 #include "pass_sm80.cuh"
 #include "walk_sm80.cuh"
@@ -15,6 +16,7 @@ struct Sm80 {  // rows 16 x warps, slots of a tile, stages
     using Dim128 = PassSm80<T, 128, 8, 64, 4>;
     using Dim256 = PassSm80<T, 256, 4, 32, 4>;
     using Dim512 = PassSm80<T, 512, 4, 16, 2>;
+    using Wide = MineSm80<PassSm80<T, 64, 8, 64, 4>>;
 };
 template <>
 struct Sm80<float> {
@@ -22,6 +24,7 @@ struct Sm80<float> {
     using Dim128 = PassFp32<128, 4, 32, 3>;
     using Dim256 = PassFp32<256, 4, 32, 2>;
     using Dim512 = PassFp32<512, 4, 16, 2>;
+    using Wide = MineSm80<PassFp32<64, 4, 32, 3>>;
 };
 
 template <class Config, Selection kSelection, Work kWork>
@@ -34,6 +37,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
 }
 
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    bank_topk_sm80(const __grid_constant__ KernelArgs args) {
+    for (int item = block_index(); item < args.row_blocks * args.splits; item += grid_size()) {
+        Config::run(args, dynamic_shared, item % args.row_blocks, item / args.row_blocks);
+        block_sync();
+    }
+}
+
 template <class T>
 PassKernel find_sm80(Selection selection, Work work, int dim) {
     if (work == Work::kMine) {
@@ -42,6 +54,10 @@ PassKernel find_sm80(Selection selection, Work work, int dim) {
             return handle<Config>(bank_pass_sm80<Config, Selection::kAll, Work::kMine>,
                                   "bank_topk (sm_80)");
         };
+        if (dim > 512) {
+            using Config = typename Sm80<T>::Wide;
+            return handle<Config>(bank_topk_sm80<Config>, "bank_topk (sm_80, wide)");
+        }
         return dim > 256 ? mines(Type<typename Sm80<T>::Dim512>{})
                          : visit_width<Sm80<T>>(dim, mines);
     }

@@ -13,6 +13,7 @@ struct PassFp32 {
     static constexpr int kTileSlots = kSlots;
     static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
     static constexpr int kTiles = kTileSlots / 8, kOut = kDim / 8;
+    static constexpr int kRowTileBytes = 0;
     static constexpr int kPitch = kDim + 4;  // 16 bytes more: slots 2 c fall into different banks
     static constexpr int kStageBytes = kTileSlots * kPitch * 4;
     static constexpr int kSharedBytes = kStages * kStageBytes;
@@ -29,16 +30,16 @@ struct PassFp32 {
         return four;
     }
 
-    static PSM_DEVICE void load_rows(const KernelArgs&, char*, int64_t, int) {}  // from L1
+    static PSM_DEVICE void load_rows(const KernelArgs&, char*, int64_t, int, int = 0) {}  // L1
 
     static PSM_DEVICE void load_bank(const KernelArgs& args, char* stage, int64_t first,
-                                     int64_t end, int thread) {
+                                     int64_t end, int thread, int left = 0) {
         const uint32_t tile = shared_address(stage);
         constexpr int kRowChunks = kDim / 4;
         const auto* bank = static_cast<const float*>(args.bank.rows);
         for (int at = thread; at < kTileSlots * kRowChunks; at += kThreads) {
-            const int row = at / kRowChunks, column = at % kRowChunks * 4;
-            const uint32_t target = tile + (row * kPitch + column) * 4;
+            const int row = at / kRowChunks, place = at % kRowChunks * 4, column = left + place;
+            const uint32_t target = tile + (row * kPitch + place) * 4;
             const bool inside = first + row >= 0 && first + row < end && column < args.dim();
             const float* from = bank + (inside ? (first + row) * args.dim() : 0);
             if (args.aligned) {
@@ -54,22 +55,20 @@ struct PassFp32 {
         }
     }
 
-    // query . M for the thread's two rows
-    static PSM_DEVICE void similarities(float (&s)[kTiles][4], const KernelArgs& args,
+    // s += query . M for the thread's two rows, of the columns from `left` on that a stage holds
+    static PSM_DEVICE void add_products(float (&s)[kTiles][4], const KernelArgs& args,
                                         const int (&row)[2], const char*, const char* stage,
-                                        int thread) {
+                                        int thread, int left = 0) {
         const auto* bank = reinterpret_cast<const float*>(stage);
         const float* from[2];
         for (int r = 0; r < 2; ++r) {
             const int64_t inside = row[r] < args.rows() ? row[r] : args.rows() - 1;
             from[r] = static_cast<const float*>(args.query) + inside * args.dim();
         }
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-            for (int i = 0; i < 4; ++i) s[n][i] = 0;
-        for (int column = 0; column < args.dim(); column += 4) {
-            const Four a[2] = {load_four(from[0], column, args.dim(), args.aligned),
-                               load_four(from[1], column, args.dim(), args.aligned)};
+        const int width = args.dim() - left < kDim ? args.dim() - left : kDim;
+        for (int column = 0; column < width; column += 4) {
+            const Four a[2] = {load_four(from[0], left + column, args.dim(), args.aligned),
+                               load_four(from[1], left + column, args.dim(), args.aligned)};
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
 #pragma unroll

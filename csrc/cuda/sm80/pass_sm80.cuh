@@ -19,28 +19,25 @@ struct PassSm80 {
     static_assert(kTileSlots % 16 == 0 && 64 % kTileSlots == 0);
 
     static PSM_DEVICE void load_rows(const KernelArgs& args, char* shared, int64_t first,
-                                     int thread) {
+                                     int thread, int left = 0) {
         load_tile<kRows, kDim>(shared_address(shared), args.query, first, 0, args.rows(),
-                               args.dim(), args.aligned, thread, kThreads);
+                               args.dim(), args.aligned, thread, kThreads, left);
     }
     static PSM_DEVICE void load_bank(const KernelArgs& args, char* stage, int64_t first,
-                                     int64_t end, int thread) {
+                                     int64_t end, int thread, int left = 0) {
         load_tile<kTileSlots, kDim>(shared_address(stage), args.bank.rows, first, 0, end,
-                                    args.dim(), args.aligned, thread, kThreads);
+                                    args.dim(), args.aligned, thread, kThreads, left);
     }
 
-    // s = query . M over one bank tile
-    static PSM_DEVICE void similarities(float (&s)[kTiles][4], const KernelArgs&, const int (&)[2],
-                                        const char* shared, const char* stage, int thread) {
+    // s += query . M over one bank tile
+    static PSM_DEVICE void add_products(float (&s)[kTiles][4], const KernelArgs&, const int (&)[2],
+                                        const char* shared, const char* stage, int thread,
+                                        int = 0) {
         const uint32_t query = shared_address(shared), bank = shared_address(stage);
         const int warp = thread / 32, lane = thread % 32;
         // A fragments: row l % 16, chunk l / 16; B: slots 0-7, 8-15 by chunks 0, 1
         const int a_start = chunk_offset<kRows>(16 * warp + lane % 16, lane / 16);
         const int b_start = chunk_offset<kTileSlots>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[n][i] = 0;
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
             uint32_t a[4], b[4];

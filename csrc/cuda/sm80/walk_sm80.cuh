@@ -40,8 +40,8 @@ PSM_DEVICE void walk_bank(const KernelArgs& args, char* shared, int block, int s
         copy_wait<Pass::kStages - 2>();
         block_sync();  // the tile is there for all, and all are done with the one before
         load(tile + Pass::kStages - 1);
-        float s[Pass::kTiles][4];
-        Pass::similarities(s, args, row, shared, stage(tile), thread);
+        float s[Pass::kTiles][4] = {};
+        Pass::add_products(s, args, row, shared, stage(tile), thread);
         if (tile == masks.next) masks.apply(s, args, row, walk, tile, gone);
         if constexpr (kWork == Work::kMine) {
             best.take(s);

@@ -39,10 +39,13 @@ PassKernel handle_sm90(Function* function, const char* name) {
 template <class T>
 PassKernel find_sm90(Selection selection, Work work, int dim) {
     if (work == Work::kMine) {
-        using Config = MineSm90<T>;
-        PassKernel kernel = handle_sm90<Config>(bank_topk_sm90<Config>, "bank_topk (sm_90a)");
-        kernel.cell_group = 4;
-        return kernel;
+        const auto mines = [](auto config) {
+            using Config = typename decltype(config)::type;
+            PassKernel kernel = handle_sm90<Config>(bank_topk_sm90<Config>, "bank_topk (sm_90a)");
+            kernel.cell_group = 4;
+            return kernel;
+        };
+        return dim <= 512 ? mines(Type<MineSm90<T, false>>{}) : mines(Type<MineSm90<T, true>>{});
     }
     return visit_width<Sm90<T>>(dim, [&](auto config) {
         using Config = typename decltype(config)::type;

@@ -1,5 +1,6 @@
-// Mining for sm_90a: cell maxima of query . M for any D up to 512. Its rows stay in shared memory;
-// the bank comes in panels of 64 columns by 256 slots, whose products add up.
+// Mining for sm_90a: cell maxima of query . M. The bank comes in panels of 64 columns by 256 slots,
+// whose products add up. Up to D = 512 the block's rows stay in shared memory; wider ones come in
+// panels, too, each with that of the bank: 1.5 times the copies.
 #pragma once
 
 #include "../common/cells.cuh"
@@ -7,12 +8,14 @@
 
 namespace psm::cuda {
 
-template <class T>
+template <class T, bool kWide>
 struct MineSm90 {
-    static constexpr int kTileSlots = 256, kStages = 3, kMaxPanels = 8;
+    static constexpr int kTileSlots = 256, kStages = kWide ? 4 : 3, kMaxPanels = kWide ? 0 : 8;
     static constexpr int kThreads = 384, kRows = 128;
     static constexpr int kTiles = kTileSlots / 8, kSteps = kPanelColumns / 16;
-    static constexpr int kRowPanelBytes = kRows * kRowBytes, kStageBytes = kTileSlots * kRowBytes;
+    static constexpr int kRowPanelBytes = kRows * kRowBytes;
+    static constexpr int kStageRows = kWide ? kRowPanelBytes : 0;  // then the bank's
+    static constexpr int kStageBytes = kStageRows + kTileSlots * kRowBytes;
     static constexpr int kRingStart = kMaxPanels * kRowPanelBytes;
     static constexpr int kBarriers = kRingStart + kStages * kStageBytes;
     static constexpr int kSharedBytes = kBarriers + Barriers<kStages>::kBytes;
@@ -38,9 +41,10 @@ struct MineSm90 {
         for (int item = block_index(); item < items; item += grid_size()) {
             const int first_row = item % args.row_blocks * kRows;
             const Walk walk = walk_of(args, kTileSlots, item / args.row_blocks);
-            barriers.wait(barriers.rows_empty(), rows_phase ^ 1, Waits::kRowsEmpty);
+            if constexpr (!kWide)
+                barriers.wait(barriers.rows_empty(), rows_phase ^ 1, Waits::kRowsEmpty);
             rows_phase ^= 1;
-            if (lane == 0) {
+            if (!kWide && lane == 0) {
                 mbarrier_arrive_expect(barriers.rows_full(), panels * kRowPanelBytes);
                 for (int panel = 0; panel < panels; ++panel)
                     tma_load(base + panel * kRowPanelBytes, &maps.query, barriers.rows_full(),
@@ -50,9 +54,13 @@ struct MineSm90 {
                 for (int panel = 0; panel < panels; ++panel) {
                     barriers.wait(ring.empty(), ring.phase ^ 1, Waits::kEmpty);
                     if (lane == 0) {
+                        const uint32_t target = first_stage + ring.full * (kStageBytes / 8);
+                        const int column = panel * kPanelColumns;
                         mbarrier_arrive_expect(ring.full, kStageBytes);
-                        tma_load(first_stage + ring.full * (kStageBytes / 8), &maps.bank, ring.full,
-                                 panel * kPanelColumns, walk.start(tile) - walk.lead);
+                        if constexpr (kWide)
+                            tma_load(target, &maps.query, ring.full, column, first_row);
+                        tma_load(target + kStageRows, &maps.bank, ring.full, column,
+                                 walk.start(tile) - walk.lead);
                     }
                     warp_sync();
                     ring.advance();
@@ -65,12 +73,13 @@ struct MineSm90 {
                                    const Barriers<kStages>& barriers) {
         const int lane = thread_index() % 32, items = args.row_blocks * args.splits;
         const int panels = panels_of(args);
-        const uint32_t group_rows = base + (thread_index() / 128 - 1) * kGroupRows * kRowBytes;
-        const Descriptor rows = keep_uniform(descriptor(group_rows, 16, 8 * kRowBytes), 1);
-        // Where the panel of a stage would lie whose barrier had address 0, see Ring
+        // Where the panels of a stage would lie whose barrier had address 0, see Ring
         const uint32_t units = kStageBytes / kUnit / 8, back = 0 - barriers.start * units;
+        const uint32_t group_rows = base + (thread_index() / 128 - 1) * kGroupRows * kRowBytes;
+        const Descriptor rows = keep_uniform(
+            descriptor(group_rows, 16, 8 * kRowBytes).moved(kWide ? back : 0), 1);
         const Descriptor slots = keep_uniform(
-            descriptor(base + kRingStart, 16, 8 * kRowBytes).moved(back), 2);
+            descriptor(base + kRingStart + kStageRows, 16, 8 * kRowBytes).moved(back), 2);
         Ring<kStages> ring(barriers);
         uint32_t rows_phase = 0;
         for (int item = block_index(); item < items; item += grid_size()) {
@@ -80,13 +89,14 @@ struct MineSm90 {
             Masks<kTileSlots> masks(args, row, walk);
             int gone[2] = {};
             QuadCells best(args, row, walk);
-            barriers.wait(barriers.rows_full(), rows_phase, Waits::kRowsFull);
+            if constexpr (!kWide) barriers.wait(barriers.rows_full(), rows_phase, Waits::kRowsFull);
             rows_phase ^= 1;
             for (int tile = 0; tile < walk.tiles; ++tile) {
                 float s[kTiles][4];
                 uint32_t held = barriers.nobody();  // `empty` of a stage that products may read
                 const auto multiply = [&](int panel, auto first) {
-                    Descriptor a = rows.moved(panel * (kRowPanelBytes / kUnit));
+                    Descriptor a = rows.moved(kWide ? ring.full * units
+                                                    : panel * (kRowPanelBytes / kUnit));
                     Descriptor b = slots.moved(ring.full * units);
                     barriers.wait(ring.full, ring.phase, Waits::kFull);
                     hide(a), hide(b);
@@ -111,7 +121,7 @@ struct MineSm90 {
                 best.take(s);
             }
             best.close();
-            if (lane == 0) mbarrier_arrive(barriers.rows_empty());
+            if (!kWide && lane == 0) mbarrier_arrive(barriers.rows_empty());
         }
     }
 };

@@ -51,14 +51,15 @@ struct Barriers {
 
     // In a debug build two seconds are enough: the kernel says who waits for what, and ends. By a
     // store, because around a call such as printf the compiler would take the products one by one.
+    // A warp votes, because what follows a loop that its lanes leave one by one is not uniform to
+    // the assembler: the kernels in turns had 328 bytes of stack, and products one by one, too.
     PSM_DEVICE void wait(uint32_t barrier, uint32_t parity, Waits what) const {
 #ifdef PSM_CUDA_TRAP
-        const uint64_t begin = nanoseconds();
-        while (!mbarrier_done(barrier, parity)) {
-            if (nanoseconds() - begin < 2000000000) continue;
-            const int stage = int(barrier - start) / 8 % kStages;
-            *trapped = {what, stage, block_index(), thread_index() / 32};
-            end_with_error();
+        const uint32_t begin = nanoseconds();
+        while (warp_any(!mbarrier_done(barrier, parity))) {
+            if (nanoseconds() - begin < 2000000000u) continue;
+            const uint32_t stage = (barrier - start) / 8 % kStages, warp = thread_index() / 32;
+            end_with_error(trapped, {uint32_t(what), stage, uint32_t(block_index()), warp});
         }
 #else
         mbarrier_wait(barrier, parity);

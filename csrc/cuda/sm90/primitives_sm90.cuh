@@ -64,10 +64,10 @@ PSM_DEVICE bool mbarrier_done(uint32_t barrier, uint32_t parity) {
         : "memory");
     return done != 0;
 }
-PSM_DEVICE uint64_t nanoseconds() {
+PSM_DEVICE uint32_t nanoseconds() {  // modulo 4.3 seconds
     uint64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    return now;
+    return uint32_t(now);
 }
 // Until the phase of this parity is complete.
 PSM_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
