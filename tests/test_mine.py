@@ -14,7 +14,7 @@ from ranks import WORLDS
 
 import psm_kernels
 from psm_kernels import mine_negatives, noise
-from psm_kernels.mine import negatives
+from psm_kernels.mine import limits, negatives
 from psm_kernels.ops import bank_topk
 
 # --- the same in numpy ---------------------------------------------------------------------------
@@ -128,16 +128,15 @@ def problems(draw):
     inside = {
         "_BLOCK": draw(st.integers(1, 8)),
         "_PAIRS": draw(st.integers(1, 8)),
-        "_LONGEST": draw(st.sampled_from([1, 4, 1024])),
     }
-    return ours, given, inside
+    return ours, given, inside, draw(st.sampled_from([1, 4, 1024]))
 
 
 @settings(max_examples=1000, deadline=None)
 @given(problems())
 def test_a_thousand_cases_of_numpy(problem):
-    ours, given, inside = problem
-    with mock.patch.multiple(negatives, **inside):
+    ours, given, inside, longest = problem
+    with mock.patch.multiple(negatives, **inside), mock.patch.object(limits, "LONGEST", longest):
         found = mine_negatives(**ours)
     assert_same(found, *mined_by_numpy(**given))
 
@@ -145,8 +144,8 @@ def test_a_thousand_cases_of_numpy(problem):
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_the_oracle_finds_the_same(problem):
-    ours, given, inside = problem
-    with mock.patch.multiple(negatives, **inside):
+    ours, given, inside, longest = problem
+    with mock.patch.multiple(negatives, **inside), mock.patch.object(limits, "LONGEST", longest):
         found = mine_negatives(**ours, backend="reference")
     assert_same(found, *mined_by_numpy(**given))
 

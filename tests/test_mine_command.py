@@ -1,9 +1,11 @@
 """`python -m psm_kernels.mine`: files in, one file out, or one line and none."""
 
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from psm_kernels import mine_negatives
 from psm_kernels.mine import __main__ as command
 
+ROOT = Path(__file__).parents[1]
 INPUTS = ("queries", "corpus", "positives", "exclude")
 
 
@@ -30,6 +33,7 @@ def folder(tmp_path, arrays, monkeypatch):
     for name, array in arrays.items():
         np.save(tmp_path / f"{name}.npy", array)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # of a checkout
     return tmp_path
 
 

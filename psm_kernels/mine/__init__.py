@@ -37,6 +37,7 @@ and mined by `mine_negatives(queries, np.load("corpus.npy", mmap_mode="r"), k=10
     python -m psm_kernels.mine queries.npy corpus.npy --k 100 --out mined.npz
 """
 
-from psm_kernels.mine.negatives import MinedNegatives, MiningOptions, mine_negatives
+from psm_kernels.mine.negatives import mine_negatives
+from psm_kernels.mine.options import MinedNegatives, MiningOptions
 
 __all__ = ["MinedNegatives", "MiningOptions", "mine_negatives"]

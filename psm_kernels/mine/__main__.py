@@ -95,7 +95,7 @@ def mine(
         k,
         positives=None if positives is None else load(positives),
         exclude=None if exclude is None else load(exclude),
-        progress=first and not quiet and sys.stderr.isatty(),
+        progress=not quiet and sys.stderr.isatty(),
         **settings,
     )
     if first:

@@ -4,65 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from psm_kernels import checks, noise, ops
+from psm_kernels import checks, ops
 from psm_kernels.backends import registry
 from psm_kernels.backends.base import EMPTY, NOTHING, Exclude
 from psm_kernels.bank.collectives import agree, gather_all, merge_topk, rank_and_world
+from psm_kernels.mine.limits import topk_within
+from psm_kernels.mine.options import MinedNegatives, MiningOptions
+from psm_kernels.mine.simans import draw
 from psm_kernels.mine.source import Source, corpus_rows
 from psm_kernels.options import takes
 
 _CHUNK_BYTES = 64 << 20  # of corpus rows in fp32: memory stays below 1.5 times a float16 file
 _BLOCK = 4096  # queries at a time
 _PAIRS = 64  # queries whose positives are compared at a time: the rest of the square is waste
-_LONGEST = 1024  # list that is asked for where a limit hides what is best
-
-
-class MinedNegatives(NamedTuple):
-    similarity: Tensor  # (Q, n) fp32; missing: -inf
-    index: Tensor  # (Q, n) int64 rows of the corpus; missing: -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class MiningOptions:
-    """See `mine_negatives`."""
-
-    max_similarity: float | None = None
-    margin: float | None = None
-    sample: str | None = None
-    num: int | None = None
-    a: float = 0.5
-    b: float = 0.0
-    seed: int = 0
-    normalize: bool = True
-    chunk: int | None = None
-
-    def __post_init__(self):
-        for name in ("max_similarity", "margin"):
-            if getattr(self, name) is not None:
-                checks.check_number(name, getattr(self, name))
-        if self.sample is None and self.num is not None:
-            raise ValueError(f'num: got {self.num!r} without a sample, wanted sample="simans"')
-        if self.sample is not None:
-            checks.check_option("sample", self.sample, ("simans",))
-            checks.check_int("num", self.num, 1)
-        checks.check_number("a", self.a, least=0)
-        checks.check_number("b", self.b)
-        checks.check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        checks.check_option("normalize", self.normalize, (False, True))
-        if self.chunk is not None:
-            checks.check_int("chunk", self.chunk, 1)
-
-    @property
-    def relative(self) -> str | None:
-        """The setting that wants every query's positive."""
-        return "margin" if self.margin is not None else self.sample and "sample"
 
 
 @takes(MiningOptions)
@@ -189,15 +149,21 @@ class Search:
 
     def run(self, group: dist.ProcessGroup | None, progress: bool) -> MinedNegatives:
         rank, world = rank_and_world(group)
-        part = [len(self.corpus) * r // world for r in (rank, rank + 1)]
-        with _bar(part[1] - part[0], progress and rank == 0) as advance:
+        start, stop = (len(self.corpus) * r // world for r in (rank, rank + 1))
+        with _bar(stop - start, progress, shown=rank == 0) as advance:
             s_pos = self.positive_similarity() if self.options.relative else None
-            found = self.scan(*part, s_pos, advance)
+            found = self.scan(start, stop, s_pos, advance)
         for rows in self.blocks() if world > 1 else ():
             everyones = gather_all((found.similarity[rows], found.index[rows]), group)
             lists = (x.unflatten(0, (world, -1)) for x in everyones)
             found.similarity[rows], found.index[rows] = merge_topk(*lists)
-        return found if self.options.sample is None else self.draw(found, s_pos)
+        if self.options.sample is None:
+            return found
+        drawn = []
+        for rows in self.blocks():
+            listed = MinedNegatives(found.similarity[rows], found.index[rows])
+            drawn.append(draw(listed, s_pos[rows], self.options, first=rows.start))
+        return MinedNegatives(*map(torch.cat, zip(*drawn, strict=True)))
 
     def blocks(self) -> Iterator[slice]:
         size = len(self.queries)
@@ -220,7 +186,8 @@ class Search:
                 left, right = (x[part : part + _PAIRS] for x in (query, positive))
                 similarity, index = self.topk(left, right, len(right))
                 own = index == torch.arange(len(right), device=self.device)[:, None]
-                s_pos[rows][part : part + _PAIRS] = similarity[own]
+                best = torch.where(own, similarity, -torch.inf).amax(1)  # -inf is not listed
+                s_pos[rows][part : part + _PAIRS] = best
             s_pos[rows][spoiled] = torch.nan
         return s_pos
 
@@ -242,9 +209,12 @@ class Search:
             holds = torch.where(spoiled, EMPTY, -1) if spoiled.any() else None
             for rows in self.blocks():
                 query, nothing = self.read_queries(rows)
-                most = None if limit is None else limit[rows]
                 hidden = self.hidden(rows, first, len(bank), holds)
-                similarity, index = self.allowed(query, bank, most, hidden)
+                if limit is None:
+                    similarity, index = self.topk(query, bank, self.k, hidden)
+                else:
+                    near = limit[rows]
+                    similarity, index = topk_within(self.topk, query, bank, self.k, near, hidden)
                 if s_pos is not None:
                     nothing |= s_pos[rows].isnan()
                 missing = nothing[:, None] | (index < 0)
@@ -258,13 +228,12 @@ class Search:
 
     def limit(self, s_pos: Tensor | None) -> Tensor | None:
         """The largest similarity (Q,) of a negative; None: there is no limit."""
-        o, limit = self.options, None
-        if o.margin is not None:
-            limit = s_pos + o.margin
-        if o.max_similarity is not None:
-            most = torch.full((len(self.queries),), o.max_similarity, device=self.device)
-            limit = most if limit is None else torch.minimum(limit, most)
-        return limit
+        o = self.options
+        if o.max_similarity is None and o.margin is None:
+            return None
+        most = torch.inf if o.max_similarity is None else o.max_similarity
+        limit = torch.full((len(self.queries),), most, device=self.device)
+        return limit if o.margin is None else torch.minimum(limit, s_pos + o.margin)
 
     def hidden(self, rows: slice, first: int, size: int, holds: Tensor | None) -> Exclude:
         """What those queries must not see of corpus rows `first` to first + size: a list that is as
@@ -287,84 +256,16 @@ class Search:
         count = torch.full((), len(bank), device=self.device)
         return ops.run_topk(query, bank, k, count, hidden, self.backend)
 
-    def allowed(
-        self, query: Tensor, bank: Tensor, limit: Tensor | None, hidden: Exclude, asked: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        """The k best slots of a bank with similarity <= limit (B,), from lists of `asked`."""
-        k = self.k
-        if limit is None:
-            return self.topk(query, bank, k, hidden)
-        asked = asked or k
-        similarity, index = self.topk(query, bank, asked, hidden)
-        above = (similarity > limit[:, None]).sum(1)  # they come first
-        short = (above + k > asked) & (similarity[:, -1] > -torch.inf)  # more may come behind
-        short &= asked < len(bank)
-        columns = above[:, None] + torch.arange(k, device=self.device)
-        beyond = columns >= asked
-        columns = columns.clamp_max(asked - 1)
-        similarity = similarity.gather(1, columns).masked_fill(beyond, -torch.inf)
-        index = index.gather(1, columns).masked_fill(beyond, -1)
-        rows = short.nonzero()[:, 0]
-        if len(rows):
-            query, limit, hidden = query[rows], limit[rows], _of_rows(hidden, rows)
-            if 2 * asked <= _LONGEST:
-                again = self.allowed(query, bank, limit, hidden, 2 * asked)
-            else:
-                again = self.allowed_by_halves(query, bank, limit, hidden, asked)
-            similarity[rows], index[rows] = again
-        return similarity, index
-
-    def allowed_by_halves(
-        self, query: Tensor, bank: Tensor, limit: Tensor, hidden: Exclude, asked: int
-    ) -> tuple[Tensor, Tensor]:
-        """Of a bank that no list of `asked` holds whole: both halves have slots."""
-        middle, halves = len(bank) // 2, []
-        for start, stop in ((0, middle), (middle, len(bank))):
-            of_half = _of_slots(hidden, start, stop)
-            similarity, index = self.allowed(query, bank[start:stop], limit, of_half, asked)
-            halves.append((similarity, torch.where(index < 0, -1, index + start)))
-        return merge_topk(*map(torch.stack, zip(*halves, strict=True)))
-
-    def draw(self, found: MinedNegatives, s_pos: Tensor) -> MinedNegatives:
-        """`num` of each row, without replacement: the largest of log weight + Gumbel noise."""
-        o = self.options
-        state = torch.tensor([o.seed, 0], device=self.device)
-        state = noise.stream_state(state, noise.Stream.MINE)
-        drawn = [found.similarity[:, : o.num].clone(), found.index[:, : o.num].clone()]
-        for rows in self.blocks():
-            similarity, index = (x[rows] for x in found)
-            row = torch.arange(rows.start, rows.stop, device=self.device)[:, None]
-            words = noise.philox_words(row, index.clamp_min(0), state)
-            uniform = (words.double() + 0.5) / 2.0**32  # never 0 or 1
-            distance = similarity.double() - s_pos[rows, None].double() - o.b
-            key = -o.a * distance.square() - torch.log(-torch.log(uniform))
-            key = key.masked_fill(index < 0, -torch.inf)
-            order = key.sort(dim=1, descending=True, stable=True).indices[:, : o.num]
-            drawn[0][rows], drawn[1][rows] = similarity.gather(1, order), index.gather(1, order)
-        return MinedNegatives(*drawn)
-
-
-def _of_rows(hidden: Exclude, rows: Tensor) -> Exclude:
-    slots, ids = (None if x is None else x[rows] for x in hidden[:2])
-    return hidden if hidden is NOTHING else Exclude(slots, ids, hidden.bank_ids)
-
-
-def _of_slots(hidden: Exclude, start: int, stop: int) -> Exclude:
-    if hidden is NOTHING:
-        return hidden
-    slots = None if hidden.slots is None else hidden.slots - start
-    bank_ids = None if hidden.bank_ids is None else hidden.bank_ids[start:stop]
-    return Exclude(slots, hidden.ids, bank_ids)
-
 
 @contextlib.contextmanager
-def _bar(rows: int, shown: bool) -> Iterator[Callable[[float], object]]:
-    if not shown:
+def _bar(rows: int, progress: bool, *, shown: bool) -> Iterator[Callable[[float], object]]:
+    """Whoever does not show it needs tqdm as well: ranks fail together."""
+    if not progress:
         yield lambda rows: None
         return
     try:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("progress: tqdm is not installed: pip install tqdm") from error
-    with tqdm(total=rows, desc="mining", unit="row", unit_scale=True) as bar:
+    with tqdm(total=rows, desc="mining", unit="row", unit_scale=True, disable=not shown) as bar:
         yield bar.update

@@ -11,7 +11,7 @@ from torch import Tensor
 from psm_kernels import checks
 from psm_kernels.rows import unit_rows_and_norms
 
-_PIECE_BYTES = 8 << 20  # of what is between the source and a chunk
+_PIECE_BYTES = 4 << 20  # of fp32 rows that are prepared at a time: what is between is as large
 _FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -59,14 +59,14 @@ class Source:
     def _prepare(self, piece: Any, out: Tensor) -> Tensor:
         if is_array(piece):  # a copy in memory: torch has no arrays that are read-only or swapped
             piece = torch.from_numpy(piece.astype(piece.dtype.newbyteorder("=")))
-        piece = piece.to(out.device).to(out.dtype)
+        out.copy_(piece)
         if self.normalize:
-            piece, sizes = unit_rows_and_norms(piece, out.dtype)
+            unit, sizes = unit_rows_and_norms(out, out.dtype)
+            out.copy_(unit)
             spoiled = ~sizes[:, 0].isfinite()
         else:
-            low, high = piece.aminmax(dim=1)
+            low, high = out.aminmax(dim=1)
             spoiled = ~(low.isfinite() & high.isfinite())
-        out.copy_(piece)
         if spoiled.any():
             out[spoiled] = 0.0
         return spoiled
