@@ -14,7 +14,7 @@ from ranks import WORLDS
 
 import psm_kernels
 from psm_kernels import mine_negatives, noise
-from psm_kernels.mine import limits, negatives
+from psm_kernels.mine import limits, search
 from psm_kernels.ops import bank_topk
 
 # --- the same in numpy ---------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def problems(draw):
 @given(problems())
 def test_a_thousand_cases_of_numpy(problem):
     ours, given, inside, longest = problem
-    with mock.patch.multiple(negatives, **inside), mock.patch.object(limits, "LONGEST", longest):
+    with mock.patch.multiple(search, **inside), mock.patch.object(limits, "LONGEST", longest):
         found = mine_negatives(**ours)
     assert_same(found, *mined_by_numpy(**given))
 
@@ -145,7 +145,7 @@ def test_a_thousand_cases_of_numpy(problem):
 @given(problems())
 def test_the_oracle_finds_the_same(problem):
     ours, given, inside, longest = problem
-    with mock.patch.multiple(negatives, **inside), mock.patch.object(limits, "LONGEST", longest):
+    with mock.patch.multiple(search, **inside), mock.patch.object(limits, "LONGEST", longest):
         found = mine_negatives(**ours, backend="reference")
     assert_same(found, *mined_by_numpy(**given))
 
@@ -199,7 +199,7 @@ def test_chunks_and_blocks_do_not_matter(option, chunk, block):
     """To the last bit, where a similarity does not depend on what else is in the product: cpp."""
     given = with_positives(*random_rows(), option)
     whole = mine_negatives(**given, k=30, backend="cpp")
-    with mock.patch.multiple(negatives, _BLOCK=block):
+    with mock.patch.multiple(search, _BLOCK=block):
         parts = mine_negatives(**given, k=30, chunk=chunk, backend="cpp")
     assert torch.equal(whole.index, parts.index)
     assert torch.equal(whole.similarity, parts.similarity)
@@ -241,9 +241,9 @@ def test_copies_of_the_positive_are_within_a_margin_of_zero():
 
 def test_only_short_lists_are_asked_for_again(monkeypatch):
     queries, corpus = random_rows(200, 4000)
-    asked, topk = [], negatives.Search.topk
+    asked, topk = [], search.Search.topk
     monkeypatch.setattr(
-        negatives.Search, "topk",
+        search.Search, "topk",
         lambda self, query, *args: asked.append(len(query)) or topk(self, query, *args),
     )  # fmt: skip
     corpus[:30] = queries[7]  # thirty near copies of one query
@@ -402,13 +402,13 @@ def test_a_memory_map_is_read_in_chunks(tmp_path):
 
 def test_no_more_than_a_chunk_is_read_at_a_time(monkeypatch):
     queries, corpus = random_rows(5, 1000)
-    sizes, read = [], negatives.Source.read
+    sizes, read = [], search.Source.read
 
     def noted(self, start, stop, out):
         sizes.append((len(self), stop - start))
         return read(self, start, stop, out)
 
-    monkeypatch.setattr(negatives.Source, "read", noted)
+    monkeypatch.setattr(search.Source, "read", noted)
     mine_negatives(queries, corpus, 3, chunk=300)
     assert [size for rows, size in sizes if rows == 1000] == [300, 300, 300, 100]
 

@@ -17,14 +17,22 @@ LONGEST = 1024  # list that is asked for where a limit hides what is best
 
 
 def topk_within(
-    topk: TopK, query: Tensor, bank: Tensor, k: int, limit: Tensor, hidden: Exclude, asked: int = 0
+    topk: TopK,
+    query: Tensor,
+    bank: Tensor,
+    k: int,
+    limit: Tensor | None,
+    hidden: Exclude,
+    asked: int | None = None,
 ) -> Lists:
-    """The k best slots of a bank with similarity <= limit (B,), exactly.
+    """The k best slots of a bank with similarity <= limit (B,), exactly; None: no limit.
 
     Of lists of `asked`, by default k, which hold what is above the limit too, and first. Rows whose
     list is full without k below it are asked for again: a list of twice the length, from LONGEST on
     both halves of the bank.
     """
+    if limit is None:
+        return topk(query, bank, k, hidden)
     asked = asked or k
     similarity, index = topk(query, bank, asked, hidden)
     above = (similarity > limit[:, None]).sum(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from psm_kernels import checks
 from psm_kernels.rows import unit_rows_and_norms
 
-_PIECE_BYTES = 4 << 20  # of fp32 rows that are prepared at a time: what is between is as large
+_PIECE_BYTES = 8 << 20  # of fp32 rows that are prepared at a time
 _FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
