@@ -150,6 +150,33 @@ def test_the_oracle_finds_the_same(problem):
     assert_same(found, *mined_by_numpy(**given))
 
 
+BACKEND_CASES = {
+    "plain": {},
+    "limits": {"margin": 0.25, "max_similarity": 0.5, "chunk": 25},
+    "lists": {"exclude": np.tile(np.arange(-1, 69), (5, 1)), "chunk": 60},
+    "simans": {"sample": "simans", "num": 4, "a": 8.0, "chunk": 33},
+}
+
+
+@pytest.mark.parametrize("case", BACKEND_CASES)
+def test_every_backend_finds_what_numpy_finds(backend, case):
+    """Also Triton's, where it is interpreted; a list longer than the public operators take."""
+    rng, given = np.random.default_rng(5), dict(BACKEND_CASES[case])
+    given |= {"queries": few_bits(rng, 5, 8), "corpus": few_bits(rng, 90, 8), "k": 7}
+    given["positives"] = rng.integers(0, 90, 5)
+    chunk = given.pop("chunk", None)
+    found = mine_negatives(**given, chunk=chunk, backend=backend)
+    assert_same(found, *mined_by_numpy(**given))
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_similarity": 0.25}])
+def test_as_many_columns_and_as_long_lists_as_kernels_take(limit):
+    rng = np.random.default_rng(5)
+    corpus = few_bits(rng, 2500, 12).repeat(342, 1)[:, :4096] / 32
+    given = {"queries": corpus[:3] * 64, "corpus": corpus, "k": 2048, "normalize": False}
+    assert_same(mine_negatives(**given, **limit, chunk=2300), *mined_by_numpy(**given, **limit))
+
+
 # --- any rows ------------------------------------------------------------------------------------
 
 
@@ -276,6 +303,14 @@ def test_zeros_and_rows_that_are_not_finite():
     assert (found.index[[1, 3, 4, 5]] >= 0).all()
     found = mine_negatives(queries, corpus, 3, positives=positives)
     assert (found.index[0] >= 0).all()
+
+
+def test_a_positive_that_is_infinitely_far():
+    corpus = np.array([[-1e30, 0.0], [1.0, 0.0], [0.0, 1.0]], np.float32)
+    found = mine_negatives(
+        corpus[:1] * [[-1, 0]], corpus, 2, positives=np.array([0]), margin=1.0, normalize=False
+    )
+    assert found.index.tolist() == [[-1, -1]]
 
 
 def test_inputs_are_left_alone():

@@ -120,8 +120,11 @@ def load(path: Path) -> Any:
 
 
 def torch_device(name: str) -> torch.device:
+    """The device of a name; torchrun's ranks that are told "cuda" have a GPU each."""
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise ValueError(f"--device: got {name!r}: {str(error).splitlines()[0]}") from error
