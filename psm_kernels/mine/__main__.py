@@ -51,7 +51,7 @@ def parser() -> Parser:
     p.add_argument("--b", type=float, default=defaults.b, help="its offset (%(default)s)")
     p.add_argument("--seed", type=int, default=defaults.seed, help="of the draw (%(default)s)")
     p.add_argument("--no-normalize", dest="normalize", action="store_false", help="inner products")
-    p.add_argument("--chunk", type=int, help="corpus rows read at a time (64 MB in float32)")
+    p.add_argument("--chunk", type=int, help="corpus rows read at a time (64 to 256 MB of them)")
     p.add_argument("--device", default="cpu", help="where the work is done (%(default)s)")
     p.add_argument("--backend", default="auto", help="a name of `python -m psm_kernels`")
     p.add_argument("--quiet", action="store_true", help="no progress bar, no summary")

@@ -61,7 +61,7 @@ def mine_negatives(
             temperature t take a = 0.5 / t^2.
         seed: of the draw.
         normalize: compare unit rows; else the rows as they are, by their inner product.
-        chunk: corpus rows read at a time; None for 64 MB of them in fp32.
+        chunk: corpus rows read at a time; None for a quarter of the corpus, 64 to 256 MB in fp32.
         progress: show a bar (tqdm) with rows per second and the time left.
         process_group: the ranks that share the work, None for the default group. Its backend has to
             move tensors of the device that does the work.

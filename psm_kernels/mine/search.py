@@ -18,8 +18,10 @@ from psm_kernels.mine.options import MinedNegatives, MiningOptions
 from psm_kernels.mine.simans import draw
 from psm_kernels.mine.source import Source, corpus_rows
 
-_CHUNK_BYTES = 64 << 20  # of corpus rows in fp32: memory stays below 1.5 times a float16 file
-_BLOCK = 4096  # queries at a time
+# Of a chunk in fp32. The larger it is the fewer rows are near enough to be listed and merged; with
+# a quarter of the corpus memory stays below 1.5 times a file of 400 MB.
+_LEAST_BYTES, _MOST_BYTES = 64 << 20, 256 << 20
+_BLOCK = 2048  # queries at a time
 _PAIRS = 64  # queries whose positives are compared at a time: the rest of the square is waste
 
 Advance = Callable[[float], object]
@@ -110,13 +112,13 @@ class Search:
 
     def scan(self, start: int, stop: int, s_pos: Tensor | None, advance: Advance) -> MinedNegatives:
         """The best of corpus rows `start` to `stop`."""
-        shape, o = (len(self.queries), self.k), self.options
+        shape = len(self.queries), self.k
         found = MinedNegatives(
             torch.full(shape, -torch.inf, device=self.device),
             torch.full(shape, -1, device=self.device),
         )
         limit = self.limit(s_pos)
-        step = min(o.chunk or max(1, _CHUNK_BYTES // (4 * self.corpus.columns)), stop - start)
+        step = min(self.options.chunk or self.chunk(), stop - start)
         buffer = torch.empty(step, self.corpus.columns, device=self.device)
         for first in range(start, stop, step or 1):
             bank = buffer[: min(step, stop - first)]
@@ -137,6 +139,10 @@ class Search:
                 found.similarity[rows], found.index[rows] = merge_topk(*map(torch.stack, lists))
                 advance(len(bank) * len(query) / len(self.queries))
         return found
+
+    def chunk(self) -> int:
+        size = min(max(self.corpus.value.nbytes // 4, _LEAST_BYTES), _MOST_BYTES)
+        return max(1, size // (4 * self.corpus.columns))
 
     def limit(self, s_pos: Tensor | None) -> Tensor | None:
         """The largest similarity (Q,) of a negative; None: there is no limit."""
