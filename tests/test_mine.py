@@ -14,7 +14,7 @@ from ranks import WORLDS
 
 import psm_kernels
 from psm_kernels import mine_negatives, noise
-from psm_kernels.mine import limits, search
+from psm_kernels.mine import MiningOptions, limits, search
 from psm_kernels.ops import bank_topk
 
 # --- the same in numpy ---------------------------------------------------------------------------
@@ -446,6 +446,15 @@ def test_no_more_than_a_chunk_is_read_at_a_time(monkeypatch):
     monkeypatch.setattr(search.Source, "read", noted)
     mine_negatives(queries, corpus, 3, chunk=300)
     assert [size for rows, size in sizes if rows == 1000] == [300, 300, 300, 100]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"), [(500, 64 << 20), (500_000, 500_000 * 384), (10**8, 256 << 20)]
+)
+def test_a_chunk_is_a_quarter_of_the_corpus_within_bounds(rows, wanted):
+    corpus = np.broadcast_to(np.float32(1), (rows, 384))
+    asked = search.Search(corpus[:1], corpus, 5, None, None, MiningOptions(), "auto")
+    assert asked.chunk() == wanted // (4 * 384)
 
 
 def test_the_bar_says_how_fast_and_how_long(capsys):

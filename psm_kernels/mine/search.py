@@ -141,6 +141,7 @@ class Search:
         return found
 
     def chunk(self) -> int:
+        """Corpus rows read at a time where nobody says how many."""
         size = min(max(self.corpus.value.nbytes // 4, _LEAST_BYTES), _MOST_BYTES)
         return max(1, size // (4 * self.corpus.columns))
 
