@@ -12,6 +12,7 @@ namespace psm {
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class Selection : int { kBernoulli = 0, kExpected = 1, kAll = 2, kAffine = 3 };
 enum class SoftWeights : int { kAttention = 0, kUniform = 1, kBinary = 2 };
+enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
 
 constexpr int64_t kEmpty = -2;  // in `bank_ids`: the slot holds nothing
 
@@ -68,8 +69,10 @@ struct StepArgs {
     SoftWeights soft_weights = SoftWeights::kAttention;
     float weight_temperature = 1, hard_weight = 1;
 
-    float* loss = nullptr;      // (B,)
-    float* gradient = nullptr;  // (B, D) of the sum of the losses by `query`
+    Reduction reduction = Reduction::kNone;
+
+    float* loss = nullptr;      // (B,) for kNone, else ()
+    float* gradient = nullptr;  // (B, D) of the loss by `query`, of kNone that of the rows' sum
 };
 
 // A batch behind the newest rows of a ring: normalized, cast, written; pointer and count advance.
@@ -78,9 +81,10 @@ struct EnqueueArgs {
     const void* keys = nullptr;    // (B, D) in `key_dtype`, of any length
     Dtype key_dtype = Dtype::kFloat32;
     int64_t batch = 0;
-    const int64_t *labels = nullptr, *ids = nullptr;       // (B,) or null: -1
+    const int64_t *labels = nullptr, *ids = nullptr;       // (B,) or null: -1, as are negative ids
     int64_t *bank_labels = nullptr, *bank_ids = nullptr;   // (K,)
     int64_t* ptr = nullptr;        // ()
+    int64_t* rng_state = nullptr;  // (2,) whose offset goes on by one besides, or null
 };
 
 }  // namespace psm

@@ -139,6 +139,7 @@ void bind_structs(py::module_& m) {
         .field("soft_weights", &StepArgs::soft_weights)
         .field("weight_temperature", &StepArgs::weight_temperature)
         .field("hard_weight", &StepArgs::hard_weight)
+        .field("reduction", &StepArgs::reduction)
         .field("loss", &StepArgs::loss)
         .field("gradient", &StepArgs::gradient);
     Struct<EnqueueArgs>(m, "EnqueueArgs")
@@ -150,7 +151,8 @@ void bind_structs(py::module_& m) {
         .field("ids", &EnqueueArgs::ids)
         .field("bank_labels", &EnqueueArgs::bank_labels)
         .field("bank_ids", &EnqueueArgs::bank_ids)
-        .field("ptr", &EnqueueArgs::ptr);
+        .field("ptr", &EnqueueArgs::ptr)
+        .field("rng_state", &EnqueueArgs::rng_state);
 }
 
 // A function of csrc/cpu as Python calls it.

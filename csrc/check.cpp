@@ -99,6 +99,7 @@ void check(const StepArgs& args, const Limits& most) {
     check_pointer("key", args.key, batch);
     check_size("soft_weights", int64_t(args.soft_weights), 0, 2);
     check_temperature("weight_temperature", args.weight_temperature);
+    check_size("reduction", int64_t(args.reduction), 0, 2);
     check_pointer("loss", args.loss, batch);
     check_pointer("gradient", args.gradient, batch);
 }
@@ -114,6 +115,7 @@ void check(const EnqueueArgs& args, const Limits& most) {
     check_pointer("bank_labels", args.bank_labels, args.bank.slots);
     check_pointer("bank_ids", args.bank_ids, args.bank.slots);
     check_pointer("ptr", args.ptr, 1);
+    check_alignment("rng_state", args.rng_state, sizeof(int64_t));
 }
 
 }  // namespace psm

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from psm_kernels.rows import reduce
-
 _TWICE = (
     "second derivatives: got a gradient that was computed together with the loss, which cannot be "
     "differentiated again; backend='reference', neither compiled nor sharded, gives one that can"
@@ -30,23 +28,22 @@ _AGAIN = (
 )
 
 
-def with_gradient(
-    rows: Tensor, slope: Tensor, query: Tensor, divisor: float = 1, reduction: str = "none"
-) -> Tensor:
-    """rows (B,), reduced, as a function of `query`, whose gradient slope / divisor, (B, D), came
-    with them; of a mean, divisor is B besides."""
+def with_gradient(value: Tensor, slope: Tensor, query: Tensor, divisor: float = 1) -> Tensor:
+    """`value`, (B,) or () of all rows, as a function of `query`, whose gradient slope / divisor,
+    (B, D), came with it."""
     if not (query.requires_grad and torch.is_grad_enabled()):
-        return reduce(rows, reduction)
-    return _Known.apply(query, rows, slope, divisor, reduction)
+        return value
+    return _Known.apply(query, (value, slope), divisor)
 
 
 class _Known(torch.autograd.Function):
     """Eager path: the dispatcher of a registered op costs more than a small pass."""
 
     @staticmethod
-    def forward(ctx, query, rows, slope, divisor, reduction):
-        remember(ctx, query, slope, divisor, inputs=5)
-        return reduce(rows, reduction)  # here, or autograd would have a node of its own for it
+    def forward(ctx, query, found, divisor):
+        value, slope = found  # in a tuple: of an input that is returned autograd makes a view
+        remember(ctx, query, slope, divisor, inputs=3)
+        return value
 
     @staticmethod
     def backward(ctx, grad):
@@ -62,7 +59,8 @@ def remember(ctx, query: Tensor, slope: Tensor, divisor: float, *, inputs: int) 
 
 def backward(ctx, grad: Tensor, *unused) -> tuple[Tensor | None, ...]:
     """The gradient by `query`, the first of the inputs; multiplied in fp32 before any cast."""
-    slope, grad = once(*ctx.saved_tensors, ctx.query), grad / ctx.divisor
+    slope = once(*ctx.saved_tensors, ctx.query)
+    grad = grad if ctx.divisor == 1 else grad / ctx.divisor
     gradient = (grad[:, None] if grad.ndim else grad) * slope
     return gradient.to(ctx.query.dtype), *[None] * (ctx.inputs - 1)
 
@@ -84,7 +82,7 @@ class _Once(torch.autograd.Function):
 
 
 def refuse_tracing() -> None:
-    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
         raise RuntimeError(_TRACED)
 
 
@@ -95,7 +93,8 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
         if dual:
             raise RuntimeError(_FORWARD_MODE)
         return
-    refuse_tracing()
+    if torch._C._is_tracing():
+        raise RuntimeError(_TRACED)
     if torch._C._functorch.peek_interpreter_stack() is not None:
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor
         if any(x is not None and wrapped(x) for x in tensors):

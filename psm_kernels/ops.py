@@ -195,8 +195,7 @@ def psm_step(
     loss, gradient = chosen.psm_step(
         query.detach(), key, bank, count, options, exclude, rng_state, row_offset
     )
-    divisor = len(query) if options.reduction == "mean" else 1
-    return with_gradient(loss, gradient, query, divisor, options.reduction)
+    return with_gradient(loss, gradient, query)
 
 
 def seen_query(query: Tensor, bank: Tensor, differentiable: bool) -> Tensor:
@@ -259,7 +258,7 @@ def known(ids: Tensor | None, batch: int, device: torch.device) -> Tensor:
     """`ids` as backends read them: what is unknown is EMPTY."""
     if ids is None:
         return torch.full((batch,), EMPTY, device=device)
-    return torch.where(ids < 0, EMPTY, ids)
+    return torch.threshold(ids, -1, EMPTY)  # in one launch
 
 
 def check_queries(name: str, query: Tensor, bank: Tensor) -> None:

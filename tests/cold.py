@@ -112,7 +112,7 @@ def answer(
 
 def step(backend: Backend, p: Problem, dtype: torch.dtype, **settings) -> tuple[Tensor, Tensor]:
     """Loss rows (B,) and the gradient of their sum (B, D) by a backend's own step."""
-    bank, options = p.bank.to(dtype), PSMOptions(**settings)
+    bank, options = p.bank.to(dtype), PSMOptions(reduction="none", **settings)
     return backend.psm_step(
         p.query, p.key, bank, torch.tensor(len(bank)), options, NOTHING, RNG_STATE
     )

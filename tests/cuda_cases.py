@@ -79,7 +79,7 @@ def step(
     gpu, path, query, key, bank, *, count, exclude=NOTHING, row_offset=0, state=STATE, **settings
 ):
     gpu.capability, gpu.multiprocessors = CAPABILITY[path], 2
-    options = PSMOptions(**settings)
+    options = PSMOptions(**{"reduction": "none", **settings})
     return CUDA.psm_step(query, key, bank, torch.tensor(count), options, exclude, state, row_offset)
 
 

@@ -241,7 +241,8 @@ RNG_STATE = torch.tensor([2**40 + 7, 5])
 
 def step(query, key, bank, count=None, *, exclude=NOTHING, row_offset=0, **settings):
     count = torch.tensor(len(bank) if count is None else count)
-    options = PSMOptions(**{"temperature": 0.2, "weight_temperature": 0.5, **settings})
+    own = {"temperature": 0.2, "weight_temperature": 0.5, "reduction": "none"}
+    options = PSMOptions(**own | settings)
     return Cpp().psm_step(query, key, bank, count, options, exclude, RNG_STATE, row_offset)
 
 

@@ -239,7 +239,7 @@ def test_psm_step(topk, soft_weights, selection, dtype, force_sm80):
         "soft_weights": soft_weights, "weight_temperature": 0.7, "hard_weight": 0.6,
     }  # fmt: skip
     args = on_device((query, key, bank, torch.tensor(1900)))
-    rest = (PSMOptions(**settings), NOTHING, STATE.cuda(), 7)
+    rest = (PSMOptions(reduction="none", **settings), NOTHING, STATE.cuda(), 7)
     run_step = functools.partial(Cuda(force_sm80=force_sm80).psm_step, *args, *rest)
     got = run_step()
     want = step_in_float64(query, key, bank, count=1900, row_offset=7, **settings)

@@ -164,13 +164,14 @@ def test_a_backend_with_its_own_enqueue_writes(monkeypatch):
     monkeypatch.setattr(reference, "enqueue", lambda *args: calls.append(args) or True)
     criterion = PSMLoss(0.5, (8, 4), topk=1, backend="reference")
     keys, labels, bank = torch.randn(3, 4), torch.arange(3), criterion.memory_bank
-    criterion.enqueue(keys, labels, ids=torch.tensor([5, -7, 6]))
-    assert len(calls) == 1
-    ids = torch.tensor([5, -1, 6])
-    for got, wanted in zip(calls[0], (keys, labels, ids), strict=False):
-        assert torch.equal(got, wanted)
-    for got, wanted in zip(
-        calls[0][3:], (bank.bank, bank.labels, bank.ids, bank.ptr, bank.count), strict=True
-    ):
-        assert got is wanted
+    ids = torch.tensor([5, -7, 6])
+    criterion.enqueue(keys, labels, ids=ids)
+    criterion(torch.randn(3, 4, requires_grad=True), keys, labels=labels, ids=ids)
+    assert len(calls) == 2
+    own = (bank.bank, bank.labels, bank.ids, bank.ptr, bank.count)
+    for call, rng_state in zip(calls, (None, criterion.rng_state), strict=True):
+        for got, wanted in zip(call, (keys, labels, ids), strict=False):
+            assert torch.equal(got, wanted)
+        for got, wanted in zip(call[3:], (*own, rng_state), strict=True):
+            assert got is wanted
     assert not bank.bank.any()  # nobody else wrote

@@ -130,21 +130,23 @@ class Backend:
         rng_state: Tensor | None = None,  # (2,) for "bernoulli"
         row_offset: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """PSM in one call: unit rows, mining, sums, the loss of each row (B,) in fp32 and the
-        gradient of their sum by `query` (B, D) in fp32, through the normalization. Attention is the
-        query's own. InfoNCE is topk=0, selection="all", hard_weight=0."""
+        """PSM in one call: unit rows, mining, sums, the loss in fp32, reduced as the options say,
+        and its gradient by `query` (B, D) in fp32, through the normalization; of the rows' losses
+        (B,), "none", that of their sum. Attention is the query's own. InfoNCE is topk=0,
+        selection="all", hard_weight=0."""
         raise NotImplementedError
 
     def enqueue(
         self,
         keys: Tensor,  # (B, D) of any float dtype
         labels: Tensor | None,  # (B,) int64
-        ids: Tensor | None,  # (B,) int64
+        ids: Tensor | None,  # (B,) int64; negative ones are written as -1
         bank: Tensor,  # (K, D)
         bank_labels: Tensor,  # (K,) int64
         bank_ids: Tensor,  # (K,) int64
         ptr: Tensor,  # ()
         count: Tensor,  # ()
+        rng_state: Tensor | None = None,  # (2,)
     ) -> bool:
         """`MemoryBank.enqueue` of a ring in one call: normalize, cast, write, advance. False:
         it has none, and wrote nothing."""

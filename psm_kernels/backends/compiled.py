@@ -19,6 +19,7 @@ from psm_kernels.options import PassOptions, PSMOptions
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SELECTIONS = {"bernoulli": 0, "expected": 1, "all": 2, "affine": 3}
 SOFT_WEIGHTS = {"attention": 0, "uniform": 1, "binary": 2}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 _REBUILD = "build it with `pip install -e .` in a checkout, or reinstall the package"
 
@@ -92,8 +93,10 @@ class Compiled(Backend):
         from psm_kernels import _C
 
         query, key = query.float().contiguous(), key.float().contiguous()
-        batch, mining = len(query), _mining_struct(options, row_offset)
-        loss, gradient = query.new_empty(batch), torch.empty_like(query)
+        batch = query.shape[0]  # len(query) would ask torch's Python
+        mining = _mining_struct(options, row_offset)
+        loss = query.new_empty(batch if options.reduction == "none" else ())
+        gradient = torch.empty_like(query)
         noise = address(rng_state)
         args = _C.StepArgs(
             pass_=_pass_args(mining, batch, bank, count, exclude, rng_state=noise),
@@ -102,6 +105,7 @@ class Compiled(Backend):
             soft_weights=SOFT_WEIGHTS[options.soft_weights],
             weight_temperature=options.weight_temperature,
             hard_weight=options.hard_weight,
+            reduction=REDUCTIONS[options.reduction],
             loss=loss.data_ptr(),
             gradient=gradient.data_ptr(),
         )
@@ -111,25 +115,31 @@ class Compiled(Backend):
     def enqueue(
         self, keys: Tensor, labels: Tensor | None, ids: Tensor | None, bank: Tensor,
         bank_labels: Tensor, bank_ids: Tensor, ptr: Tensor, count: Tensor,
+        rng_state: Tensor | None = None,
     ) -> bool:  # fmt: skip
         from psm_kernels import _C
 
         keys = keys.contiguous() if keys.dtype in DTYPES else keys.float().contiguous()
-        labels, ids = (None if x is None else x.contiguous() for x in (labels, ids))
+        labels = None if labels is None else labels.contiguous()
+        ids = None if ids is None else ids.contiguous()
         args = _C.EnqueueArgs(
             bank=bank_struct(bank, count),
             keys=keys.data_ptr(),
             key_dtype=DTYPES[keys.dtype],
-            batch=len(keys),
+            batch=keys.shape[0],
             labels=address(labels),
             ids=address(ids),
             bank_labels=bank_labels.data_ptr(),
             bank_ids=bank_ids.data_ptr(),
             ptr=ptr.data_ptr(),
+            rng_state=address(rng_state),
         )
         self.run("enqueue", args, bank)
         # For autograd, which refuses a backward that would read what has changed.
-        torch.autograd.graph.increment_version((bank, bank_labels, bank_ids, ptr, count))
+        written = (bank, bank_labels, bank_ids, ptr, count)
+        torch.autograd.graph.increment_version(
+            written if rng_state is None else (*written, rng_state)
+        )
         return True
 
     def _pass(

@@ -141,6 +141,7 @@ class MemoryBank(HeldState):
         *,
         ids: Tensor | None = None,
         backend: str = "auto",
+        rng_state: Tensor | None = None,
     ) -> None:
         """Write a batch behind the newest rows; of more than `size` keys the last `size` stay.
         An indexed bank writes each to the slot of its id; of several with one id the last.
@@ -153,6 +154,8 @@ class MemoryBank(HeldState):
                 negative for unknown. An indexed bank needs them, in [0, size).
             backend: "auto" or a name of `python -m psm_kernels`; "cpp" and "cuda" write a ring of
                 fp32, bf16 or fp16 in one call.
+            rng_state: (2,) int64, the noise of a loss whose step ends here: its offset goes on by
+                one, in the same launch.
 
         Raises:
             ValueError: wrong shape, dtype, device or id, or the backend cannot run; nothing is
@@ -160,23 +163,23 @@ class MemoryBank(HeldState):
             RuntimeError: a ring under torch.jit.trace, torch.func or forward-mode AD.
         """
         self.check(keys, labels, ids)
-        if ids is not None:
-            ids = ids.clamp_min(-1)
         bank = self.bank
         if not self.indexed and isinstance(bank, Tensor) and not torch.compiler.is_compiling():
             refuse_transforms(keys)
             own = registry.choose(backend, bank)
             state = (bank, self.labels, self.ids, self.ptr, self.count)
-            if own.enqueue(keys.detach(), labels, ids, *state):
+            if own.enqueue(keys.detach(), labels, ids, *state, rng_state):
                 return
         self._enqueue(keys, labels, ids)
+        if rng_state is not None:
+            rng_state[1:].add_(1)
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor, labels: Tensor | None, ids: Tensor | None) -> None:
         batch = keys.shape[0]
         unknown = torch.full((batch,), -1, device=self.ptr.device)
         labels = unknown if labels is None else labels
-        ids = unknown if ids is None else ids
+        ids = unknown if ids is None else ids.clamp_min(-1)
         keep = slice(None) if self.indexed else slice(-self.size, None)
         with torch.autocast(keys.device.type, enabled=False):
             rows = unit_rows(keys.detach()[keep], wide(self.bank))

@@ -330,15 +330,15 @@ class BankLoss(HeldState):
             elif labels is not None or ids is not None or memory.indexed:
                 memory.check(key, labels, ids, write=update)  # `function` checks query and key
         if self._samples:
-            more |= {"rng_state": self.rng_state, "row_offset": rank * len(key)}
+            more |= {"rng_state": self.rng_state, "row_offset": rank and rank * len(key)}
         result = self.function(query, key, bank, ids=ids, options=self.options, **more)
         # An evaluation leaves the noise as it is, so that it neither changes nor depends on a run.
-        if update or learns:
-            self.rng_state[1:].add_(1)
-            if self.collective:
-                self._calls += 1
         if update:
-            self._write(key, labels, ids)
+            self._write(key, labels, ids, self.rng_state)
+        elif learns:
+            self.rng_state[1:].add_(1)
+        if self.collective and (update or learns):
+            self._calls += 1
         return result
 
     def _agree(
@@ -384,12 +384,19 @@ class BankLoss(HeldState):
             "settings": self.extra_repr(),
         }
 
-    def _write(self, key: Tensor, labels: Tensor | None, ids: Tensor | None) -> None:
+    def _write(
+        self,
+        key: Tensor,
+        labels: Tensor | None,
+        ids: Tensor | None,
+        rng_state: Tensor | None = None,
+    ) -> None:
         if self.collective:
             rows = (key, labels, ids)
             rows = [None if x is None else gather(x, self.process_group) for x in rows]
             key, labels, ids = rows
-        self.memory_bank.enqueue(key, labels, ids=ids, backend=self.backend)
+        kwargs = {"ids": ids, "backend": self.backend, "rng_state": rng_state}
+        self.memory_bank.enqueue(key, labels, **kwargs)
 
 
 def alternate(pair: Sequence[Tensor]) -> Tensor:

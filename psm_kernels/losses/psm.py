@@ -278,13 +278,11 @@ class PSMLoss(BankLoss):
             The loss, fp32: 0-d, or (B,) for reduction="none".
         """
         more = {"projection": projection, "return_stats": return_stats}
-        if return_stats:
-            more["labels"] = labels
+        if not return_stats:
+            return self._step(query, key, labels, ids, update, more)
         bank = self.memory_bank
-        written = bank.count.float() if return_stats else None  # before the keys of this call
-        result = self._step(query, key, labels, ids, update, more)
-        if return_stats:
-            _, world = self._rank_and_world()
-            more = {"bank_fill": written / bank.size, "bank_age": written / (world * len(key))}
-            result = result._replace(stats=replace(result.stats, **more))
-        return result
+        written = bank.count.float()  # before the keys of this call
+        result = self._step(query, key, labels, ids, update, more | {"labels": labels})
+        _, world = self._rank_and_world()
+        more = {"bank_fill": written / bank.size, "bank_age": written / (world * len(key))}
+        return result._replace(stats=replace(result.stats, **more))

@@ -17,7 +17,7 @@ using Run = const char* (*)(const char* name, int grid, int threads, size_t shar
 
 bool loads = true;  // or as in a capture, which cannot load kernels
 Run run_kernel;
-int major, multiprocessors;
+int major, multiprocessors, memsets;
 const char* reason = "";
 std::map<const void*, std::string>& names() {
     static std::map<const void*, std::string> all;
@@ -64,6 +64,7 @@ __attribute__((visibility("default"))) void fake_device(Run run, int capability,
     run_kernel = run, major = capability, multiprocessors = count;
 }
 __attribute__((visibility("default"))) void fake_loading(bool may) { loads = may; }
+__attribute__((visibility("default"))) int fake_memsets() { return memsets; }
 
 void** __cudaRegisterFatBinary(void*) {
     static void* handle;
@@ -91,6 +92,7 @@ cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void**
     return reason ? cudaErrorLaunchFailure : cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* start, int value, size_t bytes, cudaStream_t) {
+    ++memsets;
     std::memset(start, value, bytes);
     return cudaSuccess;
 }

@@ -21,12 +21,13 @@ void enqueue(const EnqueueArgs& args, const std::string& isa, int most_threads) 
             const int64_t slot = (start + row) % slots;
             kernels.enqueue_row(args, row, slot);
             args.bank_labels[slot] = args.labels ? args.labels[row] : -1;
-            args.bank_ids[slot] = args.ids ? args.ids[row] : -1;
+            args.bank_ids[slot] = args.ids ? std::max<int64_t>(args.ids[row], -1) : -1;
         }
     });
     auto* count = const_cast<int64_t*>(args.bank.count);
     *args.ptr = (start + batch) % slots;
     *count = std::min(*count + batch, slots);
+    if (args.rng_state) ++args.rng_state[1];
 }
 
 }  // namespace psm::cpu

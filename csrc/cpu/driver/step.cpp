@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "pass.h"
 
@@ -28,7 +29,7 @@ struct Mined {
 //   H = 1 + the negatives,  Z = H + the mined rows,  both at least 1
 //   loss = log Z + sum over the mined rows of weight (log Z - logit) + hard_weight log H
 void finish_row(const StepArgs& args, const Pass& pass, const UnitRows& rows, const int64_t* slots,
-                const Mined& m, float* mean, int64_t i) {
+                const Mined& m, float* mean, float* losses, int64_t i) {
     const Task& t = pass.sums.task;
     const int64_t topk = args.pass.options.topk, found = std::find(slots, slots + topk, -1) - slots;
     const float *query = rows.query + i * t.padded, *key = rows.key + i * t.padded;
@@ -57,20 +58,22 @@ void finish_row(const StepArgs& args, const Pass& pass, const UnitRows& rows, co
         pull += m.weight[c];
         pulled += m.weight[c] * (log_z - m.logit[c]);
     }
-    args.loss[i] = float(log_z + pulled + args.hard_weight * log_h);
+    losses[i] = float(log_z + pulled + args.hard_weight * log_h);
 
     // d loss / d s of the key, of all kept negatives together, and of each mined row
+    const double share = args.reduction == Reduction::kMean ? 1.0 / double(args.pass.batch) : 1.0;
     const double force = pull * std::exp(log_h - log_z) + args.hard_weight;  // times exp(s/tau) / H
     for (int64_t c = 0; c < found; ++c) {
         double slope = (pull * std::exp(m.logit[c] - log_z) - m.weight[c]) / tau;
         if (attention)
             slope += m.weight[c] * (log_z - m.logit[c] - pulled) / args.weight_temperature;
-        m.to_mined[c] = float(slope);
+        m.to_mined[c] = float(share * slope);
     }
     const double to_key = pull - 1 + pull * std::expm1(-log_z) +
                           args.hard_weight * std::expm1(-log_h);
-    const RowTerms terms{query, key, mean, slots, found, float(to_key / tau),
-                         float(force * std::exp(log_n - log_h) / tau), m.to_mined, rows.norms[i]};
+    const RowTerms terms{query, key, mean, slots, found, float(share * to_key / tau),
+                         float(share * force * std::exp(log_n - log_h) / tau), m.to_mined,
+                         rows.norms[i]};
     pass.kernels.gradient(t, terms, m.buffer, args.gradient + i * t.dim);
 }
 
@@ -80,13 +83,16 @@ void psm_step(const StepArgs& step, const std::string& isa, int threads) {
     PassArgs args = step.pass;
     const int64_t batch = args.batch, topk = args.options.topk;
     const int64_t padded = ceil_div(args.bank.dim, kPad) * kPad;
+    const bool reduces = step.reduction != Reduction::kNone;
     UnitRows rows{step.query, step.key};
+    float* losses = step.loss;
     const Memory before = with_memory([&](Arena& arena) {
         arena.take(rows.query, batch * padded);
         arena.take(rows.key, batch * padded);
         arena.take(rows.norms, batch);
         arena.take(rows.s_pos, batch);
         arena.take(args.topk_index, batch * topk);
+        if (reduces) arena.take(losses, batch);
     });
     args.query = rows.query, args.key = rows.key, args.s_pos = rows.s_pos;
     args.neg_mean = step.gradient;  // not null: wanted
@@ -107,8 +113,12 @@ void psm_step(const StepArgs& step, const std::string& isa, int threads) {
     });
     pass.run([&](int64_t block) { pass.kernels.unit_rows(pass.sums.task, rows, block); },
              [&](size_t worker, float* mean, int64_t i) {
-                 finish_row(step, pass, rows, args.topk_index + i * topk, mined[worker], mean, i);
+                 const int64_t* slots = args.topk_index + i * topk;
+                 finish_row(step, pass, rows, slots, mined[worker], mean, losses, i);
              });
+    if (!reduces) return;
+    const double sum = std::accumulate(losses, losses + batch, 0.0);
+    *step.loss = float(step.reduction == Reduction::kMean ? sum / double(batch) : sum);
 }
 
 }  // namespace psm::cpu

@@ -9,6 +9,9 @@
 namespace psm::cuda {
 
 constexpr int kFlagRows = 16, kFlagSlots = 64;
+PSM_HD int64_t flag_words(const Hidden& hidden, int64_t batch) {  // of whole blocks of rows
+    return (batch + 127) / 128 * (128 / kFlagRows) * hidden.words;
+}
 constexpr int kNoSlot = -16;  // names none: at most 15 slots lie before slot 0 in a tile
 
 // `at` is a slot counted with `lead`.

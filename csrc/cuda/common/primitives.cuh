@@ -129,6 +129,13 @@ PSM_DEVICE void end_with_error(void* place, Chunk what) {
 }
 PSM_DEVICE int atomic_add(int* address, int value) { return atomicAdd(address, value); }
 PSM_DEVICE int atomic_exchange(int* address, int value) { return atomicExch(address, value); }
+// How many were counted before the caller, who sees what they stored before.
+PSM_DEVICE int count_in(int* counter) {
+    __threadfence();
+    const int before = atomicAdd(counter, 1);
+    __threadfence();
+    return before;
+}
 PSM_DEVICE void atomic_or(uint32_t* address, uint32_t value) { atomicOr(address, value); }
 
 // --- shared memory and asynchronous copies of sm_80 ---

@@ -1,9 +1,9 @@
-// Around the pass of a PSM step: unit rows before it, a warp each, and after it the loss and its
-// gradient, a CTA per row. The formulas are those of psm_kernels/losses/psm.py, differentiated by
+// Around the pass of a PSM step: unit rows before it, a warp each, and after it, where the splits are
+// merged, the loss and its gradient, a CTA per row. The formulas are those of psm_kernels/losses/psm.py, differentiated by
 // hand; the attention is the query's own.
 #pragma once
 
-#include "limits.h"
+#include "merge.cuh"
 #include "rows.cuh"
 
 namespace psm::cuda {
@@ -12,11 +12,19 @@ struct StepKernelArgs : StepArgs {  // `pass` is whole: what it reads and writes
     float *unit_query, *unit_key;   // (B, D)
     void *pass_query, *pass_key;    // (B, D) in the bank's dtype: the same arrays, if that is fp32
     float *norms, *s_pos;           // (B,) of the queries, 1 where they are zeros; of the pass
+    float* losses;                  // (B,)
+    uint32_t* flags;                // what the first kernel clears for the pass
+    int64_t flag_words;
+    int* done;                      // () CTAs of the last kernel
 };
 
 template <class T>
 PSM_DEVICE void unit_rows(const StepKernelArgs& args) {
     const int lane = thread_index() % 32, dim = int(args.pass.bank.dim);
+    const int64_t thread = int64_t(block_index()) * kWarpRowThreads + thread_index();
+    for (int64_t at = thread; at < args.flag_words; at += int64_t(grid_size()) * kWarpRowThreads)
+        args.flags[at] = 0;
+    if (thread == 0) *args.done = 0;
     for (int64_t row = first_row(); row < args.pass.batch; row += row_step()) {
         const float *query = args.query + row * dim, *key = args.key + row * dim;
         const float query_norm = row_norm(query, dim), key_norm = row_norm(key, dim);
@@ -42,7 +50,8 @@ struct StepShared {
     float gap[kMaxStepTopk];    // of mined rows, s / tau less that of the positive
     float score[kMaxStepTopk];  // of the attention; then the weights
     float of_mined[kMaxStepTopk], of_key, of_mean;  // what the gradient holds of each vector
-    BlockValues values;
+    MergeShared merge;
+    bool last;  // CTA of the grid
 };
 
 template <class T>
@@ -102,7 +111,7 @@ PSM_DEVICE void step_scalars(const StepKernelArgs& args, int row, const int64_t*
         mined_weights += weight;
         pulled += weight * (log_z - shared.gap[c]);
     }
-    args.loss[row] = log_z + pulled + hard * log_h;
+    args.losses[row] = log_z + pulled + hard * log_h;
 
     const float weights = 1 + mined_weights;
     shared.of_mean = (weights * expf(negatives - log_z) + hard * expf(negatives - log_h)) / tau;
@@ -116,15 +125,33 @@ PSM_DEVICE void step_scalars(const StepKernelArgs& args, int row, const int64_t*
     }
 }
 
+PSM_DEVICE float share_of_row(const StepKernelArgs& args) {
+    return args.reduction == Reduction::kMean ? 1.0f / float(args.pass.batch) : 1.0f;
+}
+
+// The last CTA that is done adds the losses, in an order that does not depend on which one it is.
+PSM_DEVICE void reduce_losses(const StepKernelArgs& args, StepShared& shared) {
+    if (args.reduction == Reduction::kNone) return;
+    if (thread_index() == 0) shared.last = count_in(args.done) == grid_size() - 1;
+    block_sync();
+    if (!shared.last) return;
+    float sum = 0;
+    for (int64_t row = thread_index(); row < args.pass.batch; row += kRowThreads)
+        sum += args.losses[row];
+    sum = block_sum(sum, shared.merge.values);
+    if (thread_index() == 0) *args.loss = sum * share_of_row(args);
+}
+
 // The part of the gradient along a unit row does nothing to the row before its normalization; the
 // rest counts per length.
 template <class T>
-PSM_DEVICE void losses(const StepKernelArgs& args, StepShared& shared) {
+PSM_DEVICE void losses(const StepKernelArgs& args, const KernelArgs& pass, StepShared& shared) {
     const int dim = int(args.pass.bank.dim), topk = int(args.pass.options.topk);
+    const float share = share_of_row(args);
     for (int row = block_index(); row < args.pass.batch; row += grid_size()) {
         const int64_t* index = args.pass.topk_index + int64_t(row) * topk;
         mined_products<T>(args, row, index, shared);
-        block_sync();
+        merge_row<T>(pass, row, shared.merge);
         if (thread_index() == 0) step_scalars(args, row, index, shared);
         block_sync();
         const int64_t first = int64_t(row) * dim;
@@ -140,13 +167,14 @@ PSM_DEVICE void losses(const StepKernelArgs& args, StepShared& shared) {
             args.gradient[first + d] = gradient;
             along = fmaf(gradient, args.unit_query[first + d], along);
         }
-        along = block_sum(along, shared.values);
+        along = block_sum(along, shared.merge.values);
         for (int d = thread_index(); d < dim; d += kRowThreads) {
             float& gradient = args.gradient[first + d];
-            gradient = fmaf(-along, args.unit_query[first + d], gradient) / args.norms[row];
+            gradient = share * fmaf(-along, args.unit_query[first + d], gradient) / args.norms[row];
         }
         block_sync();  // the next row overwrites shared memory
     }
+    reduce_losses(args, shared);
 }
 
 }  // namespace psm::cuda

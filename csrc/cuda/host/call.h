@@ -64,7 +64,10 @@ class Call {
     size_t used_ = 0, bytes_ = 0;
 };
 
-void bank_pass(const PassArgs& args, Call& call);
+// The parts of a pass, for psm_step, whose kernels do the rest: clear the flags before it, and merge
+// what it gives.
+Hidden room_for_hidden(const PassArgs& args, Call& call);
+KernelArgs run_pass(const PassArgs& args, Hidden hidden, Call& call);
 
 // Every kernel of the file, for the current device.
 void load_passes(int device);

@@ -12,8 +12,6 @@ __global__ void __launch_bounds__(kWarpRowThreads)
     enqueue_rows<Key, Row>(args);
 }
 
-__global__ void advance_kernel(const __grid_constant__ EnqueueArgs args) { advance(args); }
-
 const void* find_enqueue(Dtype key_dtype, Dtype bank_dtype) {
     return visit_dtype(key_dtype, [&](auto key) {
         return visit_dtype(bank_dtype, [](auto row) {
@@ -29,7 +27,6 @@ void load_enqueues() {
     constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16};
     for (Dtype key : kDtypes)
         for (Dtype row : kDtypes) load(find_enqueue(key, row), "enqueue");
-    load(reinterpret_cast<const void*>(advance_kernel), "advance");
 }
 
 void enqueue(const EnqueueArgs& given, const Place& place) {
@@ -38,7 +35,6 @@ void enqueue(const EnqueueArgs& given, const Place& place) {
     const Call call(place);
     call.launch(find_enqueue(args.key_dtype, args.bank.dtype), "enqueue",
                 warp_row_grid(args.batch), kWarpRowThreads, 0, args);
-    call.launch(reinterpret_cast<const void*>(advance_kernel), "advance", 1, 1, 0, args);
 }
 
 }  // namespace psm::cuda

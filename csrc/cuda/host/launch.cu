@@ -56,23 +56,16 @@ float sharpness_of(double a) {
 
 bool hides(const Exclude& exclude) { return exclude.listed > 0 || exclude.ids != nullptr; }
 
-// Clears the flags and marks what the caller hides; `room`: slots per row that mining names later.
-Hidden mark(KernelArgs args, int64_t room, Call& call) {
-    const int64_t slots = args.bank.slots + lead_slots(args.options.col_offset);
-    Hidden& hidden = args.hidden;
-    hidden.listed = int(args.exclude.listed + room);
-    hidden.words = int((slots + 32 * kFlagSlots - 1) / (32 * kFlagSlots));
-    const int64_t whole_blocks = (args.batch + 127) / 128 * (128 / kFlagRows);
-    const int64_t words = whole_blocks * hidden.words;
-    hidden.flags = call.take<uint32_t>(words);
-    hidden.list = call.take<int>(args.batch * hidden.listed);
-    call.clear(hidden.flags, words * sizeof(uint32_t));
-    if (hides(args.exclude)) {
-        const int64_t work = std::max(args.bank.slots, args.batch * hidden.listed);
-        call.launch(reinterpret_cast<const void*>(mark_kernel), "mark",
-                    call.small_grid(work / kMarkThreads + 1), kMarkThreads, 0, args);
-    }
-    return hidden;
+bool wants_sums(const PassArgs& args) { return args.query != nullptr; }
+bool hides_mined(const PassArgs& args) {
+    return wants_sums(args) && args.options.topk > 0 && args.options.exclude_mined;
+}
+
+// Marks what the caller hides.
+void mark(KernelArgs& args, Call& call) {
+    const int64_t work = std::max(args.bank.slots, args.batch * args.hidden.listed);
+    call.launch(reinterpret_cast<const void*>(mark_kernel), "mark",
+                call.small_grid(work / kMarkThreads + 1), kMarkThreads, 0, args);
 }
 
 // The same for rows from `row` on.
@@ -124,7 +117,8 @@ void mine(const KernelArgs& args, const Hidden& next, Call& call) {
     }
 }
 
-void sum(KernelArgs args, Call& call) {
+// Partial sums of the splits.
+void sum(KernelArgs& args, Call& call) {
     const bool in_turns = call.place.ping_pong && args.options.selection == Selection::kBernoulli;
     const Work work = call.place.null_epilogue ? Work::kProducts
                       : in_turns               ? Work::kInTurns
@@ -134,35 +128,51 @@ void sum(KernelArgs args, Call& call) {
     args.sums = call.take<RowSums>(args.splits * args.batch);
     args.means = call.take<float>(args.splits * args.batch * args.bank.dim);
     plan.start(args, call);
-    call.launch(find_merge(args.bank.dtype), "merge", call.small_grid(args.batch, 16),
-                kRowThreads, 0, args);
+}
+
+void bank_pass(const PassArgs& given, Call& call) {
+    if (given.batch == 0) return;
+    const Hidden hidden = room_for_hidden(given, call);
+    if (hidden.flags != nullptr)
+        call.clear(hidden.flags, flag_words(hidden, given.batch) * sizeof(uint32_t));
+    KernelArgs args = run_pass(given, hidden, call);
+    if (wants_sums(given))
+        call.launch(find_merge(args.bank.dtype), "merge", row_grid(args.batch), kRowThreads, 0,
+                    args);
 }
 
 }  // namespace
 
-void bank_pass(const PassArgs& given, Call& call) {
-    if (given.batch == 0) return;
-    const bool sums = given.query != nullptr, mines = given.options.topk > 0;
-    const bool hides_mined = sums && mines && given.options.exclude_mined;
+Hidden room_for_hidden(const PassArgs& args, Call& call) {
+    Hidden hidden = {};
+    if (!hides(args.exclude) && !hides_mined(args)) return hidden;
+    const int64_t slots = args.bank.slots + lead_slots(args.options.col_offset);
+    hidden.listed = int(args.exclude.listed + hides_mined(args) * args.options.topk);
+    hidden.words = int((slots + 32 * kFlagSlots - 1) / (32 * kFlagSlots));
+    hidden.flags = call.take<uint32_t>(flag_words(hidden, args.batch));
+    hidden.list = call.take<int>(args.batch * hidden.listed);
+    return hidden;
+}
+
+KernelArgs run_pass(const PassArgs& given, Hidden hidden, Call& call) {
     KernelArgs args = {given};
     args.aligned = rows_aligned(given);
     args.scale = float(1.4426950408889634 / given.options.temperature);
     args.sharpness = sharpness_of(given.options.a);
     args.trapped = call.measures ? nullptr : trapped();
 
-    Hidden hidden = {};
-    if (hides(given.exclude) || hides_mined)
-        hidden = mark(args, hides_mined ? given.options.topk : 0, call);
+    args.hidden = hidden;
+    if (hides(given.exclude)) mark(args, call);
     const size_t start = call.used();
-    if (mines) {
+    if (given.options.topk > 0) {
         KernelArgs keys = args;
         keys.query = args.key;
-        if (hides(given.exclude)) keys.hidden = hidden;
-        mine(keys, hides_mined ? hidden : Hidden{}, call);
+        if (!hides(given.exclude)) keys.hidden = {};
+        mine(keys, hides_mined(given) ? hidden : Hidden{}, call);
     }
     call.release_to(start);  // mining is done before the sums begin: they have the same memory
-    args.hidden = hidden;
-    if (sums) sum(args, call);
+    if (wants_sums(given)) sum(args, call);
+    return args;
 }
 
 size_t workspace_bytes(const PassArgs& args, const Place& place) {

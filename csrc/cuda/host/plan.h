@@ -3,6 +3,7 @@
 
 #include <map>
 #include <mutex>
+#include <tuple>
 
 #include "../common/kernels.h"
 #include "../common/merge.cuh"
@@ -40,14 +41,21 @@ inline PassKernel choose(const KernelArgs& args, Work work, const Place& place) 
     return find(selection, work, args.dim());
 }
 
-// CTAs of a kernel that a multiprocessor holds at once. Asked once per kernel and device: with its
-// permission to take more than 48 KB of shared memory the answer takes microseconds.
-inline int resident_blocks(const PassKernel& kernel, int device) {
+// What `make` gives for a key, made once: each call of a backend asks the same twice.
+template <class Key, class Make>
+int remembered(const Key& key, Make make) {
     static std::mutex mutex;
-    static std::map<std::pair<const void*, int>, int> known;
+    static std::map<Key, int> known;
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = known.find({kernel.function, device});
+    const auto found = known.find(key);
     if (found != known.end()) return found->second;
+    const int value = make();
+    if (known.size() > 4096) known.clear();  // batches of ever new sizes
+    return known[key] = value;
+}
+
+// CTAs of a kernel that a multiprocessor of the current device holds at once.
+inline int ask_occupancy(const PassKernel& kernel) {
     load(kernel.function, kernel.name);
     if (kernel.shared_bytes > 48 << 10)
         check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -60,15 +68,20 @@ inline int resident_blocks(const PassKernel& kernel, int device) {
     if (per_multiprocessor == 0)
         throw std::runtime_error(std::string("psm_kernels: ") + kernel.name +
                                  ": does not fit this GPU's shared memory");
-    return known[{kernel.function, device}] = per_multiprocessor;
+    return per_multiprocessor;
+}
+// Asked once per kernel and device: with its permission to take more than 48 KB of shared memory
+// the answer takes microseconds.
+inline int resident_blocks(const PassKernel& kernel, int device) {
+    return remembered(std::pair(kernel.function, device), [&] { return ask_occupancy(kernel); });
 }
 
 // The fewest splits of `grains` that end as early as any, to 1 %, in tiles of `tile_slots`: waves
 // of items, each with a tile's time for its rows and its end, and then `partials`, splits x B x D
 // sums, written and read again. A tile of 128 rows takes 4 x 128 x tile_slots x D operations, on
 // Hopper at 6 TFLOP/s of a multiprocessor; a split's sums are 8 x B x D bytes, in L2 at 5 TB/s.
-inline int choose_splits(int row_blocks, int resident, int grains, int grain_tiles, int tile_slots,
-                         bool partials) {
+inline int find_splits(int row_blocks, int resident, int grains, int grain_tiles, int tile_slots,
+                       bool partials) {
     const auto end = [&](int splits) {
         const int waves = (row_blocks * splits + resident - 1) / resident;
         const int tiles = (grains + splits - 1) / splits * grain_tiles;
@@ -80,6 +93,10 @@ inline int choose_splits(int row_blocks, int resident, int grains, int grain_til
     int splits = 1;
     while (end(splits) > 1.01 * earliest) ++splits;
     return splits;
+}
+template <class... Number>
+int choose_splits(Number... numbers) {
+    return remembered(std::tuple(numbers...), [&] { return find_splits(numbers...); });
 }
 
 class Plan {

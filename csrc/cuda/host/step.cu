@@ -1,4 +1,6 @@
-// A PSM step: unit rows, the pass, losses with their gradient.
+// A PSM step: unit rows, the pass, losses with their gradient, in five launches, six where the caller
+// hides slots.
+#include "../common/hidden.cuh"
 #include "../common/step.cuh"
 
 #include "call.h"
@@ -13,11 +15,13 @@ __global__ void __launch_bounds__(kWarpRowThreads)
     unit_rows<T>(args);
 }
 
+constexpr int kLossCtas = 6;  // of a multiprocessor: 80 registers; without a word ptxas spills
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
-    loss_kernel(const __grid_constant__ StepKernelArgs args) {
+__global__ void __launch_bounds__(kRowThreads, kLossCtas)
+    loss_kernel(const __grid_constant__ StepKernelArgs args,
+                const __grid_constant__ KernelArgs pass) {
     __shared__ StepShared shared;
-    losses<T>(args, shared);
+    losses<T>(args, pass, shared);
 }
 
 template <class T>
@@ -36,12 +40,17 @@ void step_as(const StepArgs& given, Call& call) {
     pass.neg_lse = call.take<float>(batch), pass.neg_mean = call.take<float>(all);
     pass.neg_sq_lse = call.take<float>(batch), pass.neg_count = call.take<float>(batch);
     pass.topk_sim = call.take<float>(mined), pass.topk_index = call.take<int64_t>(mined);
+    const bool reduces = args.reduction != Reduction::kNone;
+    args.losses = reduces ? call.take<float>(batch) : args.loss;
+    args.done = call.take<int>(1);
+    const Hidden hidden = room_for_hidden(pass, call);
+    args.flags = hidden.flags, args.flag_words = flag_words(hidden, batch);
 
     call.launch(reinterpret_cast<const void*>(unit_kernel<T>), "unit rows", warp_row_grid(batch),
                 kWarpRowThreads, 0, args);
-    bank_pass(pass, call);
-    call.launch(reinterpret_cast<const void*>(loss_kernel<T>), "losses",
-                std::min<int64_t>(batch, 1 << 16), kRowThreads, 0, args);
+    KernelArgs sums = run_pass(pass, hidden, call);
+    call.launch(reinterpret_cast<const void*>(loss_kernel<T>), "losses", row_grid(batch),
+                kRowThreads, 0, args, sums);
 }
 
 void step(const StepArgs& args, Call& call) {

@@ -15,7 +15,7 @@ from torch import Tensor
 from psm_kernels.backends.base import NOTHING, Backend, BankPass, Exclude
 from psm_kernels.backends.triton import config
 from psm_kernels.options import PassOptions, PSMOptions
-from psm_kernels.rows import unit_rows, unit_rows_and_norms
+from psm_kernels.rows import reduce, unit_rows, unit_rows_and_norms
 
 
 class Triton(Backend):
@@ -88,4 +88,5 @@ class Triton(Backend):
             mining = options.mining_pass(row_offset)
             rest = (bank, count, s_pos, mining, exclude, rng_state)
             result = self.bank_pass(unit.to(bank.dtype), miner, *rest)
-            return loss_and_gradient(unit, norms, key, bank, s_pos, result, options)
+            loss, gradient = loss_and_gradient(unit, norms, key, bank, s_pos, result, options)
+            return reduce(loss, options.reduction), gradient

@@ -39,7 +39,7 @@ def loss_kernel(
     topk_index,  # (B, k)
     loss,  # (B,)
     gradient,  # (B, D)
-    D: tl.int32, k: tl.int32, temperature, weight_temperature, hard_weight,
+    D: tl.int32, k: tl.int32, temperature, weight_temperature, hard_weight, share,
     SOFT: tl.constexpr, KP: tl.constexpr, DPAD: tl.constexpr,
 ):  # fmt: skip
     """One row; m are its mined rows, r logits relative to the key's. n stands for the negatives,
@@ -85,7 +85,7 @@ def loss_kernel(
         g_m += weight * (gap - tl.sum(weight * gap)) / weight_temperature
     g = (g_plus * plus + g_n * average) / temperature + tl.sum(g_m[:, None] * m, 0)
     # Through the normalization: what lies along the row does nothing, the rest counts per length.
-    g = (g - tl.sum(g * q) * q) / tl.load(norms + row)
+    g = share * (g - tl.sum(g * q) * q) / tl.load(norms + row)
     tl.store(gradient + row * D + d, g, mask=d < D)
 
 
@@ -93,14 +93,15 @@ def loss_and_gradient(
     query: Tensor, norms: Tensor, key: Tensor, bank: Tensor, s_pos: Tensor, result: BankPass,
     options: PSMOptions,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss (B,) and gradient (B, D) of the sum of the losses, in fp32. `result`: the negatives'
-    sums, without what was mined."""
+    """Loss (B,) and gradient (B, D) of the losses' sum, or of their mean, in fp32. `result`: the
+    negatives' sums, without what was mined."""
     (batch, dim), k = query.shape, result.topk_index.shape[1]
     loss, gradient = config.new(query, batch), config.new(query, batch, dim)
+    share = 1.0 / batch if options.reduction == "mean" else 1.0
     loss_kernel[(batch,)](
         query, norms, key, bank, s_pos, result.neg_lse, result.neg_mean, result.topk_index,
         loss, gradient, dim, k, float(options.temperature), float(options.weight_temperature),
-        float(options.hard_weight), SOFT=options.soft_weights, KP=config.power_of_2(k, 2),
+        float(options.hard_weight), share, SOFT=options.soft_weights, KP=config.power_of_2(k, 2),
         DPAD=config.power_of_2(dim, 16), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return loss, gradient
