@@ -214,11 +214,17 @@ def _measure_peak(case: Case, provider: str, device: str) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    risen = peak_from_here()
+    run()
+    return risen()
+
+
+def peak_from_here() -> Callable[[], int]:
+    """By how many bytes resident memory has been above what it is now, when that is asked."""
     give_back_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _high_water()
-    run()
-    return _high_water() - before
+    return lambda: _high_water() - before
 
 
 def _high_water() -> int:

@@ -9,8 +9,8 @@ benchmarks/results/<processor>/ has default.json and sweep.json, as `pytest benc
 `--sweep all --store` leave them. Between `<!-- benchmark:cpu -->` and `<!-- /benchmark:cpu -->` is
 the table of every default run on that kind of device, the processor with the lowest ratios first;
 benchmark:cpu:short is a few rows of the first one; cpu:methods, cpu:training, cpu:sweep and
-cpu:banks are excerpts; benchmark:digits:accuracy is a table of results/digits.json, and so is
-fashion's.
+cpu:banks are excerpts; benchmark:digits:accuracy is a table of results/digits.json, and so are
+fashion's, mining's and batches'.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STORED = Path(__file__).resolve().parent / "results"
 READMES = (ROOT / "README.md", ROOT / "benchmarks/README.md")
 OVERVIEW = STORED / "overview.svg"  # of README.md
-TRAINED = ("digits", "fashion")  # files of tables, from trainings
+TABLES = ("digits", "fashion", "mining", "batches")  # files that hold tables alone
 LEGEND = (
     "Other columns are times over ours: above 1x ours is faster. One product is `query @ bank.T` "
     "and nothing else. Memory is the peak on top of the inputs, in a fresh process. The last "
@@ -140,7 +140,7 @@ def excerpt(stored: list[dict], kind: str, section: str | None) -> str:
     Raises:
         ValueError: there is no such marker.
     """
-    if kind in TRAINED:
+    if kind in TABLES:
         tables = {} if section is None else {section: None}
         for results in stored:
             if "tables" in results and results["name"] == kind:
@@ -149,9 +149,9 @@ def excerpt(stored: list[dict], kind: str, section: str | None) -> str:
     else:
         known = SECTIONS if kind in ("cpu", "cuda") else {}
     if section not in known:
-        wanted = [name for name in known if name] or ["cpu", "cuda", *TRAINED]
+        wanted = [name for name in known if name] or ["cpu", "cuda", *TABLES]
         raise ValueError(f"got a marker benchmark:{kind}:{section}, wanted one of {wanted}")
-    if kind in TRAINED:
+    if kind in TABLES:
         return "\n".join(markdown(*tables[section])) if tables[section] else ""
 
     write, of_sweep = SECTIONS[section]

@@ -14,6 +14,7 @@ from psm_kernels.losses import (
     UnReMixLoss,
 )
 from psm_kernels.losses.stats import MiningStats, PSMOutput, rank_gradient_stats
+from psm_kernels.mine import mine_negatives
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "SSCLLoss",
     "SupConLoss",
     "UnReMixLoss",
+    "mine_negatives",
     "rank_gradient_stats",
 ]

@@ -106,6 +106,7 @@ class Stream(enum.IntEnum):
     SOFT = 1  # PSM's negatives="neighbors": the soft term, the hard term
     HARD = 2
     MIX = 3  # SSCL's synthetic negatives
+    MINE = 4  # mine_negatives: which of the mined rows are drawn
 
 
 def stream_state(rng_state: Tensor, stream: Stream) -> Tensor:

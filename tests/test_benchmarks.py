@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -252,3 +254,30 @@ def test_guard_measures_again_before_it_fails(guarded, capsys):
     assert guarded(bad, bad, good) == 0
     assert guarded(bad, bad, bad) == 1
     assert "LOSS a takes 100% more" in capsys.readouterr().out
+
+
+def test_mining_says_how_many_times_ours(tmp_path):
+    from benchmarks import mining
+
+    rows = {"ours": {"median": 2.0, "memory": 50_000_000}, "slab": {"median": 7.0, "memory": 10**8}}
+    cells = mining.line("float16", 100_000_000, rows)
+    assert len(cells) == len(mining.HEAD)
+    assert cells == ["float16, 100 MB", "2.0", "", "3.50x", "50 MB, 0.50x", "", "100 MB, 1.00x"]
+
+
+def test_mining_runs(tmp_path):
+    from benchmarks.machine import ROOT
+
+    size = ["--queries", "20", "--rows", "3000", "--dim", "32", "--k", "10", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.mining", *size, "--folder", tmp_path],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    _, _, first, second, *left_out = done.stdout.splitlines()
+    for kind, text in (("float32, 0 MB", first), ("float16, 0 MB", second)):
+        cells = [cell.strip() for cell in text.strip("|").split("|")]
+        assert cells[0] == kind
+        assert cells[1]
+        assert cells[3].endswith("x")
+    assert all(" faiss is left out: " in text for text in left_out)
+    assert not list(tmp_path.iterdir())
