@@ -3,7 +3,7 @@
     python -m benchmarks.batches --store       256 to 8,192 pairs; ten minutes, 2 GB
     python -m benchmarks.batches --batches 64 --dims 16 --budget 0     does it run?
 
-Who takes part gets rows of unit length that want a gradient, both sides of them. Rounds are taken in
+Who takes part gets rows of unit length, both sides of which want a gradient. Rounds are taken in
 turns; times are medians. Memory is the peak on top of the inputs, each in a fresh process.
 --store keeps the tables in benchmarks/results/batches.json, for benchmarks.report.
 """
@@ -72,9 +72,7 @@ METHODS: dict[str, dict[str, Callable[[], Loss]]] = {
     },
     "clip": {
         "ours": lambda: functools.partial(clip_loss, logit_scale=1 / TEMPERATURE),
-        "passes": lambda: functools.partial(
-            clip_loss, logit_scale=1 / TEMPERATURE, backend="cpp"
-        ),
+        "passes": lambda: functools.partial(clip_loss, logit_scale=1 / TEMPERATURE, backend="cpp"),
         "eager": lambda: towers_by_eager,
         "compile": lambda: torch.compile(towers_by_eager, dynamic=False),
         "open_clip": towers_by_openclip,
