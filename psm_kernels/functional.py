@@ -7,6 +7,7 @@ from psm_kernels.losses.msf import msf_loss
 from psm_kernels.losses.nnclr import nnclr_loss
 from psm_kernels.losses.psm import psm_loss
 from psm_kernels.losses.ressl import ressl_loss
+from psm_kernels.losses.sampled_softmax import sampled_softmax_loss
 from psm_kernels.losses.sscl import sscl_loss
 from psm_kernels.losses.supcon import supcon_loss
 from psm_kernels.losses.unremix import unremix_loss
@@ -19,6 +20,7 @@ __all__ = [
     "nnclr_loss",
     "psm_loss",
     "ressl_loss",
+    "sampled_softmax_loss",
     "sscl_loss",
     "supcon_loss",
     "unremix_loss",

@@ -33,17 +33,19 @@ def log_sum(
     rows: Tensor,  # (S, D)
     temperature: float,
     exclude: Exclude,
-    transposed: Tensor,  # (S, E) its lists seen from the rows, see `ops.bank_pass`
+    transposed: Tensor | None,  # (S, E) its lists seen from the rows, see `ops.bank_pass`
     backend: str,
+    bias: Tensor | None = None,  # (S,) of the rows, in the dtype of the sums
 ) -> Tensor:
-    """(R,): log-sum-exp of query . rows / temperature over what a query sees, -inf when that is
-    nothing. Gradient to both sides."""
+    """(R,): log-sum-exp of query . rows / temperature + bias over what a query sees, -inf when that
+    is nothing. Gradient to both sides."""
     count = checks.as_count(None, rows)
     if not passes(rows, backend):
         seen = exclude.seen(torch.arange(len(rows), device=rows.device), count)
-        return masked_lse(query @ rows.T / temperature, seen)
+        logits = query @ rows.T / temperature
+        return masked_lse(logits if bias is None else logits + bias, seen)
     s_pos = query.new_zeros(len(query))  # of no use to a pass that keeps all
-    options, more = PassOptions(temperature), {"exclude_transposed": transposed}
+    options, more = PassOptions(temperature), {"slot_bias": bias, "exclude_transposed": transposed}
     rest = (count, s_pos, options, exclude, None, backend)
     return ops.run_pass(query, None, rows, *rest, **more).neg_lse
 
