@@ -8,8 +8,7 @@
     python -m benchmarks.guard                  has anything become slower? for CI
 
 cases.py says what is measured, providers.py and peers.py by whom, eager.py and slab.py are the
-baselines, measure.py has the clocks and machine.py what the machine is and can; mining.py is about
-files of embeddings,
-digits_experiments.py compares methods, scaling.py is about many processes, gpu.py and sass.py are
-about kernels.
+baselines, measure.py has the clocks and machine.py what the machine is and can; batches.py is about
+losses without a bank, mining.py about files of embeddings, digits_experiments.py compares methods,
+scaling.py is about many processes, gpu.py and sass.py are about kernels.
 """

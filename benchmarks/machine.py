@@ -18,7 +18,7 @@ from benchmarks.cases import DTYPES
 from benchmarks.measure import seconds
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("lightly", "pytorch-metric-learning", "liger-kernel", "faiss-cpu")
+PEERS = ("lightly", "pytorch-metric-learning", "liger-kernel", "faiss-cpu", "open_clip_torch")
 
 # Virtual machines hide the number of a chip, and not these: vendor, family, models.
 CORES = (

@@ -256,6 +256,36 @@ def test_guard_measures_again_before_it_fails(guarded, capsys):
     assert "LOSS a takes 100% more" in capsys.readouterr().out
 
 
+def test_batches_have_a_line_for_each_size(monkeypatch):
+    """Everybody gives the same value; who is not there is named."""
+    from benchmarks import batches
+
+    def missing():
+        raise ModuleNotFoundError("no such peer")
+
+    for method, providers in batches.METHODS.items():
+        here = {name: providers[name] for name in ("ours", "passes", "eager")} | {"peer": missing}
+        monkeypatch.setitem(batches.METHODS, method, here)
+        monkeypatch.setattr(batches, "peak", lambda method, name, batch, dim: 3_000_000)
+        head, body, left_out = batches.table(method, [4, 33], [8], 0.0)
+        assert head == ["B x D", "ours, ms", "passes", "eager", "peer", "memory, ours / eager"]
+        assert [cells[0] for cells in body] == ["4 x 8", "33 x 8"]
+        assert all(cells[2].endswith("x") and cells[3].endswith("x") for cells in body)
+        assert all(cells[4:] == ["", "3 MB / 3 MB"] for cells in body)
+        assert left_out == {"peer": "ModuleNotFoundError: no such peer"}
+    assert batches.worker("clip", "ours", "64", "8") is None
+
+
+def test_batches_that_disagree_are_an_error(monkeypatch):
+    from benchmarks import batches
+
+    wrong = {"eager": lambda: lambda query, key: (query * key).sum()}
+    monkeypatch.setitem(batches.METHODS, "clip", batches.METHODS["clip"] | wrong)
+    monkeypatch.delitem(batches.METHODS["clip"], "compile")
+    with pytest.raises(AssertionError, match="eager"):
+        batches.measure("clip", 4, 8, 0.0)
+
+
 def test_mining_says_how_many_times_ours(tmp_path):
     from benchmarks import mining
 

@@ -47,11 +47,13 @@ def test_everything_below_passes_in_the_interpreter():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts that process")
-def test_cold_temperatures_ids_and_mining_in_the_interpreter():
+def test_a_choice_of_other_files_in_the_interpreter():
     """Of those files what an interpreter does in a minute; all of them take it ten."""
-    selected = "triton and (0.02 and nearer or copies or lists or spoils or every_backend)"
-    files = ("test_cold.py", "test_ids.py", "test_bank_gradient.py", "test_mine.py")
-    done = interpreted(selected, *files)
+    names = "0.02 and nearer or copies or lists or spoils or every_backend or sscl"
+    names += " or 37-33-True-14.3 or 70-33-20-0.1-True"
+    of = "cold ids bank_gradient mine in_batch clip sampled_softmax"
+    files = [f"test_{name}.py" for name in of.split()]
+    done = interpreted(f"triton and ({names})", *files)
     if UNFIT in done.stdout:
         pytest.skip(f"this Triton's interpreter does not know this NumPy: {UNFIT}")
     assert done.returncode == 0, done.stdout[-4000:]
