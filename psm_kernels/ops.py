@@ -344,8 +344,10 @@ def _run_pass(
         s_pos = s_pos.to(wide(bank)).contiguous()
         slot_bias = None if slot_bias is None else slot_bias.detach().to(s_pos.dtype).contiguous()
         exclude, (rng_state,) = Exclude(*contiguous(*exclude)), contiguous(rng_state)
-        rest = (options, exclude, rng_state, slot_bias)
-        return chosen.bank_pass(query, key, bank, count, s_pos, *rest)
+        # One that a user wrote may have no bias, and then is asked for none.
+        bias = {} if slot_bias is None else {"slot_bias": slot_bias}
+        rest = (options, exclude, rng_state)
+        return chosen.bank_pass(query, key, bank, count, s_pos, *rest, **bias)
 
 
 def _bank_gradient(

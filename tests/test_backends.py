@@ -37,15 +37,15 @@ def fresh():
 def test_bank_topk_takes_what_bank_pass_does_not(monkeypatch, fresh):
     for backend in registry.TABLE.values():
         monkeypatch.setattr(backend, "unavailable", lambda: None)
-    bank = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(9, 300))
+    bank = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(9, 800))
     assert registry.choose("cuda", bank, sums=False) is registry.TABLE["cuda"]
-    with pytest.raises(ValueError, match=r"at most 256 columns, not 300; these can: triton, ref"):
+    with pytest.raises(ValueError, match=r"at most 768 columns, not 800; these can: ref"):
         registry.choose("cuda", bank)
     for name in ("triton", "auto"):  # which does not make B x K matrices instead
         with pytest.raises(
-            ValueError, match=r"'triton' cannot run: mines at most 1024 slots per row"
+            ValueError, match=r"'triton' cannot run: mines at most 2048 slots per row"
         ):
-            registry.choose(name, SimpleNamespace(**vars(bank) | {"shape": (9, 200)}), 1025)
+            registry.choose(name, SimpleNamespace(**vars(bank) | {"shape": (9, 200)}), 2049)
 
 
 def test_a_gpu_does_not_make_triton_take_host_memory(monkeypatch, fresh):
