@@ -119,6 +119,7 @@ def measure(
     method: str, batch: int, dim: int, budget: float
 ) -> tuple[dict[str, float], dict[str, str]]:
     """(seconds by provider, why the others are not there)."""
+    torch.compiler.reset()  # or it stops compiling at the ninth size
     runs, failed, values = {}, {}, {}
     for provider in METHODS[method]:
         try:

@@ -85,8 +85,8 @@ def test_hard_term_of_psm_as_released(selection):
     ids=["nce", "hcl", "sscl"],
 )
 def test_large_batches_take_passes_by_themselves(make, monkeypatch):
-    """From FUSED_ROWS rows on, with the values and gradients of the matrix."""
-    monkeypatch.setattr(in_batch, "FUSED_ROWS", {"cpu": 24})
+    """From `fused_rows` on, with the values and gradients of the matrix."""
+    monkeypatch.setattr(in_batch, "fused_rows", lambda device, dim: 24)
     calls, run = [], in_batch.ops.run_pass
     monkeypatch.setattr(
         in_batch.ops, "run_pass", lambda *args, **more: calls.append(args) or run(*args, **more)

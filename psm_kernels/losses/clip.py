@@ -11,7 +11,7 @@ from psm_kernels.backends import registry
 from psm_kernels.backends.base import Exclude
 from psm_kernels.bank.collectives import agree, gather, gather_rows, rank_and_world
 from psm_kernels.losses.common import check_pair, contrast, unit
-from psm_kernels.losses.in_batch import log_sum
+from psm_kernels.losses.in_batch import log_sum, masked_matrix, passes
 from psm_kernels.options import REDUCTIONS
 from psm_kernels.rows import reduce
 
@@ -32,7 +32,7 @@ def clip_loss(
         loss_i = (lse_j scale s_ij + lse_j scale s_ji) / 2 - scale s_ii,   s cosines
 
     (arXiv 2103.00020, figure 3; OpenCLIP, loss.py.) Large batches take passes over the rows of the
-    other tower, in O(B D) memory (`in_batch.FUSED_ROWS`), which have no second derivative;
+    other tower, in O(B D) memory (`in_batch.fused_rows`), which have no second derivative;
     backend="reference" has the (B, B) matrix at any size.
 
     Args:
@@ -80,12 +80,15 @@ def clip_loss(
         exclude, transposed = _own(len(query), rank, world, ids, names, query.device)
         scale = torch.as_tensor(logit_scale, dtype=query.dtype, device=query.device)
         s_pos = scale * (query * key).sum(1)
-        rest = (1.0, exclude, transposed, backend)
-        losses = [
-            contrast(s_pos, log_sum(scale * anchors, others, *rest))
-            for anchors, others in ((query, keys), (key, queries))
-        ]
-        return reduce((losses[0] + losses[1]) / 2, reduction)
+        if world > 1 or passes(keys, backend):
+            rest = (1.0, exclude, transposed, backend)
+            of_query, of_key = (
+                log_sum(scale * q, k, *rest) for q, k in ((query, keys), (key, queries))
+            )
+        else:  # one matrix is both
+            logits = masked_matrix(scale * query, key, exclude)
+            of_query, of_key = (torch.logsumexp(logits, dim) for dim in (1, 0))
+        return reduce((contrast(s_pos, of_query) + contrast(s_pos, of_key)) / 2, reduction)
 
 
 def _check_scale(scale: Tensor | float, device: torch.device) -> None:

@@ -13,15 +13,21 @@ from psm_kernels.backends import registry
 from psm_kernels.backends.base import Exclude
 from psm_kernels.options import PassOptions
 
-# Rows from which on "auto" takes passes. On CPUs where they are faster (benchmarks/README.md); on
-# GPUs, where no one has measured yet, where the matrix takes 1 GB.
-FUSED_ROWS = {"cpu": 1024}
-FUSED_ROWS_ELSEWHERE = 16_384
+# Rows whose matrix takes 1 GB in fp32.
+LARGE = 16_384
+
+
+def fused_rows(device: torch.device, dim: int) -> int:
+    """From how many rows on "auto" takes passes, which read no matrix but make four products where
+    the matrix takes three. On CPUs up to 256 columns they are faster from here on
+    (benchmarks/README.md); of wider rows, and on GPUs, where no one has measured yet, they save
+    memory."""
+    return max(1024, 8 * dim) if device.type == "cpu" and dim <= 256 else LARGE
 
 
 def passes(rows: Tensor, backend: str) -> bool:
     """Whether sums over `rows` (S, D) are passes of `backend`."""
-    if backend == "auto" and len(rows) < FUSED_ROWS.get(rows.device.type, FUSED_ROWS_ELSEWHERE):
+    if backend == "auto" and len(rows) < fused_rows(rows.device, rows.shape[1]):
         return False
     if torch.compiler.is_compiling():  # the table imports modules, which no graph can hold
         return backend != "reference"
@@ -32,22 +38,35 @@ def log_sum(
     query: Tensor,  # (R, D)
     rows: Tensor,  # (S, D)
     temperature: float,
-    exclude: Exclude,
+    exclude: Exclude,  # its lists without -1
     transposed: Tensor | None,  # (S, E) its lists seen from the rows, see `ops.bank_pass`
     backend: str,
     bias: Tensor | None = None,  # (S,) of the rows, in the dtype of the sums
 ) -> Tensor:
     """(R,): log-sum-exp of query . rows / temperature + bias over what a query sees, -inf when that
     is nothing. Gradient to both sides."""
-    count = checks.as_count(None, rows)
     if not passes(rows, backend):
-        seen = exclude.seen(torch.arange(len(rows), device=rows.device), count)
-        logits = query @ rows.T / temperature
-        return masked_lse(logits if bias is None else logits + bias, seen)
+        return torch.logsumexp(masked_matrix(query / temperature, rows, exclude, bias), 1)
     s_pos = query.new_zeros(len(query))  # of no use to a pass that keeps all
     options, more = PassOptions(temperature), {"slot_bias": bias, "exclude_transposed": transposed}
-    rest = (count, s_pos, options, exclude, None, backend)
+    rest = (checks.as_count(None, rows), s_pos, options, exclude, None, backend)
     return ops.run_pass(query, None, rows, *rest, **more).neg_lse
+
+
+def masked_matrix(
+    query: Tensor, rows: Tensor, exclude: Exclude, bias: Tensor | None = None
+) -> Tensor:
+    """query . rows + bias (R, S), -inf where a query does not see a row."""
+    logits = query @ rows.T
+    if bias is not None:
+        logits = logits + bias
+    if exclude.slots is not None:  # by place: a mask would cost as much as the products
+        logits = logits.scatter_(1, exclude.slots, -torch.inf)
+    if exclude.bank_ids is not None:
+        named, count = torch.arange(len(rows), device=rows.device), checks.as_count(None, rows)
+        seen = exclude._replace(slots=None).seen(named, count)
+        logits = torch.where(seen, logits, -torch.inf)
+    return logits
 
 
 def masked_lse(logits: Tensor, candidate: Tensor) -> Tensor:

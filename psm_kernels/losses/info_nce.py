@@ -41,7 +41,7 @@ def info_nce_loss(
     With a bank the negatives are its rows (MoCo, arXiv 1911.05722; solo-learn and lightly agree).
     Without one they are the 2B - 2 views of other samples and both views are anchors (NT-Xent of
     SimCLR, arXiv 2002.05709); rows are then the mean of a sample's two anchors. Large batches take
-    passes over their rows, in O(B D) memory (`in_batch.FUSED_ROWS`), which have no second
+    passes over their rows, in O(B D) memory (`in_batch.fused_rows`), which have no second
     derivative; backend="reference" has the matrix at any size.
 
     Args:

@@ -31,7 +31,7 @@ def sampled_softmax_loss(
         loss = log sum_j exp(l_ij) - l_i,target
 
     Rows are taken as they come: normalize them for cosines. Large samples take passes over their
-    rows, in O((B + K) D) memory (`in_batch.FUSED_ROWS`), which have no second derivative.
+    rows, in O((B + K) D) memory (`in_batch.fused_rows`), which have no second derivative.
 
     Args:
         query: (B, D) users; carries gradient.
