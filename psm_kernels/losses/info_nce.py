@@ -42,7 +42,7 @@ def info_nce_loss(
     Without one they are the 2B - 2 views of other samples and both views are anchors (NT-Xent of
     SimCLR, arXiv 2002.05709); rows are then the mean of a sample's two anchors. Large batches take
     passes over their rows, in O(B D) memory (`in_batch.fused_rows`), which have no second
-    derivative; backend="reference" has the matrix at any size.
+    derivative; a backend that is named takes them at any size, and "reference" the matrix.
 
     Args:
         query: (B, D), carries gradient.
