@@ -296,9 +296,9 @@ def test_a_bank_without_a_gradient_costs_no_second_pass(oracle, monkeypatch):
     calls = []
     plain = registry.TABLE["reference"].bank_pass
 
-    def noted(query, *args):
+    def noted(query, *args, **more):
         calls.append(len(query))
-        return plain(query, *args)
+        return plain(query, *args, **more)
 
     monkeypatch.setattr(registry.TABLE["reference"], "bank_pass", noted)
     query, bank, s_pos, _ = case(5, 40, 16, torch.float32)
