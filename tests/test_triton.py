@@ -492,11 +492,11 @@ def test_many_tiles_and_long_lists(device, chip, monkeypatch):
     """Tiles without listed slots between others, in every split; more listed than there are cells
     at hand; rows whose every slot is hidden."""
     monkeypatch.setattr(config, "chip", lambda device: chip)
-    query, key, bank, s_pos = problem(device, 3, 1500, 64, torch.bfloat16, exact=True)
-    slots = torch.full((3, 1600), -1, device=device)
-    slots[0, ::8] = torch.arange(1300, 1500, device=device)
-    slots[1, 100:] = torch.arange(1500, device=device)
-    slots[2, 5] = 640
+    query, key, bank, s_pos = problem(device, 3, 520, 64, torch.bfloat16, exact=True)
+    slots = torch.full((3, 600), -1, device=device)
+    slots[0, ::5] = torch.arange(400, 520, device=device)
+    slots[1, 80:] = torch.arange(520, device=device)
+    slots[2, 5] = 340
     exclude = ops.Exclude(slots)
     got, want = both(
         query, key, bank, s_pos, a=20.0, topk=40, exclude=exclude, exclude_mined=True, col_offset=5
