@@ -111,6 +111,7 @@ def test_help_names_every_setting(capsys):
 def write_others(folder):
     np.save("wide.npy", np.ones((9, 17)))
     np.save("objects.npy", np.array([{}, []], object))
+    np.save("words.npy", np.array(["no", "numbers"]))
     np.savez("archive.npz", a=np.ones(3))
     (folder / "empty.npy").touch()
     (folder / "text.npy").write_text("0.1 0.2\n0.3 0.4\n")
@@ -129,6 +130,7 @@ def write_others(folder):
         ("queries.npy archive.npz", "archive.npz: got an archive of arrays, wanted a .npy file"),
         ("queries.npy wide.npy", "corpus: got shape (9, 17), wanted two dimensions (any, 16)"),
         ("queries.npy positives.npy", "corpus: got dtype int64"),
+        ("words.npy corpus.npy --device meta", "queries: got dtype <U7"),
         ("queries.npy corpus.npy --k 0", "k: got 0, wanted an integer >= 1"),
         ("queries.npy corpus.npy --k many", "argument --k: invalid int value: 'many'"),
         ("queries.npy corpus.npy --margin 0.1", "positives: got None"),

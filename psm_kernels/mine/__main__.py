@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from psm_kernels.bank.collectives import rank_and_world
 from psm_kernels.mine import MinedNegatives, MiningOptions, mine_negatives
+from psm_kernels.mine.source import Source
 
 _DESCRIPTION = """\
 Hard negatives of embeddings in .npy files, float16, float32 or float64, which are read in parts and
@@ -87,6 +88,7 @@ def mine(
         raise ValueError(f"--out: got {out}, wanted a file in a folder that can be written")
     asked, on = load(queries), torch_device(device)
     if on.type != "cpu":
+        Source("queries", asked, normalize=False)  # or torch would refuse it in its own words
         asked = torch.from_numpy(asked.astype(asked.dtype.newbyteorder("="))).to(on)
     first = rank_and_world()[0] == 0
     mined = mine_negatives(
