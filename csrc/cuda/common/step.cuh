@@ -1,6 +1,6 @@
-// Around the pass of a PSM step: unit rows before it, a warp each, and after it, where the splits are
-// merged, the loss and its gradient, a CTA per row. The formulas are those of psm_kernels/losses/psm.py, differentiated by
-// hand; the attention is the query's own.
+// Around the pass of a PSM step: unit rows before it, a warp each, and after it, where the splits
+// are merged, the loss and its gradient, a CTA per row. The formulas are those of
+// psm_kernels/losses/psm.py, differentiated by hand; the attention is the query's own.
 #pragma once
 
 #include "limits.h"
